@@ -1,0 +1,1 @@
+"""What happens to a message after the commit: offering it to transports, settling its claim, telling the world."""

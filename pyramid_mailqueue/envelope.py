@@ -1,0 +1,1 @@
+"""The envelope of a message (stub; being written)."""

@@ -1,0 +1,91 @@
+"""
+Every error that this package raises on purpose.
+
+The tree, with the standard exception that a branch also is::
+
+    MailqueueError
+      x ConfigurationError          (ValueError)    a setting is missing, unknown or contradicts another one
+      x MessageError                (ValueError)    this message cannot be sent as it is
+        + AddressError                              an address that must not reach an SMTP server
+        + NoRecipients
+        + MessageTooLarge
+      x NoActiveTransaction         (RuntimeError)  ``send()`` where nothing will ever commit
+      x QueueError                                  the queue said no; nothing was changed
+        + QueueFileError            (ValueError)    a queue file that cannot be read
+      x ServerTrouble                               the relay cannot be used now; no message is to blame
+
+``ConfigurationError`` and ``MessageError`` are mistakes of the caller and are raised as early as they can be seen: at
+start-up, and in the view.  ``QueueError`` is raised by the first phase of a commit, so that the transaction rolls
+back.  ``ServerTrouble`` never reaches a view: it passes between a transport and the delivery loop.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    'AddressError',
+    'ConfigurationError',
+    'MailqueueError',
+    'MessageError',
+    'MessageTooLarge',
+    'NoActiveTransaction',
+    'NoRecipients',
+    'QueueError',
+    'QueueFileError',
+    'ServerTrouble',
+]
+
+
+class MailqueueError(Exception):
+    """The base of all errors of this package."""
+
+
+class ConfigurationError(MailqueueError, ValueError):
+    """A setting cannot be used.  The text names the full key, the value and what is allowed."""
+
+
+class MessageError(MailqueueError, ValueError):
+    """A message cannot be sent as it is; raised where it is handed in, before anything was written."""
+
+
+class AddressError(MessageError):
+    """An address has no domain, or holds bytes that must not reach an SMTP server (RFC 5321 section 4.1.2)."""
+
+
+class NoRecipients(MessageError):
+    """Neither the arguments nor the header name anybody to send to."""
+
+
+class MessageTooLarge(MessageError):
+    """The message is larger than ``mailqueue.max_message_size``."""
+
+
+class NoActiveTransaction(MailqueueError, RuntimeError):
+    """
+    ``send()`` was called where no transaction will ever commit.
+
+    Mail is never silently not sent: outside of a transaction call ``send_immediately()`` or ``enqueue()``.
+    """
+
+
+class QueueError(MailqueueError):
+    """The queue cannot take or give up a message; what was there before is there still."""
+
+
+class QueueFileError(QueueError, ValueError):
+    """A file in the queue directory is not a queue file."""
+
+
+class ServerTrouble(MailqueueError):
+    """
+    The relay cannot be used now: no connection, no TLS, no authentication, or it closed the session (421).
+
+    No message is to blame.  Whoever catches this leaves its messages exactly as they were, counts no attempt, and
+    does not try the next message at once.
+
+    :param text: what happened, for a person: which server, what it said, what to check
+    :param code: the reply code where the server gave one, e.g. ``421``
+    """
+
+    def __init__(self, text: str, *, code: int | None = None) -> None:
+        super().__init__(text)
+        self.code = code

@@ -1,0 +1,211 @@
+"""
+The contracts between the rooms of this package, as prose.
+
+Whoever writes a transport, a queue or a retry policy of their own finds here all that is needed: who calls each
+method, when, from which thread, and what may fail.  Classes say ``@implementer``; the tests hold them to it with
+``verifyObject``.
+"""
+
+# In an interface ``self`` is not written, and a method has no body beside its docstring.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from zope.interface import Attribute, Interface
+
+__all__ = ['IClaim', 'IDispatcher', 'IMailQueue', 'IMailer', 'IRetryPolicy', 'IStaging', 'ITransport']
+
+
+class IMailer(Interface):
+    """
+    What an application sends mail with: ``request.mailer``, or the utility of this interface.
+
+    A *message* is an :class:`email.message.EmailMessage` (or the older ``Message``), bytes, a binary file, or a
+    ``Message`` of pyramid_mailer.  The caller's object is never changed.  The envelope is taken from *sender* and
+    *recipients*, else from the header.  All three methods raise :class:`~.exceptions.MessageError` for a message that
+    can never be sent, before anything was written.
+    """
+
+    def send(message, sender=None, recipients=None, delivery=None):
+        """
+        Send *message* if, and only if, the current transaction commits.  Return its Message-ID.
+
+        *delivery* (``'background'``, ``'inline'`` or ``'queue'``) overrides ``mailqueue.delivery`` for this message.
+        Raises :class:`~.exceptions.NoActiveTransaction` where nothing will ever commit.
+        """
+
+    def send_immediately(message, sender=None, recipients=None):
+        """
+        Try *message* now, outside of any transaction, and queue it if that fails.
+
+        Returns a :class:`~.delivery.results.SendResult`.  The message is durable in the queue before the attempt, so
+        that a crash cannot lose it.  Raises :class:`~.exceptions.QueueError` if the queue cannot take it.
+        """
+
+    def enqueue(message, sender=None, recipients=None):
+        """
+        Make *message* durable in the queue now, outside of any transaction, for a later run.  Return its Message-ID.
+
+        Raises :class:`~.exceptions.QueueError` if the queue cannot take it.
+        """
+
+
+class IMailQueue(Interface):
+    """Where messages are durable until they are delivered.  Every method may be called from any thread."""
+
+    def staging():
+        """Return a new, empty :class:`IStaging`.  Called once for each transaction; touches nothing yet."""
+
+    def put(envelope):
+        """
+        Make *envelope* durable and return its :class:`IClaim`: nobody else can take the message until it is settled.
+
+        Raises :class:`~.exceptions.QueueError`, and has then left nothing behind.
+        """
+
+    def claim_due(now):
+        """
+        Yield a claim for each message whose due time has come, oldest due first.
+
+        A generator; a message is claimed when it is asked for, not before.  Messages that others hold are passed over,
+        damaged ones are put aside and logged.  *now* is in seconds since the epoch.
+        """
+
+    def claim(id):
+        """Return the claim for one waiting message, due or not; None if it is gone or somebody else holds it."""
+
+    def recover(now):
+        """
+        Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.
+
+        Called at the start of each run of ``mq-run``, never by a web process.
+        """
+
+    def flush():
+        """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
+
+    def counts():
+        """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
+
+
+class IStaging(Interface):
+    """
+    The mail of one transaction on its way into one queue.
+
+    Called by one data manager, in the thread of the transaction.  The order is ``add`` (any number of times),
+    ``prepare``, ``publish``; ``discard`` may come at any time, more than once, and after ``publish``.
+    """
+
+    def add(envelope, claimed):
+        """
+        Add *envelope*.  If *claimed*, publish it with a claim for delivery by this process, else for a later run.
+
+        Raises :class:`~.exceptions.QueueError`.
+        """
+
+    def mark():
+        """Return a mark of the present contents, for :meth:`rollback`."""
+
+    def rollback(mark):
+        """Drop what was added since *mark*; return the dropped envelopes."""
+
+    def prepare():
+        """
+        Write every message durably but invisibly: the "yes" of the first phase.
+
+        Raises :class:`~.exceptions.QueueError` if one of them cannot be written: the "no" of the first phase, after
+        which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
+        """
+
+    def publish():
+        """
+        Make the prepared messages real; return the claims of those that were added *claimed*, in their order.
+
+        This should never fail, and never raises: what goes wrong is logged as CRITICAL, and the message stays
+        prepared, in doubt.
+        """
+
+    def discard():
+        """Drop what is not published, if there is anything; return the dropped envelopes.  Never raises."""
+
+
+class IClaim(Interface):
+    """
+    One message, taken for delivery: until it is settled nobody else can take it.
+
+    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, its claims end
+    too, and their messages are up for the next run.
+    """
+
+    id = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')
+    attempts = Attribute('How many attempts were made before this one.')
+    queued_at = Attribute('When the message came into the queue, in seconds since the epoch.')
+    envelope = Attribute(
+        'The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged.'
+    )
+
+    def settle(settlement):
+        """
+        End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
+
+        If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
+        """
+
+    def release():
+        """Give the message back exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
+
+
+class ITransport(Interface):
+    """
+    Anything that can be offered a message.
+
+    ``send`` is called from several threads at once.  Any object with a fitting ``send`` will do; ``name`` and
+    ``close`` are used where they exist.
+    """
+
+    name = Attribute('A short name for logs; the name of the class where there is none.')
+
+    def send(sender, recipients, content):
+        """
+        Offer one message and return what became of it.
+
+        :param sender: the reverse-path without angle brackets; ``''`` is the null sender
+        :param recipients: a tuple of addresses, at least one
+        :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
+        :returns: a :class:`~.delivery.results.SendResult`, or True (sent to everybody) or False (try again later)
+        :raises ServerTrouble: the server cannot be used now; this message was neither sent nor refused
+
+        Any other exception is a defect of the transport: it is logged, and the message is tried again later.
+        """
+
+    def close():
+        """Let go of connections.  The transport may be used again afterwards."""
+
+
+class IRetryPolicy(Interface):
+    """Should it try again?  And when?  A pure decision: no clock and no files."""
+
+    def decide(recipients, attempts, queued_at, result, now):
+        """
+        Return the :class:`~.delivery.results.Settlement` of one attempt.
+
+        :param recipients: whom the message was still open for before the attempt
+        :param attempts: how many attempts were made before this one
+        :param queued_at: when the message came into the queue, in seconds since the epoch
+        :param result: the :class:`~.delivery.results.SendResult` of the attempt
+        :param now: seconds since the epoch
+        """
+
+
+class IDispatcher(Interface):
+    """Who tries the claims of a transaction that has just committed."""
+
+    def dispatch(claims):
+        """
+        Take over *claims*.  Called after the commit, in the thread of the request; must neither raise nor wait.
+
+        (``inline`` does wait: that is what it is for.)
+        """
+
+    def close():
+        """Stop, and release what is not delivered yet.  Called when the process ends."""
