@@ -6,12 +6,16 @@ method, when, from which thread, and what may fail.  Classes say ``@implementer`
 ``verifyObject``.
 """
 
-# In an interface ``self`` is not written, and a method has no body beside its docstring.
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 from zope.interface import Attribute, Interface
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
+    from pyramid_mailqueue.envelope import Envelope
 
 __all__ = ['IClaim', 'IDispatcher', 'IMailQueue', 'IMailer', 'IRetryPolicy', 'IStaging', 'ITransport']
 
@@ -26,7 +30,12 @@ class IMailer(Interface):
     can never be sent, before anything was written.
     """
 
-    def send(message, sender=None, recipients=None, delivery=None):
+    def send(
+        message: Any,
+        sender: str | None = None,
+        recipients: Sequence[str] | str | None = None,
+        delivery: str | None = None,
+    ) -> str:
         """
         Send *message* if, and only if, the current transaction commits.  Return its Message-ID.
 
@@ -34,7 +43,9 @@ class IMailer(Interface):
         Raises :class:`~.exceptions.NoActiveTransaction` where nothing will ever commit.
         """
 
-    def send_immediately(message, sender=None, recipients=None):
+    def send_immediately(
+        message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None
+    ) -> SendResult:
         """
         Try *message* now, outside of any transaction, and queue it if that fails.
 
@@ -42,7 +53,7 @@ class IMailer(Interface):
         that a crash cannot lose it.  Raises :class:`~.exceptions.QueueError` if the queue cannot take it.
         """
 
-    def enqueue(message, sender=None, recipients=None):
+    def enqueue(message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
         """
         Make *message* durable in the queue now, outside of any transaction, for a later run.  Return its Message-ID.
 
@@ -53,17 +64,17 @@ class IMailer(Interface):
 class IMailQueue(Interface):
     """Where messages are durable until they are delivered.  Every method may be called from any thread."""
 
-    def staging():
+    def staging() -> IStaging:
         """Return a new, empty :class:`IStaging`.  Called once for each transaction; touches nothing yet."""
 
-    def put(envelope):
+    def put(envelope: Envelope) -> IClaim:
         """
         Make *envelope* durable and return its :class:`IClaim`: nobody else can take the message until it is settled.
 
         Raises :class:`~.exceptions.QueueError`, and has then left nothing behind.
         """
 
-    def claim_due(now):
+    def claim_due(now: float) -> Iterator[IClaim]:
         """
         Yield a claim for each message whose due time has come, oldest due first.
 
@@ -71,20 +82,20 @@ class IMailQueue(Interface):
         damaged ones are put aside and logged.  *now* is in seconds since the epoch.
         """
 
-    def claim(id):
+    def claim(id: str) -> IClaim | None:
         """Return the claim for one waiting message, due or not; None if it is gone or somebody else holds it."""
 
-    def recover(now):
+    def recover(now: float) -> Recovery:
         """
         Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.
 
         Called at the start of each run of ``mq-run``, never by a web process.
         """
 
-    def flush():
+    def flush() -> None:
         """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
 
-    def counts():
+    def counts() -> Mapping[str, int]:
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
 
 
@@ -96,20 +107,20 @@ class IStaging(Interface):
     ``prepare``, ``publish``; ``discard`` may come at any time, more than once, and after ``publish``.
     """
 
-    def add(envelope, claimed):
+    def add(envelope: Envelope, claimed: bool) -> None:
         """
         Add *envelope*.  If *claimed*, publish it with a claim for delivery by this process, else for a later run.
 
         Raises :class:`~.exceptions.QueueError`.
         """
 
-    def mark():
+    def mark() -> object:
         """Return a mark of the present contents, for :meth:`rollback`."""
 
-    def rollback(mark):
+    def rollback(mark: object) -> Sequence[Envelope]:
         """Drop what was added since *mark*; return the dropped envelopes."""
 
-    def prepare():
+    def prepare() -> None:
         """
         Write every message durably but invisibly: the "yes" of the first phase.
 
@@ -117,7 +128,7 @@ class IStaging(Interface):
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
         """
 
-    def publish():
+    def publish() -> Sequence[IClaim]:
         """
         Make the prepared messages real; return the claims of those that were added *claimed*, in their order.
 
@@ -125,7 +136,7 @@ class IStaging(Interface):
         prepared, in doubt.
         """
 
-    def discard():
+    def discard() -> Sequence[Envelope]:
         """Drop what is not published, if there is anything; return the dropped envelopes.  Never raises."""
 
 
@@ -137,21 +148,21 @@ class IClaim(Interface):
     too, and their messages are up for the next run.
     """
 
-    id = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')
-    attempts = Attribute('How many attempts were made before this one.')
-    queued_at = Attribute('When the message came into the queue, in seconds since the epoch.')
-    envelope = Attribute(
+    id: str = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')
+    attempts: int = Attribute('How many attempts were made before this one.')
+    queued_at: float = Attribute('When the message came into the queue, in seconds since the epoch.')
+    envelope: Envelope = Attribute(
         'The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged.'
     )
 
-    def settle(settlement):
+    def settle(settlement: Settlement) -> None:
         """
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
         If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
         """
 
-    def release():
+    def release() -> None:
         """Give the message back exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
 
 
@@ -163,9 +174,9 @@ class ITransport(Interface):
     ``close`` are used where they exist.
     """
 
-    name = Attribute('A short name for logs; the name of the class where there is none.')
+    name: str = Attribute('A short name for logs; the name of the class where there is none.')
 
-    def send(sender, recipients, content):
+    def send(sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
         """
         Offer one message and return what became of it.
 
@@ -178,14 +189,16 @@ class ITransport(Interface):
         Any other exception is a defect of the transport: it is logged, and the message is tried again later.
         """
 
-    def close():
+    def close() -> None:
         """Let go of connections.  The transport may be used again afterwards."""
 
 
 class IRetryPolicy(Interface):
     """Should it try again?  And when?  A pure decision: no clock and no files."""
 
-    def decide(recipients, attempts, queued_at, result, now):
+    def decide(
+        recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
+    ) -> Settlement:
         """
         Return the :class:`~.delivery.results.Settlement` of one attempt.
 
@@ -200,12 +213,12 @@ class IRetryPolicy(Interface):
 class IDispatcher(Interface):
     """Who tries the claims of a transaction that has just committed."""
 
-    def dispatch(claims):
+    def dispatch(claims: Sequence[IClaim]) -> None:
         """
         Take over *claims*.  Called after the commit, in the thread of the request; must neither raise nor wait.
 
         (``inline`` does wait: that is what it is for.)
         """
 
-    def close():
+    def close() -> None:
         """Stop, and release what is not delivered yet.  Called when the process ends."""
