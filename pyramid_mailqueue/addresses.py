@@ -1,0 +1,251 @@
+"""
+Mail addresses: what may stand in an SMTP envelope, and how addresses are read out of a header.
+
+An address that passes :func:`check_address` cannot break out of ``MAIL FROM:<…>``, ``RCPT TO:<…>`` or a line of the
+queue file: it holds no control, and no blank, comma or angle bracket outside of a quoted local part.  Beyond that the
+check is as liberal as mail is in real life; whether a mailbox exists only its server can tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Address, IPv6Address
+
+from pyramid_mailqueue.exceptions import AddressError
+
+__all__ = [
+    'check_address',
+    'needs_smtputf8',
+    'parse_header_addresses',
+    'parse_mailbox',
+    'split_addresses',
+]
+
+# RFC 5321 section 4.5.3.1.3: a path has at most 256 octets, two of them are the angle brackets.
+MAX_ADDRESS_OCTETS = 254
+
+_LABEL = r'[A-Za-z0-9_-]{1,63}'
+_DOMAIN = re.compile(rf'{_LABEL}(?:\.{_LABEL})*')
+_ORDINARY_ADDRESS = re.compile(rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~.-]+@{_DOMAIN.pattern}")
+
+_CONTROL_OR_SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
+_QUOTED_LOCAL_PART = re.compile(r'"(?:[^"\\]|\\[ -~])+"(?=@)')
+_NEEDS_QUOTES = re.compile(r'[ ()<>\[\]:;,\\"]')
+_IPV6_LITERAL = re.compile(r'\[IPv6:([0-9A-F:.]+)\]', re.IGNORECASE)
+
+
+def check_address(address: str) -> str:
+    """
+    Return *address* as it may stand in an SMTP envelope; a domain in other scripts becomes A-labels (RFC 5891).
+
+    An address is one mailbox, ``local-part@domain`` (RFC 5321 section 4.1.2), without a display name or angle
+    brackets.  Raises :class:`~.exceptions.AddressError` for anything else.
+    """
+    if isinstance(address, str) and len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address):
+        return address
+    return _check_unusual(address)
+
+
+def needs_smtputf8(address: str) -> bool:
+    """Tell whether the local part is not ASCII, so that every server on the way needs SMTPUTF8 (RFC 6531)."""
+    return not address.rpartition('@')[0].isascii()
+
+
+def _check_unusual(address: object) -> str:
+    if not isinstance(address, str):
+        raise AddressError(f'An address must be a str, not {type(address).__name__}: {_shown(repr(address))}.')
+    if len(address) > MAX_ADDRESS_OCTETS:
+        raise _too_long(address)
+    if _CONTROL_OR_SURROGATE.search(address):
+        raise AddressError(
+            f'The address {_shown(address)} holds a control character or a byte that is not text. '
+            'If it came out of a form or a database, check it there.'
+        )
+    if address != address.strip():
+        raise AddressError(f'The address {_shown(address)} begins or ends with a blank; remove it.')
+    local_part, domain = _split(address)
+    normalised = f'{local_part}@{_check_domain(domain, address)}'
+    if len(normalised.encode()) > MAX_ADDRESS_OCTETS:
+        raise _too_long(address)
+    return normalised
+
+
+def _split(address: str) -> tuple[str, str]:
+    """Return the local part, checked, and the domain, not yet checked."""
+    quoted = _QUOTED_LOCAL_PART.match(address)
+    local_part, at, domain = (quoted.group(), '@', address[quoted.end() + 1 :]) if quoted else address.partition('@')
+    if not at:
+        raise AddressError(f'The address {_shown(address)} has no domain; write it as local-part@domain.')
+    if not local_part:
+        raise AddressError(f'The address {_shown(address)} has nothing before the "@".')
+    if not quoted and _NEEDS_QUOTES.search(local_part):
+        raise AddressError(
+            f'The address {_shown(address)} holds a character that is only allowed between double quotes. '
+            'Pass one address for each recipient, and nothing but the address.'
+        )
+    if not local_part.isprintable():
+        raise AddressError(f'The address {_shown(address)} holds an invisible character before the "@"; remove it.')
+    return local_part, domain
+
+
+def _check_domain(domain: str, address: str) -> str:
+    if domain.startswith('['):
+        return _check_literal(domain, address)
+    if not domain.isascii():
+        domain = _to_a_labels(domain, address)
+    if not _DOMAIN.fullmatch(domain):
+        raise AddressError(f'The address {_shown(address)} does not end in the name of a domain such as "example.org".')
+    return domain
+
+
+def _check_literal(domain: str, address: str) -> str:
+    ipv6 = _IPV6_LITERAL.fullmatch(domain)
+    try:
+        if ipv6:
+            IPv6Address(ipv6.group(1))
+        else:
+            IPv4Address(domain.removeprefix('[').removesuffix(']'))
+    except ValueError as exc:
+        raise AddressError(
+            f'The address {_shown(address)} does not end in an IP address; these are written '
+            '[192.0.2.1] or [IPv6:2001:db8::1].'
+        ) from exc
+    return domain
+
+
+def _to_a_labels(domain: str, address: str) -> str:
+    # Rarely needed, and its tables take a while to load.
+    import idna
+
+    try:
+        return idna.encode(domain, uts46=True, transitional=False).decode('ascii')
+    except UnicodeError as exc:
+        raise AddressError(f'The domain of the address {_shown(address)} cannot exist: {_shown(str(exc))}.') from exc
+
+
+def _too_long(address: str) -> AddressError:
+    return AddressError(
+        f'The address {_shown(address)} is longer than {MAX_ADDRESS_OCTETS} octets, which no mail server has to accept.'
+    )
+
+
+def _shown(text: str) -> str:
+    """Return *text* for an error message: short, ASCII and in quotes, so that it cannot garble a log or a terminal."""
+    return ascii(text if len(text) <= 100 else f'{text[:97]}...')
+
+
+# --- lists of addresses -----------------------------------------------------
+
+# A quoted string that is never closed runs to the end of the text.
+_LIST_ITEM = re.compile(r'(?:[^",]+|"(?:[^"\\]+|\\.)*(?:"|\\?\Z))+', re.DOTALL)
+
+
+def split_addresses(text: str) -> list[str]:
+    """Split the comma list of a queue file; a comma in a quoted local part does not count.  Nothing is checked."""
+    items = _LIST_ITEM.findall(text) if '"' in text else text.split(',')
+    return [stripped for item in items if (stripped := item.strip(' \t'))]
+
+
+# --- addresses in header fields ---------------------------------------------
+
+_TOKEN = re.compile(
+    r"""
+    (?P<blank>  [ \t]+ )
+  | (?P<atom>   [^\x00- \x7f()<>\[\]:;@\\,"]+ )
+  | (?P<quoted> "(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*" )
+  | (?P<literal>\[[^\[\]\\\x00-\x1f\x7f]*\] )
+  | (?P<special>[<>@,:;] )
+  | (?P<open>   \( )
+    """,
+    re.VERBOSE,
+)
+_COMMENT_PIECE = re.compile(r'(?:[^()\\]|\\.)*([()])', re.DOTALL)
+_FOLD = re.compile(r'\r?\n(?=[ \t])')
+
+# An address list (RFC 5322 section 3.4), one letter for each token: an *a*tom, a *q*uoted string, a domain *l*iteral, a
+# special as itself.  In a list of this shape each "@" stands between the two halves of one address.
+_MAILBOX = r'(?:[aq]*<[aq]@[al]>|[aq]@[al])'
+_MAILBOXES = rf',*(?:{_MAILBOX}(?:,+{_MAILBOX})*,*)?'
+_ADDRESS = rf'(?:{_MAILBOX}|[aq]+:{_MAILBOXES};)'
+_ADDRESS_LIST = re.compile(rf',*(?:{_ADDRESS}(?:,+{_ADDRESS})*,*)?')
+
+
+def parse_header_addresses(values: Iterable[str]) -> list[str]:
+    """
+    Return the addresses in the *values* of header fields such as ``To`` (RFC 5322 section 3.4), each of them once.
+
+    The members of a group count, its name does not.  Encoded words stay encoded, so that a display name cannot turn
+    into an address.  Raises :class:`~.exceptions.AddressError` for a value that can be read in more than one way:
+    mail for the wrong person is worse than an error.
+    """
+    return list(dict.fromkeys(address for value in values for address in _parse_value(value)))
+
+
+def parse_mailbox(text: str) -> str:
+    """
+    Return the address of one mailbox, written ``a@example.org`` or ``Display Name <a@example.org>``.
+
+    Raises :class:`~.exceptions.AddressError`.
+    """
+    if not (isinstance(text, str) and text.endswith('>')):
+        return check_address(text)
+    addresses = list(_parse_value(text))
+    if len(addresses) != 1:
+        raise AddressError(f'{_shown(text)} is not exactly one address; pass a list with an item for each address.')
+    return addresses[0]
+
+
+def _parse_value(value: str) -> Iterator[str]:
+    tokens = list(_tokens(_FOLD.sub('', value), value))
+    shape = ''.join(kind for kind, _ in tokens)
+    if not _ADDRESS_LIST.fullmatch(shape):
+        raise _unreadable(value)
+    for index, (kind, _) in enumerate(tokens):
+        if kind == '@':
+            yield _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value)
+
+
+def _check_token_pair(local_part: str, domain: str, value: str) -> str:
+    # RFC 2047 section 5: there are no encoded words in an address.  This one was torn apart, or its writer made an
+    # encoded word of a local part that needs SMTPUTF8.
+    if local_part.startswith('=?'):
+        raise _unreadable(value)
+    try:
+        return check_address(f'{local_part}@{domain}')
+    except AddressError as exc:
+        raise AddressError(f'{exc} It stands in the header field value {_shown(value)}.') from exc
+
+
+def _tokens(text: str, value: str) -> Iterator[tuple[str, str]]:
+    """Yield the letter and the text of each token, without blanks and comments."""
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if not match:
+            raise _unreadable(value)
+        position = match.end()
+        if match.lastgroup == 'open':
+            position = _end_of_comment(text, position, value)
+        elif match.lastgroup == 'special':
+            yield match.group(), match.group()
+        elif match.lastgroup != 'blank':
+            yield str(match.lastgroup)[0], match.group()
+
+
+def _end_of_comment(text: str, position: int, value: str) -> int:
+    depth = 1
+    while depth:
+        match = _COMMENT_PIECE.match(text, position)
+        if not match:
+            raise _unreadable(value)
+        depth += 1 if match.group(1) == '(' else -1
+        position = match.end()
+    return position
+
+
+def _unreadable(value: str) -> AddressError:
+    return AddressError(
+        f'The header field value {_shown(value)} is not a list of addresses that can be read in one way only. '
+        'Correct it, or pass sender= and recipients= explicitly.'
+    )

@@ -1,0 +1,213 @@
+"""
+The queue file: six header lines for the queue, then the message, byte for byte as it goes out.
+
+::
+
+    Return-path: <sender@site.example>
+    Envelope-to: a@site.example,b@site.example
+    X-Queue-Date: Tue, 24 Nov 2026 07:28:11 +0000
+    X-Last-Attempt: Tue, 24 Nov 2026 07:33:12 +0000 (451 4.3.0 try again later)
+    X-Retries: 1
+    X-Queue-Meta-End: end
+
+Each line ends in CRLF and none is folded; mailqueue-runner reads and writes the same lines.  This module knows the
+format only: where files are, who may open them and when they reach the disk is the business of the queue.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import format_datetime
+from typing import BinaryIO
+
+from pyramid_mailqueue.addresses import check_address, split_addresses
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import AddressError, QueueFileError
+
+__all__ = ['QueueHeader', 'read_envelope', 'read_header', 'serialize_header']
+
+MAX_HEADER_OCTETS = 1024 * 1024
+MAX_REPLY_CHARACTERS = 300
+
+_FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
+_END = b'X-Queue-Meta-End: end'
+
+
+@dataclass(frozen=True, slots=True)
+class QueueHeader:
+    """
+    What the queue knows of a message.
+
+    :param sender: the reverse-path; ``''`` is the null sender
+    :param recipients: whom the message is still open for
+    :param queued_at: when it came into the queue, in seconds since the epoch; the file keeps whole seconds
+    :param attempts: how many attempts were made
+    :param last_attempt: when the last one was made, or when the message was buried without any
+    :param last_reply: what the server said then, or why the message was buried; kept only with *last_attempt*
+    """
+
+    sender: str
+    recipients: tuple[str, ...]
+    queued_at: float
+    attempts: int = 0
+    last_attempt: float | None = None
+    last_reply: str = ''
+
+
+# --- writing ----------------------------------------------------------------
+
+
+def serialize_header(header: QueueHeader) -> bytes:
+    """Return the lines of *header* up to and including the end marker; the message follows at once."""
+    lines = [
+        f'Return-path: <{header.sender}>',
+        f'Envelope-to: {",".join(header.recipients)}',
+        f'X-Queue-Date: {_format_date(header.queued_at)}',
+    ]
+    if header.last_attempt is not None:
+        reply = _clean_comment(header.last_reply)
+        lines.append(f'X-Last-Attempt: {_format_date(header.last_attempt)}' + (f' ({reply})' if reply else ''))
+    if header.attempts:
+        lines.append(f'X-Retries: {header.attempts}')
+    return '\r\n'.join(lines).encode() + b'\r\n' + _END + b'\r\n'
+
+
+def _format_date(seconds: float) -> str:
+    return format_datetime(datetime.fromtimestamp(int(seconds), timezone.utc))
+
+
+_COMMENT_SUBSTITUTES = str.maketrans({'(': '[', ')': ']', '\\': '/'})
+_NOT_PRINTABLE_ASCII = re.compile(r'[^ -~]')
+
+
+def _clean_comment(text: str) -> str:
+    """Return *text* as it may stand in an RFC 5322 comment without any quoting."""
+    text = ' '.join(text.split()).translate(_COMMENT_SUBSTITUTES)
+    return _NOT_PRINTABLE_ASCII.sub('?', text)[:MAX_REPLY_CHARACTERS].rstrip()
+
+
+# --- reading ----------------------------------------------------------------
+
+
+def read_envelope(fp: BinaryIO) -> tuple[QueueHeader, Envelope]:
+    """Read a whole queue file.  Raises :class:`~.exceptions.QueueFileError` as :func:`read_header` does."""
+    header = read_header(fp)
+    return header, Envelope(header.sender, header.recipients, fp.read())
+
+
+def read_header(fp: BinaryIO) -> QueueHeader:
+    """
+    Read the lines of the queue from *fp* and leave it at the first byte of the message.
+
+    Raises :class:`~.exceptions.QueueFileError` for anything that neither we nor mailqueue-runner write.
+    """
+    fields = _read_fields(fp)
+    last_attempt, last_reply = _parse_attempt(fields.get('X-Last-Attempt'))
+    return QueueHeader(
+        sender=_parse_sender(fields.get('Return-path', '')),
+        recipients=_parse_recipients(fields.get('Envelope-to', '')),
+        queued_at=_parse_date('X-Queue-Date', fields.get('X-Queue-Date', '')),
+        attempts=_parse_retries(fields.get('X-Retries', '0')),
+        last_attempt=last_attempt,
+        last_reply=last_reply,
+    )
+
+
+def _read_fields(fp: BinaryIO) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    budget = MAX_HEADER_OCTETS
+    while True:
+        line = fp.readline(budget)
+        budget -= len(line)
+        if not line.endswith(b'\n'):
+            raise QueueFileError(
+                f'The line "{_END.decode()}" is missing'
+                + (f' in the first {MAX_HEADER_OCTETS} octets' if budget <= 0 else ': the file is cut off')
+                + '; this is not a queue file.'
+            )
+        line = line[:-2] if line.endswith(b'\r\n') else line[:-1]
+        if line == _END:
+            return fields
+        name, value = _split_line(line)
+        if name in fields:
+            raise QueueFileError(f'The line {name} is there twice.')
+        fields[name] = value
+
+
+def _split_line(line: bytes) -> tuple[str, str]:
+    try:
+        name, _, value = line.decode().partition(':')
+    except UnicodeDecodeError as exc:
+        raise QueueFileError(f'The line {_shown(line)} is not UTF-8.') from exc
+    if name not in _FIELDS:
+        raise QueueFileError(f'The line {_shown(line)} does not belong into the header of a queue file.')
+    return name, value.strip(' \t')
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:100]).removeprefix('b')
+
+
+def _parse_sender(value: str) -> str:
+    if not (value.startswith('<') and value.endswith('>')):
+        raise QueueFileError(f'Return-path must be an address in angle brackets, not {ascii(value[:100])}.')
+    return _checked('Return-path', value[1:-1]) if value != '<>' else ''
+
+
+def _parse_recipients(value: str) -> tuple[str, ...]:
+    recipients = tuple(_checked('Envelope-to', address) for address in split_addresses(value))
+    if not recipients:
+        raise QueueFileError('Envelope-to is missing or empty: there is nobody to send to.')
+    return recipients
+
+
+def _checked(name: str, address: str) -> str:
+    try:
+        return check_address(address)
+    except AddressError as exc:
+        raise QueueFileError(f'{name} cannot be used: {exc}') from exc
+
+
+_MONTHS = ('Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep', 'Oct', 'Nov', 'Dec')
+_DATE = re.compile(
+    rf'[A-Z][a-z]{{2}}, ([0-9]{{1,2}}) ({"|".join(_MONTHS)}) ([0-9]{{4}})'
+    r' ([0-9]{2}):([0-9]{2}):([0-9]{2}) ([+-])([0-9]{2})([0-9]{2})'
+)
+_ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
+_RETRIES = re.compile(r'[0-9]{1,9}')
+
+
+def _parse_date(name: str, value: str) -> float:
+    match = _DATE.fullmatch(value)
+    if not match:
+        raise _bad_date(name, value)
+    day, month, year, hour, minute, second, sign, offset_hours, offset_minutes = match.groups()
+    try:
+        local = datetime(
+            int(year), _MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=timezone.utc
+        )
+    except ValueError as exc:
+        raise _bad_date(name, value) from exc
+    offset = 3600 * int(offset_hours) + 60 * int(offset_minutes)
+    return local.timestamp() + (offset if sign == '-' else -offset)
+
+
+def _bad_date(name: str, value: str) -> QueueFileError:
+    return QueueFileError(f'{name} must be a date such as "Tue, 24 Nov 2026 07:28:11 +0000", not {ascii(value[:100])}.')
+
+
+def _parse_attempt(value: str | None) -> tuple[float | None, str]:
+    if value is None:
+        return None, ''
+    match = _ATTEMPT.fullmatch(value)
+    if not match:
+        raise _bad_date('X-Last-Attempt', value)
+    return _parse_date('X-Last-Attempt', match.group(1)), match.group(2) or ''
+
+
+def _parse_retries(value: str) -> int:
+    if not _RETRIES.fullmatch(value):
+        raise QueueFileError(f'X-Retries must be a number, not {ascii(value[:100])}.')
+    return int(value)
