@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
+
+# A slow machine is no defect; nothing is remembered from one run to the next, and CI tries the same examples each time.
+hypothesis.settings.register_profile('mailqueue', deadline=None, database=None, derandomize='CI' in os.environ)
+hypothesis.settings.load_profile('mailqueue')
 
 COMPLETE = bool(os.environ.get('MAILQUEUE_TESTS_COMPLETE'))
 
