@@ -1,0 +1,476 @@
+"""
+Every ``mailqueue.*`` key, parsed once, typed and frozen.
+
+The fields of :class:`Settings` are the one table of keys: name, type, default, parser and help text.  The docs and the
+error messages are made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyramid_mailqueue.addresses import check_address
+from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
+from pyramid_mailqueue.hosts import is_loopback
+
+__all__ = ['Key', 'Settings', 'known_keys']
+
+T = TypeVar('T')
+Parser = Callable[[object], T]
+
+IMPLICIT_TLS_PORT = 465
+PLAIN_OR_STARTTLS_PORTS = (25, 587)
+
+# Keys of others that people bring along, and what they need to know.
+_NOT_HERE = {
+    'smtp_tls_verify': (
+        'there is no such key, because certificates are verified wherever TLS is required. Remove it; '
+        'a certificate of your own goes into the file that smtp_tls_ca_file names'
+    )
+}
+
+
+# --- parsers: an ini's text or an object set in code -> a typed value; ValueError says what the value must be --------
+
+_CONTROL = re.compile(r'[\x00-\x1f\x7f]')
+_DIGITS = re.compile(r'\s*([0-9]{1,15})\s*')
+_DURATION = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([smhd]?)\s*')
+_SIZE = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(?:i?b)?\s*', re.IGNORECASE)
+_FACTORY = re.compile(r'[^\W\d]\w*(?:[.:][^\W\d]\w*)+')
+_TRANSPORT = re.compile(r'[A-Za-z0-9_.:-]+')
+_LABEL = r'[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+_DOMAIN = re.compile(rf'{_LABEL}(?:\.{_LABEL})*')
+_HOST_NAME = re.compile(r'[\w-]{1,63}(?:\.[\w-]{1,63})*\.?')
+_ADDRESS_LITERAL = re.compile(r'\[(?:(?P<ipv6>IPv6:))?(?P<address>[^\[\]]+)\]', re.IGNORECASE)
+
+_SECONDS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+_MINUTE, _DAY = 60, 86400
+_YES = frozenset(('t', 'true', 'y', 'yes', 'on', '1'))
+_NO = frozenset(('f', 'false', 'n', 'no', 'off', '0'))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or _CONTROL.search(value.strip()):
+        raise ValueError('must be text in one line')
+    return value.strip()
+
+
+def _secret(value: object) -> str:
+    # Not stripped: an app that reads a password from elsewhere means every character of it.
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise ValueError('must be text in one line')
+    return value
+
+
+def _choice(*words: str) -> Parser[str]:
+    def parse(value: object) -> str:
+        word = value.strip() if isinstance(value, str) else value
+        if word not in words:
+            raise ValueError(f'must be {_or(words)}')
+        return str(word)
+
+    return parse
+
+
+def _whole(least: int, most: int) -> Parser[int]:
+    def parse(value: object) -> int:
+        match = _DIGITS.fullmatch(value) if isinstance(value, str) else None
+        number = int(match[1]) if match else value
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
+            raise ValueError(f'must be a whole number from {least} to {most}')
+        return number
+
+    return parse
+
+
+def _duration(least: str = '', most: str = '3650d') -> Parser[float]:
+    """Return a parser for a time span; its result is in seconds."""
+    bounds = f'from {least} to {most}' if least else f'greater than 0, at most {most}'
+
+    def parse(value: object) -> float:
+        seconds = _seconds(value)
+        if not (0 < seconds <= _seconds(most) and seconds >= (_seconds(least) if least else 0)):
+            raise ValueError(f'must be seconds such as 300, or 90s, 5m, 1.5h or 2d; {bounds}')
+        return seconds
+
+    return parse
+
+
+def _seconds(value: object) -> float:
+    """Return *value* in seconds; not a number (NaN), which is in no range, if it is no time span."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    return float(match[1]) * _SECONDS[match[2]] if match else math.nan
+
+
+def _size(value: object) -> int:
+    """Return *value* in bytes.  K, M, G and T are powers of 1024, with or without ``B`` or ``iB`` behind them."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = int(float(match[1]) * 1024 ** ' kmgt'.index(match[2].lower() or ' ')) if match else value
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError('must be bytes such as 10485760, or 512K, 10M or 1G (1K is 1024 bytes); at least 1')
+    return size
+
+
+def _flag(value: object) -> bool:
+    word = str(value).strip().lower()
+    if word not in _YES | _NO:
+        raise ValueError('must be true or false')
+    return word in _YES
+
+
+def _path(value: object) -> Path:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or _CONTROL.search(path := path.strip()):
+        raise ValueError('must be a path in one line')
+    expanded = os.path.expanduser(path)
+    if not os.path.isabs(expanded):
+        raise ValueError(
+            f'must be an absolute path, such as %(here)s/{path.lstrip("./")} in an ini file; '
+            'a relative one would be another place for a cron job than for the web process'
+        )
+    return Path(expanded)
+
+
+def _words(value: object) -> tuple[str, ...]:
+    items = re.split(r'[\s,]+', value.strip().strip(',')) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+        raise ValueError('must be names, separated by blanks or commas')
+    return tuple(item.strip() for item in items)
+
+
+def _transports(value: object) -> tuple[str, ...]:
+    names = _words(value)
+    if not names or len(set(names)) < len(names) or not all(map(_TRANSPORT.fullmatch, names)):
+        raise ValueError('must be one or more of smtp, inbox and names of transports, in their order, each only once')
+    return names
+
+
+def _plugins(value: object) -> tuple[str, ...]:
+    names = _words(value)
+    return () if names == ('none',) else names
+
+
+def _queue(value: object) -> str:
+    name = _text(value)
+    if name not in ('maildir', 'sql') and not _FACTORY.fullmatch(name):
+        raise ValueError('must be maildir, sql, or the dotted name of a factory')
+    return name
+
+
+def _host(value: object) -> str:
+    host = _text(value)
+    if host.startswith('[') and host.endswith(']'):
+        host = host[1:-1]
+    if _is_ip_address(host) or (_HOST_NAME.fullmatch(host) and len(host) <= 253):
+        return host
+    if re.fullmatch(r'(?:\[.*\]|[^:]*):[0-9]*', host):
+        raise ValueError('must be a host name or an IP address alone; the port is set by smtp_port')
+    raise ValueError('must be a host name or an IP address')
+
+
+def _ehlo_name(value: object) -> str:
+    """RFC 5321 section 4.1.1.1: a domain or an address literal."""
+    name = _text(value)
+    literal = _ADDRESS_LITERAL.fullmatch(name)
+    if (_DOMAIN.fullmatch(name) and len(name) <= 255) or (
+        literal and (':' in literal['address']) == bool(literal['ipv6']) and _is_ip_address(literal['address'])
+    ):
+        return name
+    raise ValueError('must be a domain name, or an address such as [192.0.2.1] or [IPv6:2001:db8::1]')
+
+
+def _is_ip_address(text: str) -> bool:
+    from ipaddress import ip_address
+
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _address(value: object) -> str:
+    text = _text(value)
+    try:
+        return check_address(text)
+    except AddressError as exc:
+        hint = ' without a name and angle brackets' if '<' in text else ''
+        raise ValueError(f'must be a mail address alone, such as noreply@example.org{hint} ({exc})') from exc
+
+
+def _attribute(value: object) -> str:
+    if not isinstance(value, str) or not value.strip().isidentifier():
+        raise ValueError('must be the name of an attribute of the request')
+    return value.strip()
+
+
+def _ca_file(value: object) -> Path:
+    path = _path(value)
+    # Loading it takes milliseconds which nobody needs who has not set this key.
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(path)
+    except OSError as exc:
+        raise ValueError(f'must be a readable file of certificates in PEM format ({exc.strerror or exc})') from exc
+    if not context.cert_store_stats()['x509']:
+        raise ValueError('must be a file of certificates in PEM format; there is none in it')
+    return path
+
+
+def _or(words: Iterable[str]) -> str:
+    *others, last = words
+    return f'{", ".join(others)} or {last}'
+
+
+# --- the table of keys ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """
+    What is known of one key, for the docs and for error messages.
+
+    :param name: without the prefix
+    :param default: as it would be written in an ini file, or None
+    :param help: one sentence
+    :param secret: whether its value must never be shown
+    """
+
+    name: str
+    default: str | None
+    help: str
+    secret: bool
+
+
+def _key(parse: Parser[T], default: str, help: str) -> T:
+    """Declare a field whose *default* is written as in an ini file."""
+    return field(default=parse(default), metadata={'parse': parse, 'default': default, 'help': help})
+
+
+def _optional(parse: Parser[T], help: str, *, secret: bool = False) -> T | None:
+    """Declare a field that has no value unless it is set."""
+    return field(default=None, repr=not secret, metadata={'parse': parse, 'default': None, 'help': help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What this package was told to do: one field for each key.  Times are in seconds, sizes in bytes.
+
+    :meth:`from_mapping` checks what it reads.  The constructor checks nothing: it is for code that knows its values.
+    """
+
+    queue: str = _key(_queue, 'maildir', 'Where messages wait: maildir, sql, or the dotted name of a factory.')
+    queue_dir: Path | None = _optional(_path, 'The directory of the queue, required with maildir; created if missing.')
+    transports: tuple[str, ...] = _key(
+        _transports, 'smtp', 'Who is offered a message, in this order: smtp, inbox, or names of transports.'
+    )
+    delivery: str = _key(
+        _choice('background', 'inline', 'queue'),
+        'background',
+        'When a message is first tried: by a thread after the commit, before the commit returns, or by mq-run only.',
+    )
+    default_sender: str | None = _optional(_address, 'The envelope sender of a message that names none.')
+
+    smtp_hostname: str | None = _optional(_host, 'The name or IP address of the mail server.')
+    smtp_port: int = _key(_whole(1, 65535), '25', 'The port of the mail server.')
+    smtp_username: str | None = _optional(_text, 'The user name for the mail server.')
+    smtp_password: str | None = _optional(_secret, 'The password for the mail server.', secret=True)
+    smtp_local_hostname: str | None = _optional(
+        _ehlo_name, 'How this host calls itself (EHLO); its fully qualified name if not set.'
+    )
+    smtp_tls: str | None = _optional(
+        _choice('starttls', 'implicit', 'opportunistic', 'off'),
+        'How the connection is encrypted: implicit on port 465, opportunistic to this host, else starttls if not set.',
+    )
+    smtp_tls_ca_file: Path | None = _optional(
+        _ca_file, "The certificates (PEM) that the mail server's must be signed by; the system's if not set."
+    )
+    smtp_connections: int = _key(_whole(1, 100), '4', 'How many connections one mq-run uses at once, at most.')
+    smtp_connect_timeout: float = _key(_duration(most='1d'), '10s', 'How long connecting may take.')
+    smtp_timeout: float = _key(_duration(most='1d'), '300s', 'How long the answer to one command may take.')
+    smtp_data_timeout: float = _key(
+        _duration(most='1d'), '600s', 'How long the answer to a whole message may take; too short sends mail twice.'
+    )
+    smtp_idle_timeout: float = _key(_duration(most='1d'), '30s', 'How long a connection is kept for the next message.')
+
+    retry_first: float = _key(_duration(), '5m', 'How long a message waits after its first attempt.')
+    retry_max: float = _key(_duration(), '4000s', 'How long a message waits at most; each wait is twice the last.')
+    lifetime: float = _key(_duration(), '5d', 'How long a message is tried before it is given up.')
+    max_recipients: int = _key(_whole(1, 1_000_000), '100', 'How many recipients are given to the server at once.')
+    max_message_size: int | None = _optional(_size, 'How large a message may be.')
+    in_doubt: str = _key(
+        _choice('hold', 'send', 'discard'),
+        'hold',
+        'What mq-run does with a message whose process died between the commit and the publishing of its mail.',
+    )
+
+    sql_url: str | None = _optional(
+        _text, 'The database of the sql queue, for mq-run and attempts after a commit; sqlalchemy.url if not set.',
+        secret=True,
+    )  # fmt: skip
+    sql_session: str = _key(_attribute, 'dbsession', "The attribute of the request that is the app's database session.")
+    sql_lease: float = _key(_duration('1s', '1d'), '5m', 'How long a claim of the sql queue lasts without renewal.')
+    sql_notify: bool = _key(_flag, 'false', 'Whether a new message wakes mq-run --watch (PostgreSQL).')
+
+    plugins: tuple[str, ...] = _key(_plugins, '*', 'The plugins to load: names, * for all, or none.')
+    logging_conf: Path | None = _optional(_path, "The logging configuration of mq-run, instead of the ini file's own.")
+    delivery_log: Path | None = _optional(_path, 'The file in which mq-run logs each result for a recipient.')
+    queue_log: Path | None = _optional(_path, 'The file in which mq-run logs what happens to messages in the queue.')
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, object], prefix: str = 'mailqueue.') -> Settings:
+        """
+        Read the settings of an app; keys without *prefix* are somebody else's.
+
+        Values are text or already typed; an empty text means not set.  Raises
+        :class:`~.exceptions.ConfigurationError`, which names every key that cannot be used, one a line.
+        """
+        own = {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
+        if _is_unset(own.get('sql_url')) and isinstance(url := settings.get('sqlalchemy.url'), str):
+            own['sql_url'] = url
+        return _read(own, f'{prefix}{{}}'.format, _contradictions)
+
+    @classmethod
+    def from_mqrunner_section(cls, section: Mapping[str, object]) -> Settings:
+        """
+        Read a ``[mqrunner]`` section: the same keys without prefix, and two more that mailqueue-runner has there.
+
+        ``smtp_tls = yes`` is implicit on port 465, else starttls; ``from`` is left to the caller.
+        ``queue_dir`` may be missing, because the command line can name it; the caller has to look.  Raises
+        :class:`~.exceptions.ConfigurationError`, as :meth:`from_mapping` does.
+        """
+        own = {key: value for key, value in section.items() if key not in ('here', '__file__', 'from')}
+        if own.get('smtp_tls') == 'yes':
+            own['smtp_tls'] = 'implicit' if str(own.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 'starttls'
+        return _read(own, '[mqrunner] {}'.format, _smtp_contradictions)
+
+    @property
+    def effective_tls(self) -> str:
+        """``smtp_tls``, or what it is if it was not set."""
+        if self.smtp_tls:
+            return self.smtp_tls
+        if self.smtp_port == IMPLICIT_TLS_PORT:
+            return 'implicit'
+        return 'opportunistic' if self.smtp_hostname and is_loopback(self.smtp_hostname) else 'starttls'
+
+
+def known_keys() -> Mapping[str, Key]:
+    """Return every key by its name without prefix, in the order of the docs."""
+    return {
+        f.name: Key(f.name, f.metadata['default'], f.metadata['help'], secret=not f.repr)
+        for f in dataclasses.fields(Settings)
+    }
+
+
+# --- reading ----------------------------------------------------------------
+
+# Builds the full name of a key, as its file spells it.
+FullName = Callable[[str], str]
+# Yields the names of the keys that contradict each other, and what to do about it.
+Contradictions = Callable[[Settings, FullName], Iterator[tuple[set[str], str]]]
+
+
+def _read(own: Mapping[str, object], full: FullName, contradictions: Contradictions) -> Settings:
+    """Parse *own* (keys without prefix), or raise one error with all of its problems."""
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name, value in own.items():
+        if name not in fields:
+            problems[name] = _unknown(name, full)
+        elif not _is_unset(value):
+            try:
+                values[name] = fields[name].metadata['parse'](value)
+            except ValueError as exc:
+                shown = repr(value) if fields[name].repr else '(not shown)'
+                problems[name] = f'{full(name)} = {shown}: {exc}.'
+    settings = Settings(**values)
+    texts = list(problems.values())
+    # A key that could not be read stands at its default here, and that contradicts nothing which the user wrote.
+    texts += [text for names, text in contradictions(settings, full) if not names & problems.keys()]
+    if texts:
+        raise ConfigurationError('\n'.join(texts))
+    return settings
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _unknown(name: str, full: FullName) -> str:
+    if name in _NOT_HERE:
+        return f'{full(name)}: {_NOT_HERE[name]}.'
+    # Needed for a mistake only.
+    import difflib
+
+    near = difflib.get_close_matches(name, known_keys(), n=1)
+    return f'{full(name)}: there is no such key.' + (f' Did you mean {full(near[0])}?' if near else '')
+
+
+def _contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+    if settings.queue == 'maildir' and not settings.queue_dir:
+        yield (
+            {'queue', 'queue_dir'},
+            f'{full("queue_dir")} is missing: with {full("queue")} = maildir it names the directory in which messages '
+            'wait, such as %(here)s/mailqueue in an ini file.',
+        )
+    yield from _smtp_contradictions(settings, full)
+
+
+def _smtp_contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+    if 'smtp' in settings.transports and not settings.smtp_hostname:
+        yield (
+            {'transports', 'smtp_hostname'},
+            f'{full("smtp_hostname")} is missing: {full("transports")} has smtp, so it must name the mail server, '
+            'such as localhost.',
+        )
+    for one, other in (('smtp_username', 'smtp_password'), ('smtp_password', 'smtp_username')):
+        if getattr(settings, one) is not None and getattr(settings, other) is None:
+            yield {one, other}, f'{full(other)} is missing: {full(one)} is set. Set both, or neither.'
+    yield from _tls_contradictions(settings, full)
+    if settings.retry_first > settings.retry_max:
+        yield (
+            {'retry_first', 'retry_max'},
+            f'{full("retry_first")} = {settings.retry_first:g}s is longer than {full("retry_max")} = '
+            f'{settings.retry_max:g}s: the first wait is the shortest.',
+        )
+
+
+def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+    mode, port, host = settings.smtp_tls, settings.smtp_port, settings.smtp_hostname
+    if mode == 'off' and settings.smtp_username is not None and host and not is_loopback(host):
+        yield (
+            {'smtp_tls', 'smtp_username', 'smtp_hostname'},
+            f'{full("smtp_tls")} = off would send {full("smtp_password")} in clear text to {host}. '
+            'Set it to starttls or implicit; off is for this host only.',
+        )
+    if mode == 'off' and settings.smtp_tls_ca_file:
+        yield (
+            {'smtp_tls', 'smtp_tls_ca_file'},
+            f'{full("smtp_tls_ca_file")} is of no use with {full("smtp_tls")} = off. Remove one of them.',
+        )
+    # RFC 8314 section 3.3: on port 465 TLS begins with the first byte; the others begin in clear text.
+    if port == IMPLICIT_TLS_PORT and mode not in (None, 'implicit'):
+        yield (
+            {'smtp_tls', 'smtp_port'},
+            f'{full("smtp_tls")} = {mode} does not go with {full("smtp_port")} = {port}, where TLS is implicit. '
+            'Set it to implicit, or remove it; for starttls the port is usually 587.',
+        )
+    if port in PLAIN_OR_STARTTLS_PORTS and mode == 'implicit':
+        yield (
+            {'smtp_tls', 'smtp_port'},
+            f'{full("smtp_tls")} = implicit does not go with {full("smtp_port")} = {port}, where TLS begins with '
+            f'STARTTLS. Set {full("smtp_port")} = {IMPLICIT_TLS_PORT}, or {full("smtp_tls")} = starttls.',
+        )
