@@ -1,0 +1,24 @@
+"""A small Pyramid app: who signs up gets a row in the database and a mail, both or neither."""
+
+from __future__ import annotations
+
+from pyramid.config import Configurator
+
+__all__ = ['main']
+
+
+def main(global_config, **settings):
+    """Return the WSGI app, with its SMTP server running: what ``pserve`` and ``python -m demo`` call."""
+    # Name the ini as mq-run has to be told it, from any directory.
+    settings['demo.ini'] = global_config['__file__']
+    with Configurator(settings=settings) as config:
+        config.include('pyramid_jinja2')
+        config.include('pyramid_tm')
+        config.include('pyramid_retry')
+        config.include('pyramid_mailqueue')
+        config.include('.models')
+        config.include('.relay')
+        config.include('.security')
+        config.include('.routes')
+        config.scan('.views')
+        return config.make_wsgi_app()

@@ -1,0 +1,117 @@
+"""
+The SMTP server of the demo: a real one, on a socket of 127.0.0.1, with a switch.
+
+It runs in a thread of the web process, but the web process knows nothing of that: it speaks SMTP to it like to any
+other server, and so does ``mq-run``, which reads the address in the same ini.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+
+from aiosmtpd.controller import Controller
+
+from demo.inbox import Inbox
+
+__all__ = ['Relay', 'RelayError', 'includeme']
+
+log = logging.getLogger(__name__)
+
+HOST = '127.0.0.1'
+REFUSED = 'nobody@'
+
+
+class RelayError(Exception):
+    """The SMTP server cannot be started."""
+
+
+class Relay:
+    """
+    The server and its switch.
+
+    :param inbox: where mails are kept that arrive
+    :param port: the TCP port on 127.0.0.1
+    """
+
+    def __init__(self, inbox, port):
+        self.inbox = inbox
+        self.port = port
+        self._controller = None
+        self._lock = threading.Lock()
+
+    @property
+    def on(self):
+        """Is it running?"""
+        return self._controller is not None
+
+    def switch_on(self):
+        """Start listening, if it does not yet.  Raises :class:`RelayError`."""
+        with self._lock:
+            if self.on:
+                return
+            controller = _Controller(_Handler(self.inbox), self.port)
+            try:
+                controller.start()
+            except OSError as error:
+                raise RelayError(
+                    f'The SMTP server of the demo cannot listen on {HOST}:{self.port}: {error.strerror}.  Stop the '
+                    f'program that uses this port (is the demo running already?), or set another number as '
+                    f'mailqueue.smtp_port in the ini file.'
+                ) from error
+            self._controller = controller
+            log.info('the SMTP server listens on %s:%s', HOST, self.port)
+
+    def switch_off(self):
+        """Stop listening and hang up, if it is running."""
+        with self._lock:
+            if self.on:
+                self._controller.stop()
+                self._controller = None
+                log.info('the SMTP server is off')
+
+
+class _Controller(Controller):
+    """The server in its thread; a new one for each time it is switched on."""
+
+    def __init__(self, handler, port):
+        # A host name, so that nobody asks the DNS for ours.
+        super().__init__(handler, hostname=HOST, port=port, server_hostname='localhost', ident='ESMTP of the demo')
+        self._sessions = weakref.WeakSet()
+
+    def factory(self):
+        session = super().factory()
+        self._sessions.add(session)
+        return session
+
+    def cancel_tasks(self, stop_loop=True):
+        # Runs in the server's thread.  A client may hold an idle session for later: without the hang-up it would wait
+        # for the answer of a server that is gone.
+        for session in self._sessions:
+            if session.transport is not None:
+                session.transport.abort()
+        super().cancel_tasks(stop_loop)
+
+
+class _Handler:
+    def __init__(self, inbox):
+        self._inbox = inbox
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.lower().startswith(REFUSED):
+            return '550 5.1.1 There is nobody of this name here'
+        envelope.rcpt_tos.append(address)
+        return '250 2.1.5 OK'
+
+    async def handle_DATA(self, server, session, envelope):
+        self._inbox.store(envelope.mail_from, envelope.rcpt_tos, envelope.content)
+        return '250 2.0.0 Kept'
+
+
+def includeme(config):
+    """Start the server that ``mailqueue.smtp_port`` names; it is the registry's ``demo.relay``."""
+    settings = config.get_settings()
+    relay = Relay(Inbox(settings['demo.inbox_dir']), int(settings['mailqueue.smtp_port']))
+    relay.switch_on()
+    config.registry['demo.relay'] = relay
