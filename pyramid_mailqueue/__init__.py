@@ -1,1 +1,105 @@
-"""The public names."""
+"""
+Mail as part of the transaction, for Pyramid and WSGI applications.
+
+In a Pyramid application::
+
+    config.include('pyramid_mailqueue')     # settings: mailqueue.*
+    request.mailer.send(message)            # in a view: sent if, and only if, the transaction commits
+
+Without Pyramid, :func:`mailer_from_settings` returns the same mailer, which joins ``transaction.manager``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pyramid_mailqueue.exceptions import (
+    AddressError,
+    ConfigurationError,
+    MailqueueError,
+    MessageError,
+    MessageTooLarge,
+    NoActiveTransaction,
+    NoRecipients,
+    QueueError,
+    QueueFileError,
+    ServerTrouble,
+)
+from pyramid_mailqueue.interfaces import IMailer, ITransport
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.mailer import Mailer
+
+__all__ = [
+    'AddressError',
+    'ConfigurationError',
+    'IMailer',
+    'ITransport',
+    'MailqueueError',
+    'MessageError',
+    'MessageTooLarge',
+    'NoActiveTransaction',
+    'NoRecipients',
+    'QueueError',
+    'QueueFileError',
+    'ServerTrouble',
+    'get_mailer',
+    'includeme',
+    'mailer_from_settings',
+]
+
+
+def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, prefix: str = 'mailqueue.') -> Mailer:
+    """
+    Return a mailer for an application without Pyramid, or for a script.
+
+    :param settings: a mapping with ``mailqueue.*`` keys
+    :param manager: the transaction manager that ``send()`` joins; None is the one of the thread
+        (``transaction.manager``)
+    :raises ConfigurationError: a setting is missing, unknown, malformed, or contradicts another one
+    """
+    from pyramid_mailqueue.settings import Settings
+    from pyramid_mailqueue.wiring import build_mailer
+
+    mailer: Mailer = build_mailer(Settings.from_mapping(settings, prefix), manager=manager)
+    return mailer
+
+
+def get_mailer(request: Any) -> Mailer:
+    """
+    Return the mailer of *request*, bound to its transaction; the same as ``request.mailer``.
+
+    It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
+    if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit.
+    """
+    from pyramid_mailqueue.transactions import RequestTransaction
+
+    mailer: Mailer = request.registry.getUtility(IMailer)
+    return mailer.bound_to(RequestTransaction(request))
+
+
+def includeme(config: Any) -> None:
+    """
+    Set up mail for a Pyramid application, from its ``mailqueue.*`` settings.
+
+    Registers a utility for :class:`~.interfaces.IMailer`, and adds ``request.mailer``.  The settings are read when the
+    configuration is committed, so the application may still change them after this call; a setting that cannot be
+    used raises :class:`ConfigurationError` then.  A transport that ``mailqueue.transports`` names may be registered as
+    a utility for :class:`~.interfaces.ITransport` of that name.
+    """
+
+    def register() -> None:
+        from pyramid_mailqueue.settings import Settings
+        from pyramid_mailqueue.wiring import build_mailer
+
+        registry = config.registry
+        settings = Settings.from_mapping(registry.settings)
+        mailer = build_mailer(settings, lookup=partial(registry.queryUtility, ITransport))
+        registry.registerUtility(mailer, IMailer)
+
+    # The default order: after transports that the application registers in actions of its own before this one.
+    config.action('pyramid_mailqueue', register)
+    config.add_request_method(get_mailer, 'mailer', reify=True)
+    config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')

@@ -67,12 +67,15 @@ class IMailQueue(Interface):
     def staging() -> IStaging:
         """Return a new, empty :class:`IStaging`.  Called once for each transaction; touches nothing yet."""
 
-    def put(envelope: Envelope) -> IClaim:
+    def put(envelope: Envelope) -> str:
         """
-        Make *envelope* durable and return its :class:`IClaim`: nobody else can take the message until it is settled.
+        Make *envelope* durable, waiting, and return its name in the queue.
 
         Raises :class:`~.exceptions.QueueError`, and has then left nothing behind.
         """
+
+    def put_claimed(envelope: Envelope) -> IClaim:
+        """The same, but in progress: nobody else can take the message until the returned claim is settled."""
 
     def claim_due(now: float) -> Iterator[IClaim]:
         """
@@ -81,9 +84,6 @@ class IMailQueue(Interface):
         A generator; a message is claimed when it is asked for, not before.  Messages that others hold are passed over,
         damaged ones are put aside and logged.  *now* is in seconds since the epoch.
         """
-
-    def claim(id: str) -> IClaim | None:
-        """Return the claim for one waiting message, due or not; None if it is gone or somebody else holds it."""
 
     def recover(now: float) -> Recovery:
         """
@@ -128,9 +128,9 @@ class IStaging(Interface):
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
         """
 
-    def publish() -> Sequence[IClaim]:
+    def publish() -> Sequence[IClaim | None]:
         """
-        Make the prepared messages real; return the claims of those that were added *claimed*, in their order.
+        Make the prepared messages real; return the claim of each, in their order, None for those added not *claimed*.
 
         This should never fail, and never raises: what goes wrong is logged as CRITICAL, and the message stays
         prepared, in doubt.

@@ -1,0 +1,1 @@
+"""What people call: mq-run.  The only place that ends a process."""

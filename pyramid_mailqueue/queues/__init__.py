@@ -1,0 +1,1 @@
+"""Where messages are durable until they are delivered."""

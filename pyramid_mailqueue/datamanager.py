@@ -1,0 +1,175 @@
+"""
+The mail of one transaction, as the ``transaction`` package sees it.
+
+The order of a commit, and what happens to the mail::
+
+    before-commit hooks      mail may still be added
+    tpc_begin, commit        from here on it may not
+    tpc_vote                 staging.prepare: on disk, invisible; a QueueError is our "no", and everybody rolls back
+    tpc_finish               staging.publish: real
+    after-commit hooks       the claims go to their dispatchers
+
+The traps, each of which has a test:
+
+* ``abort`` is called again *after a successful commit*, on every resource, whenever any after-commit hook exists; and
+  both ``abort`` and ``tpc_abort`` may follow a failed commit.  So both only ever discard what is not yet published.
+* When a savepoint is rolled back that is older than our joining, the transaction aborts *and forgets* us.  ``abort``
+  therefore leaves this manager ready to join again.
+* After-commit hooks run with ``False`` after a failed commit.  Mail can have been published nevertheless, if another
+  manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import transaction.interfaces
+from zope.interface import implementer
+
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import NoActiveTransaction
+from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IStaging
+
+__all__ = ['MailDataManager']
+
+log = logging.getLogger('mailqueue.queue_log')
+
+
+@implementer(transaction.interfaces.IDataManagerSavepoint)
+class MailDataManager:
+    """
+    See `transaction.interfaces.IDataManager`.  One for each transaction and queue; it joins with the first message.
+
+    :param txn: the transaction
+    :param manager: its transaction manager
+    :param staging: a new, empty staging of the queue
+    :param dispatchers: who delivers after the commit, by the name of the way of delivery
+    """
+
+    def __init__(
+        self,
+        txn: transaction.interfaces.ITransaction,
+        manager: transaction.interfaces.ITransactionManager,
+        staging: IStaging,
+        dispatchers: Mapping[str, IDispatcher],
+    ) -> None:
+        self.transaction_manager = manager
+        self._txn = txn
+        self._staging = staging
+        self._dispatchers = dispatchers
+        self._deliveries: list[str] = []
+        self._claims: list[tuple[str, IClaim]] = []
+        self._joined = False
+        self._hooked = False
+        self._committing = False
+
+    def add(self, envelope: Envelope, delivery: str) -> None:
+        """
+        Make *envelope* part of the transaction.
+
+        :param delivery: which dispatcher gets it after the commit; ``'queue'`` leaves it to a later run
+        :raises NoActiveTransaction: the transaction is already being committed, or has ended
+        """
+        if self._committing:
+            raise NoActiveTransaction(too_late(self._txn))
+        if not self._joined:
+            self._join()
+        self._staging.add(envelope, claimed=delivery in self._dispatchers)
+        self._deliveries.append(delivery)
+
+    def _join(self) -> None:
+        try:
+            self._txn.join(self)
+        except (ValueError, transaction.interfaces.TransactionError) as error:
+            raise NoActiveTransaction(too_late(self._txn)) from error
+        self._joined = True
+        if not self._hooked:
+            self._hooked = True
+            self._txn.addAfterCommitHook(self._dispatch)
+
+    def sortKey(self) -> str:
+        """
+        See `transaction.interfaces.IDataManager`.
+
+        After almost everybody, so that a disk that is full is the last "no"; but before ``~sqlalchemy:``, because a
+        one-phase session commits in its vote, and nothing after it can roll that back.
+        """
+        return f'~pyramid_mailqueue:{id(self)}'
+
+    def tpc_begin(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+        self._committing = True
+
+    def commit(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+
+    def tpc_vote(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`.  Raises QueueError if the queue cannot take the mail."""
+        self._staging.prepare()
+
+    def tpc_finish(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`.  Never raises."""
+        deliveries, self._deliveries = self._deliveries, []
+        try:
+            claims = zip(deliveries, self._staging.publish(), strict=True)
+            self._claims = [(delivery, claim) for delivery, claim in claims if claim is not None]
+        except Exception:
+            # The queue broke its promise; but the others have committed, and must not be told that this failed.
+            log.critical('Mail of a committed transaction could not be published', exc_info=True)
+
+    def tpc_abort(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+        self.abort(txn)
+
+    def abort(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`.  Blind to what is published, and may be called at any time."""
+        self._joined = False
+        self._deliveries = []
+        _log_dropped(self._staging.discard())
+
+    @property
+    def savepoint(self) -> Callable[[], _Savepoint]:
+        """See `transaction.interfaces.IDataManagerSavepoint`."""
+        return lambda: _Savepoint(self)
+
+    def mark(self) -> tuple[object, int]:
+        """Return a mark of the mail added so far."""
+        return self._staging.mark(), len(self._deliveries)
+
+    def rollback(self, mark: tuple[object, int]) -> None:
+        """Drop the mail that was added since *mark*."""
+        staged, count = mark
+        del self._deliveries[count:]
+        _log_dropped(self._staging.rollback(staged))
+
+    def _dispatch(self, committed: bool) -> None:
+        """The after-commit hook; *committed* says nothing about our claims (see the module's docstring)."""
+        claims, self._claims = self._claims, []
+        for delivery in dict(claims):
+            self._dispatchers[delivery].dispatch([claim for way, claim in claims if way == delivery])
+
+
+class _Savepoint:
+    """See `transaction.interfaces.IDataManagerSavepoint`."""
+
+    def __init__(self, data_manager: MailDataManager) -> None:
+        self._data_manager = data_manager
+        self._mark = data_manager.mark()
+
+    def rollback(self) -> None:
+        self._data_manager.rollback(self._mark)
+
+
+def too_late(txn: Any) -> str:
+    """Explain to a developer why *txn* takes no more mail."""
+    return (
+        f'This transaction is {str(txn.status).lower()}: mail that is sent now would never be committed. '
+        'Use send_immediately() or enqueue() here.'
+    )
+
+
+def _log_dropped(envelopes: Sequence[Envelope]) -> None:
+    for envelope in envelopes:
+        log.info('status=dropped msgid=%s reason="the transaction was aborted"', envelope.message_id)

@@ -1,0 +1,40 @@
+"""
+What is told of a message, to people and to programs.
+
+Three loggers: ``mailqueue.delivery_log`` has every result for a recipient, ``mailqueue.queue_log`` what became of a
+message in the queue (queued, deferred, buried, discarded), ``mailqueue.smtp`` the dialog with the server.  One line is
+one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+__all__ = ['delivery_log', 'log_event', 'queue_log']
+
+delivery_log = logging.getLogger('mailqueue.delivery_log')
+queue_log = logging.getLogger('mailqueue.queue_log')
+
+_PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+')
+
+
+def log_event(logger: logging.Logger, level: int, **fields: object) -> None:
+    """
+    Log one event; fields that are None or empty are left out.
+
+    The values are made of what servers and senders said, so line breaks and quotes in them are escaped: nobody can
+    write a log line of their own.
+    """
+    if not logger.isEnabledFor(level):
+        return
+    told = {key: value for key, value in fields.items() if value not in (None, '')}
+    line = ' '.join(f'{key}={_quoted(str(value))}' for key, value in told.items())
+    logger.log(level, '%s', line, extra={'mailqueue': told}, stacklevel=2)
+
+
+def _quoted(value: str) -> str:
+    if _PLAIN.fullmatch(value):
+        return value
+    escaped = value.replace('\\', '\\\\').replace('"', '\\"')
+    return '"' + ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in escaped) + '"'

@@ -1,0 +1,117 @@
+"""
+Sending mail: in the transaction, at once, or later.
+
+A :class:`Mailer` builds the envelope, so that whatever is wrong with a message shows where it is sent, and hands it to
+the data manager of the current transaction.  Everything else happens when that commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.datamanager import MailDataManager
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.results import SendResult
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.interfaces import IDispatcher, IMailer, IMailQueue
+from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
+
+__all__ = ['Mailer']
+
+DELIVERIES = ('background', 'inline', 'queue')
+
+
+@implementer(IMailer)
+class Mailer:
+    """
+    See `IMailer`.
+
+    :param queue: where messages are durable
+    :param handler: who delivers what is sent immediately
+    :param dispatchers: who delivers after a commit: one for ``'background'`` and one for ``'inline'``
+    :param compose: makes an envelope of a message, a sender and recipients
+    :param delivery: the way of delivery for messages that do not name one
+    :param transactions: knows the transaction to join; None is the manager of the thread, ``transaction.manager``
+    """
+
+    def __init__(
+        self,
+        queue: IMailQueue,
+        handler: MessageHandler,
+        dispatchers: Mapping[str, IDispatcher],
+        compose: Callable[..., Envelope],
+        *,
+        delivery: str = 'background',
+        transactions: ITransactionSource | None = None,
+    ) -> None:
+        self.queue = queue
+        self.handler = handler
+        self.delivery = delivery
+        self._dispatchers = dispatchers
+        self._compose = compose
+        self._transactions = transactions or ManagerTransaction()
+
+    def bound_to(self, transactions: ITransactionSource) -> Mailer:
+        """Return the same mailer, but for the transactions of one request."""
+        return Mailer(
+            self.queue,
+            self.handler,
+            self._dispatchers,
+            self._compose,
+            delivery=self.delivery,
+            transactions=transactions,
+        )
+
+    def send(
+        self,
+        message: Any,
+        sender: str | None = None,
+        recipients: Sequence[str] | str | None = None,
+        delivery: str | None = None,
+    ) -> str:
+        """See `IMailer`."""
+        delivery = self._checked(delivery)
+        data_manager = self._data_manager()
+        envelope = self._compose(message, sender, recipients)
+        data_manager.add(envelope, delivery)
+        return envelope.message_id
+
+    def send_immediately(
+        self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None
+    ) -> SendResult:
+        """See `IMailer`."""
+        claim = self.queue.put_claimed(self._compose(message, sender, recipients))
+        result = self.handler.deliver(claim)
+        self.queue.flush()
+        return result
+
+    def enqueue(self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
+        """See `IMailer`."""
+        envelope = self._compose(message, sender, recipients)
+        self.queue.put(envelope)
+        return envelope.message_id
+
+    def close(self) -> None:
+        """Stop the deliveries of this process; what is not delivered yet waits in the queue."""
+        for dispatcher in self._dispatchers.values():
+            dispatcher.close()
+
+    def _checked(self, delivery: str | None) -> str:
+        if delivery is None:
+            return self.delivery
+        if delivery not in DELIVERIES:
+            raise ValueError(f'delivery must be one of {", ".join(DELIVERIES)}, not {delivery!r}')
+        return delivery
+
+    def _data_manager(self) -> MailDataManager:
+        """The data manager of this queue in the current transaction; a new one joins with its first message."""
+        txn = self._transactions.current()
+        try:
+            found: MailDataManager = txn.data(self.queue)
+        except KeyError:
+            found = MailDataManager(txn, self._transactions.manager, self.queue.staging(), self._dispatchers)
+            txn.set_data(self.queue, found)
+        return found

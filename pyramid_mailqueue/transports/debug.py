@@ -1,0 +1,51 @@
+"""A mail server for development: it accepts everything, and keeps it where a person can read it."""
+
+from __future__ import annotations
+
+import os
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.interfaces import ITransport
+
+__all__ = ['DebugInbox']
+
+
+@implementer(ITransport)
+class DebugInbox:
+    """
+    See `ITransport`.  Each message becomes a file that mail programs open (``.eml``); nothing leaves this machine.
+
+    The envelope, which is not in the message, is written on top of it.
+
+    :param path: the folder to write to; it is created with the first message
+    """
+
+    name = 'inbox'
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult:
+        """See `ITransport`."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lines = (
+            f'Return-Path: <{sender}>',
+            *(f'X-Envelope-To: {recipient}' for recipient in recipients),
+            f'X-Delivery-Date: {formatdate()}',
+            '',
+        )
+        # The hidden name keeps readers away until the message is whole.
+        name = f'{time.time_ns()}-{os.getpid()}.eml'
+        hidden = self.path / f'.{name}'
+        hidden.write_bytes('\r\n'.join(lines).encode() + content)
+        hidden.rename(self.path / name)
+        reply = Reply(250, f'kept in {self.path / name}', '2.0.0', from_server=False)
+        return SendResult(dict.fromkeys(recipients, reply), self.name)
+
+    def close(self) -> None:
+        """See `ITransport`."""

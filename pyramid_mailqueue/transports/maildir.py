@@ -1,0 +1,39 @@
+"""A queue as a transport: what is "sent" to it waits for mq-run."""
+
+from __future__ import annotations
+
+import os
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+
+__all__ = ['MaildirBackend']
+
+
+@implementer(ITransport)
+class MaildirBackend:
+    """
+    See `ITransport`.  As the last transport it catches what the others could not deliver.
+
+    :param path: the queue directory; it is created if it is missing
+    :raises QueueError: the directory cannot be created or used
+    """
+
+    name = 'maildir'
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._queue = MaildirQueue(path)
+
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult:
+        """See `ITransport`.  Raises QueueError if the queue cannot take the message."""
+        name = self._queue.put(Envelope(sender, tuple(recipients), content))
+        reply = Reply(250, f'queued as {name}', '2.0.0', from_server=False)
+        return SendResult(dict.fromkeys(recipients, reply), self.name, queued=True)
+
+    def close(self) -> None:
+        """See `ITransport`."""
+        self._queue.flush()

@@ -1,0 +1,159 @@
+"""
+From settings to objects: the only place that names classes.
+
+A web process makes a mailer, and mq-run a runner; both stand on the same queue, transports and handler.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+from pyramid_mailqueue.delivery.runner import Runner
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
+from pyramid_mailqueue.settings import Settings
+
+__all__ = ['build_handler', 'build_mailer', 'build_queue', 'build_runner']
+
+log = logging.getLogger('mailqueue.delivery')
+
+DAY = 86400
+
+Lookup = Callable[[str], Any]
+
+
+def build_mailer(settings: Settings, *, manager: Any = None, lookup: Lookup | None = None) -> Any:
+    """
+    Return the :class:`~.mailer.Mailer` that *settings* describe.
+
+    :param manager: the transaction manager to join; None is the manager of the thread
+    :param lookup: finds a registered transport by its name, or returns None
+    :raises ConfigurationError: something that the settings name cannot be used
+    """
+    # mq-run has no transactions, and does not load what makes them.
+    from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.transactions import ManagerTransaction
+
+    queue = build_queue(settings)
+    handler = build_handler(settings, lookup)
+    inline = InlineDispatcher(handler, queue)
+    compose = partial(
+        Envelope.from_message,
+        default_sender=settings.default_sender,
+        max_size=settings.max_message_size,
+        local_hostname=settings.smtp_local_hostname,
+    )
+    dispatchers = {'background': _background(handler, queue, inline), 'inline': inline}
+    transactions = ManagerTransaction(manager)
+    return Mailer(queue, handler, dispatchers, compose, delivery=settings.delivery, transactions=transactions)
+
+
+def _background(handler: MessageHandler, queue: IMailQueue, inline: InlineDispatcher) -> IDispatcher:
+    if threads_run_here():
+        return BackgroundDispatcher(handler, queue)
+    log.warning(
+        'mailqueue.delivery = background needs threads, and uWSGI runs without them: mail is delivered before the '
+        'request returns. Start uWSGI with enable-threads, or set mailqueue.delivery = queue.'
+    )
+    return inline
+
+
+def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
+    """Return the :class:`~.delivery.runner.Runner` that *settings* describe; see :func:`build_mailer`."""
+    return Runner(build_queue(settings), build_handler(settings, lookup))
+
+
+def build_queue(settings: Settings) -> IMailQueue:
+    """Return the queue that *settings* describe.  Raises ConfigurationError."""
+    if settings.queue == 'maildir':
+        return _maildir_queue(settings)
+    if settings.queue == 'sql':
+        raise ConfigurationError('mailqueue.queue = sql: this release has no queue in a database; use maildir.')
+    queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
+    return queue
+
+
+def _maildir_queue(settings: Settings) -> IMailQueue:
+    from pyramid_mailqueue.queues.maildir import MaildirQueue
+
+    if settings.queue_dir is None:
+        raise ConfigurationError('mailqueue.queue_dir is missing: name the directory in which messages are to wait.')
+    try:
+        return MaildirQueue(settings.queue_dir, in_doubt=settings.in_doubt, horizon=settings.retry_max + DAY)
+    except QueueError as error:
+        raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
+
+
+def build_handler(settings: Settings, lookup: Lookup | None = None) -> MessageHandler:
+    """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
+    transports = [_transport(name, settings, lookup) for name in settings.transports]
+    policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)
+    return MessageHandler(transports, retry_policy=policy, plugins=settings.plugins)
+
+
+def _transport(name: str, settings: Settings, lookup: Lookup | None) -> ITransport:
+    transport = lookup(name) if lookup is not None else None
+    if transport is None:
+        build = _TRANSPORTS.get(name) or partial(_call_factory, 'mailqueue.transports', name)
+        transport = build(settings)
+    if not callable(getattr(transport, 'send', None)):
+        raise ConfigurationError(
+            f'mailqueue.transports = {name}: a transport needs a method send(sender, recipients, content), '
+            f'and {transport!r} has none.'
+        )
+    found: ITransport = transport
+    return found
+
+
+def _smtp(settings: Settings) -> ITransport:
+    from pyramid_mailqueue.transports.smtp import SMTPTransport
+
+    if settings.smtp_hostname is None:
+        raise ConfigurationError('mailqueue.smtp_hostname is missing: name the mail server to send over.')
+    return SMTPTransport(
+        hostname=settings.smtp_hostname,
+        port=settings.smtp_port,
+        username=settings.smtp_username,
+        password=settings.smtp_password,
+        local_hostname=settings.smtp_local_hostname,
+        tls=settings.smtp_tls,
+        tls_ca_file=settings.smtp_tls_ca_file,
+        connect_timeout=settings.smtp_connect_timeout,
+        timeout=settings.smtp_timeout,
+        data_timeout=settings.smtp_data_timeout,
+        idle_timeout=settings.smtp_idle_timeout,
+        max_recipients=settings.max_recipients,
+    )
+
+
+def _inbox(settings: Settings) -> ITransport:
+    from pyramid_mailqueue.transports.debug import DebugInbox
+
+    if settings.queue_dir is None:
+        raise ConfigurationError('mailqueue.transports = inbox needs mailqueue.queue_dir: it keeps mail in its inbox/.')
+    return DebugInbox(settings.queue_dir / 'inbox')
+
+
+_TRANSPORTS: dict[str, Callable[[Settings], ITransport]] = {'smtp': _smtp, 'inbox': _inbox}
+
+
+def _call_factory(key: str, name: str, settings: Settings) -> Any:
+    """Import the factory of a dotted name, ``package.module.name`` or ``package.module:name``, and call it."""
+    module, _, attribute = name.replace(':', '.').rpartition('.')
+    if not module:
+        raise ConfigurationError(
+            f'{key} = {name}: no transport of this name is registered, and it is not the dotted name of a factory.'
+        )
+    try:
+        factory = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f'{key} = {name}: this factory cannot be imported: {error}') from error
+    return factory(settings)
