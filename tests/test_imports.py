@@ -15,9 +15,9 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 # From the ground up.  A module may import from its own layer and from those above it in this list.  A package stands
 # for all of its modules, except for those that are named on their own.
 LAYERS = (
-    ('exceptions', 'interfaces', 'hosts', 'addresses'),
-    ('envelope', 'settings', 'delivery.results'),
-    ('queues', 'transports', 'delivery', 'datamanager'),
+    ('exceptions', 'interfaces', 'addresses', 'forks', 'hosts'),
+    ('content', 'envelope', 'settings', 'delivery.results'),
+    ('queues', 'transports', 'delivery', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),
     ('testing', '__init__', 'cli', 'dashboard'),

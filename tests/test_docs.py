@@ -1,0 +1,95 @@
+"""The docs are kept true: they parse, their links lead somewhere, and they name what there is and nothing else."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+import docutils.core
+import docutils.nodes
+import pytest
+
+from pyramid_mailqueue.settings import known_keys
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted([*ROOT.glob('*.rst'), *ROOT.glob('docs/*.rst')])
+
+# Loggers have names like settings.
+LOGGERS = {'smtp'}
+
+
+def parse(path):
+    """Return the document; any complaint of the parser is an error (level 1 is "info")."""
+    settings = {'report_level': 1, 'halt_level': 1}
+    return docutils.core.publish_doctree(path.read_text('utf-8'), str(path), settings_overrides=settings)
+
+
+def literals_of(node):
+    return [literal.astext() for literal in node.findall(docutils.nodes.literal)]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize('path', DOCS, ids=name_of)
+def test_every_document_is_plain_restructured_text(path):
+    assert parse(path).astext()
+
+
+@pytest.mark.parametrize('path', DOCS, ids=name_of)
+def test_every_link_to_another_document_leads_there(path):
+    targets = [node['refuri'] for node in parse(path).findall(docutils.nodes.reference) if 'refuri' in node]
+
+    missing = [target for target in targets if '://' not in target and not (path.parent / target).is_file()]
+
+    assert not missing
+
+
+def test_the_index_leads_to_every_document():
+    index = ROOT / 'docs/index.rst'
+
+    targets = {node['refuri'] for node in parse(index).findall(docutils.nodes.reference)}
+
+    assert targets == {path.name for path in ROOT.glob('docs/*.rst')} - {index.name}
+
+
+def test_every_setting_is_documented_with_its_default():
+    documented = {}
+    for item in parse(ROOT / 'docs/settings.rst').findall(docutils.nodes.definition_list_item):
+        (term,) = item.findall(docutils.nodes.term)
+        name, *default = literals_of(term)
+        assert name not in documented, f'{name} is there twice'
+        documented[name] = default[0] if default else None
+
+    assert documented == {name: key.default for name, key in known_keys().items()}
+
+
+@pytest.mark.parametrize('path', DOCS, ids=name_of)
+def test_no_document_names_a_setting_that_does_not_exist(path):
+    named = set(re.findall(r'\bmailqueue\.([a-z_]+)', path.read_text('utf-8')))
+
+    assert named <= known_keys().keys() | LOGGERS
+
+
+def test_every_command_is_documented_and_no_other():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg', 'utf-8')
+    commands = {line.split('=')[0].strip() for line in setup['options.entry_points']['console_scripts'].split('\n')} - {
+        ''
+    }
+
+    for path in (ROOT / 'README.rst', ROOT / 'docs/deployment.rst'):
+        named = {literal.split()[0] for literal in literals_of(parse(path)) if literal.startswith('mq-')}
+        assert named == commands
+
+
+def test_the_architecture_names_every_module_and_no_other():
+    package = ROOT / 'pyramid_mailqueue'
+    modules = {str(path.relative_to(package)) for path in package.rglob('*.py')}
+    rooms = {name for name in modules if name.endswith('/__init__.py')}
+
+    named = {text for text in literals_of(parse(ROOT / 'docs/architecture.rst')) if text.endswith('.py')}
+
+    assert named == modules - rooms
