@@ -5,6 +5,8 @@ The fields of :class:`Settings` are the one table of keys: name, type, default, 
 error messages are made from it.
 """
 
+# ruff: noqa: RUF009  The calls in the class body return field(), once for each class, as dataclasses means it.
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyramid_mailqueue.addresses import check_address
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
@@ -42,16 +44,15 @@ _NOT_HERE = {
 _CONTROL = re.compile(r'[\x00-\x1f\x7f]')
 _DIGITS = re.compile(r'\s*([0-9]{1,15})\s*')
 _DURATION = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([smhd]?)\s*')
-_SIZE = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(?:i?b)?\s*', re.IGNORECASE)
+_SIZE = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(?:i?b)?\s*', re.IGNORECASE | re.ASCII)
 _FACTORY = re.compile(r'[^\W\d]\w*(?:[.:][^\W\d]\w*)+')
 _TRANSPORT = re.compile(r'[A-Za-z0-9_.:-]+')
 _LABEL = r'[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
 _DOMAIN = re.compile(rf'{_LABEL}(?:\.{_LABEL})*')
 _HOST_NAME = re.compile(r'[\w-]{1,63}(?:\.[\w-]{1,63})*\.?')
-_ADDRESS_LITERAL = re.compile(r'\[(?:(?P<ipv6>IPv6:))?(?P<address>[^\[\]]+)\]', re.IGNORECASE)
+_ADDRESS_LITERAL = re.compile(r'\[(?:(?P<ipv6>IPv6:))?(?P<address>[^\[\]%]+)\]', re.IGNORECASE)
 
 _SECONDS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
-_MINUTE, _DAY = 60, 86400
 _YES = frozenset(('t', 'true', 'y', 'yes', 'on', '1'))
 _NO = frozenset(('f', 'false', 'n', 'no', 'off', '0'))
 
@@ -98,7 +99,7 @@ def _duration(least: str = '', most: str = '3650d') -> Parser[float]:
         seconds = _seconds(value)
         if not (0 < seconds <= _seconds(most) and seconds >= (_seconds(least) if least else 0)):
             raise ValueError(f'must be seconds such as 300, or 90s, 5m, 1.5h or 2d; {bounds}')
-        return seconds
+        return float(seconds)
 
     return parse
 
@@ -106,7 +107,7 @@ def _duration(least: str = '', most: str = '3650d') -> Parser[float]:
 def _seconds(value: object) -> float:
     """Return *value* in seconds; not a number (NaN), which is in no range, if it is no time span."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return value
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     return float(match[1]) * _SECONDS[match[2]] if match else math.nan
 
@@ -131,13 +132,16 @@ def _path(value: object) -> Path:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or _CONTROL.search(path := path.strip()):
         raise ValueError('must be a path in one line')
-    expanded = os.path.expanduser(path)
-    if not os.path.isabs(expanded):
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError as exc:
+        raise ValueError('must be a path; this one begins with the home directory of nobody') from exc
+    if not expanded.is_absolute():
         raise ValueError(
             f'must be an absolute path, such as %(here)s/{path.lstrip("./")} in an ini file; '
             'a relative one would be another place for a cron job than for the web process'
         )
-    return Path(expanded)
+    return expanded
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -203,8 +207,8 @@ def _address(value: object) -> str:
     try:
         return check_address(text)
     except AddressError as exc:
-        hint = ' without a name and angle brackets' if '<' in text else ''
-        raise ValueError(f'must be a mail address alone, such as noreply@example.org{hint} ({exc})') from exc
+        why = 'It goes without a name and angle brackets' if '<' in text else str(exc).rstrip('.')
+        raise ValueError(f'must be one mail address such as noreply@example.org. {why}') from exc
 
 
 def _attribute(value: object) -> str:
@@ -221,8 +225,10 @@ def _ca_file(value: object) -> Path:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(path)
+    except ssl.SSLError as exc:
+        raise ValueError(f'must be a file of certificates in PEM format ({exc.reason})') from exc
     except OSError as exc:
-        raise ValueError(f'must be a readable file of certificates in PEM format ({exc.strerror or exc})') from exc
+        raise ValueError(f'must be a file that can be read ({exc.strerror})') from exc
     if not context.cert_store_stats()['x509']:
         raise ValueError('must be a file of certificates in PEM format; there is none in it')
     return path
@@ -317,9 +323,10 @@ class Settings:
     )
 
     sql_url: str | None = _optional(
-        _text, 'The database of the sql queue, for mq-run and attempts after a commit; sqlalchemy.url if not set.',
+        _text,
+        'The database of the sql queue, for mq-run and attempts after a commit; sqlalchemy.url if not set.',
         secret=True,
-    )  # fmt: skip
+    )
     sql_session: str = _key(_attribute, 'dbsession', "The attribute of the request that is the app's database session.")
     sql_lease: float = _key(_duration('1s', '1d'), '5m', 'How long a claim of the sql queue lasts without renewal.')
     sql_notify: bool = _key(_flag, 'false', 'Whether a new message wakes mq-run --watch (PostgreSQL).')
@@ -338,9 +345,11 @@ class Settings:
         :class:`~.exceptions.ConfigurationError`, which names every key that cannot be used, one a line.
         """
         own = {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
-        if _is_unset(own.get('sql_url')) and isinstance(url := settings.get('sqlalchemy.url'), str):
-            own['sql_url'] = url
-        return _read(own, f'{prefix}{{}}'.format, _contradictions)
+        result = _read(own, lambda name: prefix + name, _contradictions)
+        url = settings.get('sqlalchemy.url')
+        if result.sql_url is None and isinstance(url, str):
+            return dataclasses.replace(result, sql_url=url)
+        return result
 
     @classmethod
     def from_mqrunner_section(cls, section: Mapping[str, object]) -> Settings:
@@ -354,7 +363,7 @@ class Settings:
         own = {key: value for key, value in section.items() if key not in ('here', '__file__', 'from')}
         if own.get('smtp_tls') == 'yes':
             own['smtp_tls'] = 'implicit' if str(own.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 'starttls'
-        return _read(own, '[mqrunner] {}'.format, _smtp_contradictions)
+        return _read(own, lambda name: f'[mqrunner] {name}', _smtp_contradictions)
 
     @property
     def effective_tls(self) -> str:
@@ -378,8 +387,14 @@ def known_keys() -> Mapping[str, Key]:
 
 # Builds the full name of a key, as its file spells it.
 FullName = Callable[[str], str]
-# Yields the names of the keys that contradict each other, and what to do about it.
-Contradictions = Callable[[Settings, FullName], Iterator[tuple[set[str], str]]]
+
+
+class _Contradiction(NamedTuple):
+    names: set[str]
+    text: str
+
+
+Contradictions = Callable[[Settings, FullName], Iterator[_Contradiction]]
 
 
 def _read(own: Mapping[str, object], full: FullName, contradictions: Contradictions) -> Settings:
@@ -415,13 +430,13 @@ def _unknown(name: str, full: FullName) -> str:
     # Needed for a mistake only.
     import difflib
 
-    near = difflib.get_close_matches(name, known_keys(), n=1)
+    near = difflib.get_close_matches(name.lower(), known_keys(), n=1)
     return f'{full(name)}: there is no such key.' + (f' Did you mean {full(near[0])}?' if near else '')
 
 
-def _contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+def _contradictions(settings: Settings, full: FullName) -> Iterator[_Contradiction]:
     if settings.queue == 'maildir' and not settings.queue_dir:
-        yield (
+        yield _Contradiction(
             {'queue', 'queue_dir'},
             f'{full("queue_dir")} is missing: with {full("queue")} = maildir it names the directory in which messages '
             'wait, such as %(here)s/mailqueue in an ini file.',
@@ -429,47 +444,47 @@ def _contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[st
     yield from _smtp_contradictions(settings, full)
 
 
-def _smtp_contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+def _smtp_contradictions(settings: Settings, full: FullName) -> Iterator[_Contradiction]:
     if 'smtp' in settings.transports and not settings.smtp_hostname:
-        yield (
+        yield _Contradiction(
             {'transports', 'smtp_hostname'},
             f'{full("smtp_hostname")} is missing: {full("transports")} has smtp, so it must name the mail server, '
             'such as localhost.',
         )
     for one, other in (('smtp_username', 'smtp_password'), ('smtp_password', 'smtp_username')):
         if getattr(settings, one) is not None and getattr(settings, other) is None:
-            yield {one, other}, f'{full(other)} is missing: {full(one)} is set. Set both, or neither.'
+            yield _Contradiction({one, other}, f'{full(other)} is missing: {full(one)} is set. Set both, or neither.')
     yield from _tls_contradictions(settings, full)
     if settings.retry_first > settings.retry_max:
-        yield (
+        yield _Contradiction(
             {'retry_first', 'retry_max'},
             f'{full("retry_first")} = {settings.retry_first:g}s is longer than {full("retry_max")} = '
             f'{settings.retry_max:g}s: the first wait is the shortest.',
         )
 
 
-def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[tuple[set[str], str]]:
+def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[_Contradiction]:
     mode, port, host = settings.smtp_tls, settings.smtp_port, settings.smtp_hostname
     if mode == 'off' and settings.smtp_username is not None and host and not is_loopback(host):
-        yield (
+        yield _Contradiction(
             {'smtp_tls', 'smtp_username', 'smtp_hostname'},
             f'{full("smtp_tls")} = off would send {full("smtp_password")} in clear text to {host}. '
             'Set it to starttls or implicit; off is for this host only.',
         )
     if mode == 'off' and settings.smtp_tls_ca_file:
-        yield (
+        yield _Contradiction(
             {'smtp_tls', 'smtp_tls_ca_file'},
             f'{full("smtp_tls_ca_file")} is of no use with {full("smtp_tls")} = off. Remove one of them.',
         )
     # RFC 8314 section 3.3: on port 465 TLS begins with the first byte; the others begin in clear text.
     if port == IMPLICIT_TLS_PORT and mode not in (None, 'implicit'):
-        yield (
+        yield _Contradiction(
             {'smtp_tls', 'smtp_port'},
             f'{full("smtp_tls")} = {mode} does not go with {full("smtp_port")} = {port}, where TLS is implicit. '
             'Set it to implicit, or remove it; for starttls the port is usually 587.',
         )
     if port in PLAIN_OR_STARTTLS_PORTS and mode == 'implicit':
-        yield (
+        yield _Contradiction(
             {'smtp_tls', 'smtp_port'},
             f'{full("smtp_tls")} = implicit does not go with {full("smtp_port")} = {port}, where TLS begins with '
             f'STARTTLS. Set {full("smtp_port")} = {IMPLICIT_TLS_PORT}, or {full("smtp_tls")} = starttls.',

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.settings import Settings, known_keys
+
+ENOUGH = {'queue_dir': '/srv/mailqueue', 'smtp_hostname': 'mail.example.org'}
+
+
+def read(**values):
+    return Settings.from_mapping({f'mailqueue.{key}': value for key, value in {**ENOUGH, **values}.items()})
+
+
+def problems_of(**values):
+    with pytest.raises(ConfigurationError) as caught:
+        read(**values)
+    return str(caught.value).splitlines()
+
+
+def problem_of(**values):
+    (problem,) = problems_of(**values)
+    return problem
+
+
+# --- the table of keys ------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_contract():
+    assert dataclasses.asdict(read()) == {
+        'queue': 'maildir',
+        'queue_dir': Path('/srv/mailqueue'),
+        'transports': ('smtp',),
+        'delivery': 'background',
+        'default_sender': None,
+        'smtp_hostname': 'mail.example.org',
+        'smtp_port': 25,
+        'smtp_username': None,
+        'smtp_password': None,
+        'smtp_local_hostname': None,
+        'smtp_tls': None,
+        'smtp_tls_ca_file': None,
+        'smtp_connections': 4,
+        'smtp_connect_timeout': 10,
+        'smtp_timeout': 300,
+        'smtp_data_timeout': 600,
+        'smtp_idle_timeout': 30,
+        'retry_first': 300,
+        'retry_max': 4000,
+        'lifetime': 5 * 24 * 60 * 60,
+        'max_recipients': 100,
+        'max_message_size': None,
+        'in_doubt': 'hold',
+        'sql_url': None,
+        'sql_session': 'dbsession',
+        'sql_lease': 300,
+        'sql_notify': False,
+        'plugins': ('*',),
+        'logging_conf': None,
+        'delivery_log': None,
+        'queue_log': None,
+    }
+
+
+def test_every_key_says_what_it_is_for_and_can_be_set_to_its_own_default():
+    for name, key in known_keys().items():
+        assert key.name == name
+        assert key.help.endswith('.')
+        if key.default is not None:
+            assert getattr(read(**{name: key.default}), name) == getattr(Settings(), name)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read().smtp_port = 26
+
+
+def test_passwords_are_neither_in_the_repr_nor_in_an_error():
+    secrets = {'smtp_password': 'pa\nss', 'sql_url': 'postgresql://app:pa\nss@db/app'}
+    assert {name for name, key in known_keys().items() if key.secret} == set(secrets)
+
+    assert problems_of(smtp_username='me', **secrets) == [
+        'mailqueue.smtp_password = (not shown): must be text in one line.',
+        'mailqueue.sql_url = (not shown): must be text in one line.',
+    ]
+    assert 'hush' not in repr(read(smtp_username='me', smtp_password='hush', sql_url='sqlite:///hush'))
+
+
+# --- values -----------------------------------------------------------------
+
+A_DAY = 24 * 60 * 60
+
+GOOD = [
+    ('queue', 'sql', 'sql'),
+    ('queue', 'shop.mail:make_queue', 'shop.mail:make_queue'),
+    ('queue', 'shop.mail.Queue', 'shop.mail.Queue'),
+    ('queue_dir', Path('/srv/other'), Path('/srv/other')),
+    ('queue_dir', '/srv/current/../shared', Path('/srv/current/../shared')),
+    ('queue_dir', '~/mail', Path.home() / 'mail'),
+    ('transports', 'smtp inbox', ('smtp', 'inbox')),
+    ('transports', 'smtp, shop.mail:Backup', ('smtp', 'shop.mail:Backup')),
+    ('transports', '\nbackup-relay\nsmtp\n', ('backup-relay', 'smtp')),
+    ('transports', ['inbox'], ('inbox',)),
+    ('delivery', 'queue', 'queue'),
+    ('default_sender', 'noreply@example.org', 'noreply@example.org'),
+    ('smtp_hostname', 'localhost', 'localhost'),
+    ('smtp_hostname', ' mail.example.org. ', 'mail.example.org.'),
+    ('smtp_hostname', 'smtp_relay', 'smtp_relay'),
+    ('smtp_hostname', '192.0.2.1', '192.0.2.1'),
+    ('smtp_hostname', '::1', '::1'),
+    ('smtp_hostname', '[2001:db8::1]', '2001:db8::1'),
+    ('smtp_port', '2525', 2525),
+    ('smtp_port', 587, 587),
+    ('smtp_local_hostname', 'web-1.example.org', 'web-1.example.org'),
+    ('smtp_local_hostname', '[192.0.2.1]', '[192.0.2.1]'),
+    ('smtp_local_hostname', '[IPv6:2001:db8::1]', '[IPv6:2001:db8::1]'),
+    ('smtp_tls', 'opportunistic', 'opportunistic'),
+    ('smtp_connections', '1', 1),
+    ('smtp_timeout', '1d', A_DAY),
+    ('lifetime', '300', 300),
+    ('lifetime', '90s', 90),
+    ('lifetime', '5 m', 5 * 60),
+    ('lifetime', '1.5h', 5400),
+    ('lifetime', '5d', 5 * A_DAY),
+    ('lifetime', 300, 300),
+    ('lifetime', 0.5, 0.5),
+    ('max_recipients', '1', 1),
+    ('max_message_size', '10485760', 10 * 1024**2),
+    ('max_message_size', '10M', 10 * 1024**2),
+    ('max_message_size', '10 MB', 10 * 1024**2),
+    ('max_message_size', '25MiB', 25 * 1024**2),
+    ('max_message_size', '1.5k', 1536),
+    ('max_message_size', '1g', 1024**3),
+    ('max_message_size', 4096, 4096),
+    ('in_doubt', 'discard', 'discard'),
+    ('sql_url', 'sqlite:////srv/app.db', 'sqlite:////srv/app.db'),
+    ('sql_session', 'db', 'db'),
+    ('sql_lease', '1s', 1),
+    ('sql_notify', 'Yes', True),
+    ('sql_notify', 'off', False),
+    ('sql_notify', True, True),
+    ('sql_notify', 0, False),
+    ('plugins', 'one, two', ('one', 'two')),
+    ('plugins', 'none', ()),
+    ('plugins', [], ()),
+    ('queue_log', '/var/log/queue.log', Path('/var/log/queue.log')),
+]
+
+
+@pytest.mark.parametrize(('name', 'value', 'parsed'), GOOD)
+def test_a_value_is_read(name, value, parsed):
+    result = getattr(read(**{name: value}), name)
+
+    assert result == parsed
+    assert type(result) is (float if isinstance(getattr(Settings(), name), float) else type(parsed))
+
+
+BAD = [
+    ('queue', 'maildri', 'must be maildir, sql, or the dotted name of a factory'),
+    ('queue', 7, 'must be text in one line'),
+    ('queue_dir', 'var/mail', 'must be an absolute path, such as %(here)s/var/mail in an ini file'),
+    ('queue_dir', Path('mail'), 'must be an absolute path'),
+    ('queue_dir', '~nobody-of-this-name/mail', 'this one begins with the home directory of nobody'),
+    ('queue_dir', '/srv/mail\nsmtp_port: 25', 'must be a path in one line'),
+    ('queue_dir', b'/srv/mail', 'must be a path in one line'),
+    ('transports', [], 'must be one or more of smtp, inbox and names of transports'),
+    ('transports', ', ,', 'must be names, separated by blanks or commas'),
+    ('transports', 'smtp smtp', 'each only once'),
+    ('transports', 'smtp; inbox', 'must be one or more of smtp, inbox and names of transports'),
+    ('transports', object, 'must be names, separated by blanks or commas'),
+    ('transports', [object], 'must be names, separated by blanks or commas'),
+    ('delivery', 'foreground', 'must be background, inline or queue'),
+    ('default_sender', 'Shop <noreply@example.org>', 'goes without a name and angle brackets'),
+    ('default_sender', '<>', 'goes without a name and angle brackets'),
+    ('default_sender', 'noreply', 'must be one mail address such as noreply@example.org. The address'),
+    ('smtp_hostname', 'mail.example.org:587', 'alone; the port is set by smtp_port'),
+    ('smtp_hostname', '[::1]:587', 'alone; the port is set by smtp_port'),
+    ('smtp_hostname', 'smtp://mail.example.org', 'must be a host name or an IP address'),
+    ('smtp_hostname', 'mail example', 'must be a host name or an IP address'),
+    ('smtp_hostname', 'mail\r\nRSET', 'must be text in one line'),
+    ('smtp_hostname', 'm' * 64, 'must be a host name or an IP address'),
+    ('smtp_hostname', 'mail.' * 51, 'must be a host name or an IP address'),
+    ('smtp_port', 'smtp', 'must be a whole number from 1 to 65535'),
+    ('smtp_port', '0', 'must be a whole number from 1 to 65535'),
+    ('smtp_port', 65536, 'must be a whole number from 1 to 65535'),
+    ('smtp_port', '2_5', 'must be a whole number from 1 to 65535'),
+    ('smtp_port', True, 'must be a whole number from 1 to 65535'),
+    ('smtp_port', 25.0, 'must be a whole number from 1 to 65535'),
+    ('smtp_local_hostname', 'web_1', 'must be a domain name, or an address such as [192.0.2.1]'),
+    ('smtp_local_hostname', '[2001:db8::1]', 'or [IPv6:2001:db8::1]'),
+    ('smtp_local_hostname', '[IPv6:192.0.2.1]', 'or [IPv6:2001:db8::1]'),
+    ('smtp_local_hostname', '[192.0.2.256]', 'an address such as [192.0.2.1]'),
+    ('smtp_local_hostname', 'web.' * 64 + 'x', 'must be a domain name'),
+    ('smtp_tls', 'yes', 'must be starttls, implicit, opportunistic or off'),
+    ('smtp_tls', False, 'must be starttls, implicit, opportunistic or off'),
+    ('smtp_connections', '0', 'must be a whole number from 1 to 100'),
+    ('smtp_connections', '101', 'must be a whole number from 1 to 100'),
+    ('smtp_connect_timeout', '2d', 'greater than 0, at most 1d'),
+    ('smtp_data_timeout', 'never', 'must be seconds such as 300, or 90s, 5m, 1.5h or 2d'),
+    ('lifetime', '0', 'greater than 0, at most 3650d'),
+    ('lifetime', '-5m', 'must be seconds such as 300'),
+    ('lifetime', '5M', 'must be seconds such as 300'),
+    ('lifetime', '5w', 'must be seconds such as 300'),
+    ('lifetime', 'inf', 'must be seconds such as 300'),
+    ('lifetime', float('nan'), 'must be seconds such as 300'),
+    ('lifetime', float('inf'), 'at most 3650d'),
+    ('lifetime', 10**400, 'at most 3650d'),
+    ('lifetime', True, 'must be seconds such as 300'),
+    ('max_recipients', '0', 'must be a whole number from 1 to'),
+    ('max_message_size', '10X', 'must be bytes such as 10485760, or 512K, 10M or 1G'),
+    ('max_message_size', '0.1', 'at least 1'),
+    ('max_message_size', True, 'must be bytes such as 10485760'),
+    ('in_doubt', 'ask', 'must be hold, send or discard'),
+    ('sql_session', 'request.db', 'must be the name of an attribute of the request'),
+    ('sql_session', 7, 'must be the name of an attribute of the request'),
+    ('sql_lease', '0.5s', 'from 1s to 1d'),
+    ('sql_notify', 'perhaps', 'must be true or false'),
+    ('delivery_log', 'delivery.log', 'must be an absolute path, such as %(here)s/delivery.log'),
+    ('logging_conf', './etc/logging.ini', 'must be an absolute path, such as %(here)s/etc/logging.ini'),
+    ('smtp_tls_ca_file', '/nowhere/ca.pem', 'must be a file that can be read (No such file or directory)'),
+]
+
+
+@pytest.mark.parametrize(('name', 'value', 'allowed'), BAD)
+def test_an_error_names_the_key_the_value_and_what_is_allowed(name, value, allowed):
+    problem = problem_of(**{name: value})
+
+    assert problem.startswith(f'mailqueue.{name} = {value!r}: must be')
+    assert allowed in problem
+
+
+@pytest.mark.parametrize('name', sorted(known_keys().keys() - {'queue_dir', 'smtp_hostname'}))
+@pytest.mark.parametrize('empty', ['', ' \n ', None])
+def test_an_empty_value_means_not_set(name, empty):
+    assert read(**{name: empty}) == read()
+
+
+def test_blanks_around_a_password_set_in_code_belong_to_it():
+    assert read(smtp_username='me', smtp_password=' secret ').smtp_password == ' secret '
+
+
+# --- unknown keys -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('key', 'meant'),
+    [('smtp_host', 'smtp_hostname'), ('SMTP_PORT', 'smtp_port'), ('hostname', 'smtp_hostname'), ('retry', 'retry_max')],
+)
+def test_an_unknown_key_is_an_error_that_names_the_one_which_was_meant(key, meant):
+    assert problem_of(**{key: '1'}) == f'mailqueue.{key}: there is no such key. Did you mean mailqueue.{meant}?'
+
+
+def test_a_key_like_no_other_is_just_unknown():
+    assert problem_of(colour='red') == 'mailqueue.colour: there is no such key.'
+
+
+def test_the_keys_of_others_are_left_alone():
+    settings = {'mailqueue.queue_dir': '/q', 'mailqueue.smtp_hostname': 'mx', 'mail.host': 'x', 'mailqueues.port': '0'}
+
+    assert Settings.from_mapping(settings) == Settings(queue_dir=Path('/q'), smtp_hostname='mx')
+
+
+def test_the_prefix_can_be_another_one():
+    assert Settings.from_mapping({'mq{}.queue_dir': '/q', 'mq{}.smtp_hostname': 'mx'}, 'mq{}.').smtp_hostname == 'mx'
+    with pytest.raises(ConfigurationError, match=r'^mq\.queue_dir is missing: with mq\.queue = maildir '):
+        Settings.from_mapping({'mq.smtp_hostname': 'mx', 'mailqueue.queue_dir': '/q'}, 'mq.')
+
+
+# --- what is missing, what contradicts --------------------------------------
+
+
+def test_all_problems_are_told_at_once_and_each_only_once():
+    assert [problem.split(' ')[0] for problem in problems_of(smtp_port='x', smtp_hostname='', lifetim='5d')] == [
+        'mailqueue.smtp_port',
+        'mailqueue.lifetim:',
+        'mailqueue.smtp_hostname',
+    ]
+
+
+def test_a_key_that_cannot_be_read_is_not_reported_as_missing_too():
+    assert problem_of(smtp_hostname='a b').startswith('mailqueue.smtp_hostname =')
+    assert problem_of(queue_dir='mail').startswith('mailqueue.queue_dir =')
+    assert problem_of(smtp_tls='implicit', smtp_port='x').startswith('mailqueue.smtp_port =')
+    assert problem_of(smtp_username='me', smtp_password='a\0b').startswith('mailqueue.smtp_password =')
+
+
+CONTRADICTIONS = [
+    ({'queue_dir': ''}, 'mailqueue.queue_dir is missing: with mailqueue.queue = maildir'),
+    ({'smtp_hostname': ''}, 'mailqueue.smtp_hostname is missing: mailqueue.transports has smtp'),
+    ({'smtp_username': 'me'}, 'mailqueue.smtp_password is missing: mailqueue.smtp_username is set'),
+    ({'smtp_password': 'x'}, 'mailqueue.smtp_username is missing: mailqueue.smtp_password is set'),
+    (
+        {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x'},
+        'mailqueue.smtp_tls = off would send mailqueue.smtp_password in clear text to mail.example.org',
+    ),
+    ({'smtp_tls': 'implicit'}, 'mailqueue.smtp_tls = implicit does not go with mailqueue.smtp_port = 25'),
+    ({'smtp_tls': 'implicit', 'smtp_port': '587'}, 'Set mailqueue.smtp_port = 465, or mailqueue.smtp_tls = starttls'),
+    ({'smtp_tls': 'off', 'smtp_port': 465}, 'mailqueue.smtp_tls = off does not go with mailqueue.smtp_port = 465'),
+    ({'smtp_tls': 'starttls', 'smtp_port': 465}, 'does not go with mailqueue.smtp_port = 465, where TLS is implicit'),
+    ({'smtp_tls': 'opportunistic', 'smtp_port': 465}, 'for starttls the port is usually 587'),
+    ({'retry_first': '2h'}, 'mailqueue.retry_first = 7200s is longer than mailqueue.retry_max = 4000s'),
+]
+
+
+@pytest.mark.parametrize(('values', 'text'), CONTRADICTIONS)
+def test_a_contradiction_names_both_keys(values, text):
+    assert text in problem_of(**values)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        {'queue': 'sql', 'queue_dir': ''},
+        {'transports': 'inbox', 'smtp_hostname': ''},
+        {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x', 'smtp_hostname': '127.0.0.1'},
+        {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x', 'smtp_hostname': '', 'transports': 'inbox'},
+        {'smtp_tls': 'off'},
+        {'smtp_tls': 'implicit', 'smtp_port': '465'},
+        {'smtp_tls': 'implicit', 'smtp_port': '2465'},
+        {'smtp_tls': 'starttls', 'smtp_port': '587'},
+        {'retry_first': '4000s'},
+    ],
+)
+def test_what_goes_together_is_accepted(values):
+    read(**values)
+
+
+def empty_revocation_list(authority):
+    """A PEM file that OpenSSL takes, although there is no certificate in it."""
+    certificate = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+    key = load_pem_private_key(authority.private_key_pem.bytes(), None)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(certificate.subject)
+    builder = builder.last_update(certificate.not_valid_before_utc).next_update(certificate.not_valid_after_utc)
+    return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_a_file_of_certificates_is_read_at_once(tmp_path):
+    certificates, text, empty, revoked = (tmp_path / name for name in ('ca.pem', 'notes.txt', 'empty', 'crl.pem'))
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(certificates)
+    text.write_text('no certificate in here')
+    empty.write_text('')
+    revoked.write_bytes(empty_revocation_list(authority))
+
+    assert read(smtp_tls_ca_file=certificates).smtp_tls_ca_file == certificates
+    for path in (text, empty, revoked):
+        assert problem_of(smtp_tls_ca_file=str(path)).startswith(
+            f"mailqueue.smtp_tls_ca_file = '{path}': must be a file of certificates in PEM format"
+        )
+    assert problem_of(smtp_tls_ca_file='ca.pem').startswith(
+        "mailqueue.smtp_tls_ca_file = 'ca.pem': must be an absolute path"
+    )
+    assert problem_of(smtp_tls='off', smtp_tls_ca_file=str(certificates)) == (
+        'mailqueue.smtp_tls_ca_file is of no use with mailqueue.smtp_tls = off. Remove one of them.'
+    )
+
+
+@pytest.mark.parametrize(
+    ('values', 'mode'),
+    [
+        ({}, 'starttls'),
+        ({'smtp_port': '465'}, 'implicit'),
+        ({'smtp_port': '465', 'smtp_hostname': 'localhost'}, 'implicit'),
+        ({'smtp_port': '587'}, 'starttls'),
+        ({'smtp_hostname': 'localhost'}, 'opportunistic'),
+        ({'smtp_hostname': '[::1]'}, 'opportunistic'),
+        ({'smtp_hostname': '127.0.0.2', 'smtp_tls': 'starttls'}, 'starttls'),
+        ({'smtp_tls': 'off'}, 'off'),
+        ({'smtp_hostname': '', 'transports': 'inbox'}, 'starttls'),
+    ],
+)
+def test_tls_is_required_unless_the_server_is_this_host_or_the_setting_says_so(values, mode):
+    assert read(**values).effective_tls == mode
+
+
+# --- the database -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('own', 'of_the_app', 'url'),
+    [
+        ({}, {}, None),
+        ({}, {'sqlalchemy.url': 'sqlite:///app.db'}, 'sqlite:///app.db'),
+        ({'sql_url': ''}, {'sqlalchemy.url': 'sqlite:///app.db'}, 'sqlite:///app.db'),
+        ({'sql_url': 'sqlite:///mail.db'}, {'sqlalchemy.url': 'sqlite:///app.db'}, 'sqlite:///mail.db'),
+        ({}, {'sqlalchemy.url': SimpleNamespace()}, None),
+    ],
+)
+def test_the_database_is_that_of_the_app_unless_another_is_named(own, of_the_app, url):
+    settings = {f'mailqueue.{key}': value for key, value in {**ENOUGH, **own}.items()}
+
+    assert Settings.from_mapping({**settings, **of_the_app}).sql_url == url
+
+
+# --- [mqrunner] -------------------------------------------------------------
+
+# A configuration of mailqueue-runner 1.0, with all of its documented keys but smtp_tls_verify.
+MQRUNNER = {
+    'smtp_hostname': 'mail.example.org',
+    'smtp_port': '587',
+    'smtp_username': 'someuser@site.example',
+    'smtp_password': 'secret',
+    'smtp_tls': 'yes',
+    'queue_dir': '/path/to/mailqueue',
+    'from': 'user@host.example',
+    'plugins': '*',
+    'logging_conf': '/path/to/logging.conf',
+    'delivery_log': '/path/to/delivery.log',
+    'queue_log': '/path/to/queue.log',
+    'here': '/path/to',
+    '__file__': '/path/to/mq.conf',
+}
+
+
+def test_a_configuration_of_mailqueue_runner_is_read():
+    assert Settings.from_mqrunner_section(MQRUNNER) == Settings(
+        smtp_hostname='mail.example.org',
+        smtp_port=587,
+        smtp_username='someuser@site.example',
+        smtp_password='secret',
+        smtp_tls='starttls',
+        queue_dir=Path('/path/to/mailqueue'),
+        logging_conf=Path('/path/to/logging.conf'),
+        delivery_log=Path('/path/to/delivery.log'),
+        queue_log=Path('/path/to/queue.log'),
+    )
+
+
+@pytest.mark.parametrize(('port', 'mode'), [('465', 'implicit'), (465, 'implicit'), ('587', 'starttls')])
+def test_smtp_tls_yes_of_mailqueue_runner_fits_the_port(port, mode):
+    assert Settings.from_mqrunner_section({**MQRUNNER, 'smtp_port': port}).smtp_tls == mode
+
+
+def test_mqrunner_may_leave_the_queue_directory_to_the_command_line():
+    section = {key: value for key, value in MQRUNNER.items() if key != 'queue_dir'}
+
+    assert Settings.from_mqrunner_section(section).queue_dir is None
+
+
+@pytest.mark.parametrize(
+    ('values', 'text'),
+    [
+        ({'smtp_port': 'x'}, "[mqrunner] smtp_port = 'x': must be a whole number from 1 to 65535."),
+        ({'logging_config': '/x'}, '[mqrunner] logging_config: there is no such key. Did you mean [mqrunner] logging_'),
+        ({'smtp_hostname': ''}, '[mqrunner] smtp_hostname is missing: [mqrunner] transports has smtp'),
+        ({'smtp_tls_verify': 'no'}, '[mqrunner] smtp_tls_verify: there is no such key, because certificates are veri'),
+        ({'smtp_tls': 'no'}, "[mqrunner] smtp_tls = 'no': must be starttls, implicit, opportunistic or off."),
+    ],
+)
+def test_errors_of_mqrunner_name_section_and_key(values, text):
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.from_mqrunner_section({**MQRUNNER, **values})
+
+    assert str(caught.value).startswith(text)
