@@ -12,6 +12,7 @@ import threading
 import weakref
 
 from aiosmtpd.controller import Controller
+from pyramid.events import ApplicationCreated
 
 from demo.inbox import Inbox
 
@@ -110,8 +111,8 @@ class _Handler:
 
 
 def includeme(config):
-    """Start the server that ``mailqueue.smtp_port`` names; it is the registry's ``demo.relay``."""
+    """Make the server of ``mailqueue.smtp_port`` the registry's ``demo.relay``, and start it when the app is made."""
     settings = config.get_settings()
     relay = Relay(Inbox(settings['demo.inbox_dir']), int(settings['mailqueue.smtp_port']))
-    relay.switch_on()
     config.registry['demo.relay'] = relay
+    config.add_subscriber(lambda event: relay.switch_on(), ApplicationCreated)

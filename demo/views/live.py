@@ -12,7 +12,6 @@ from sqlalchemy import func, select
 
 from demo.models import SignUp
 from demo.relay import RelayError
-from pyramid_mailqueue.interfaces import IMailQueue
 
 SHOWN = 12
 
@@ -23,7 +22,7 @@ def live_parts(request):
     newest = select(SignUp).order_by(SignUp.id.desc()).limit(SHOWN)
     return {
         'relay': relay,
-        'counts': request.registry.getUtility(IMailQueue).counts(),
+        'counts': request.mailer.queue.counts(),
         'mails': relay.inbox.latest(SHOWN),
         'mails_total': len(relay.inbox),
         'signups': request.dbsession.scalars(newest).all(),
