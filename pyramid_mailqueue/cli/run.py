@@ -8,11 +8,11 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
-import logging
-import os
+
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
@@ -115,7 +115,7 @@ def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
 
 def _settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
     """The settings of the app; if the queue directory is given and there is a [mqrunner] section, those of that."""
-    given = {'queue_dir': os.path.abspath(arguments.queue_dir)} if arguments.queue_dir else {}
+    given = {'queue_dir': Path(arguments.queue_dir).absolute()} if arguments.queue_dir else {}
     section = read_mqrunner_section(arguments.ini, overrides) if arguments.name is None else None
     if section is not None:
         return Settings.from_mqrunner_section({**section, **given})
