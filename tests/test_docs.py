@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import configparser
 import re
+import sys
+from email.message import EmailMessage
 from pathlib import Path
+from types import ModuleType
 
 import docutils.core
 import docutils.nodes
 import pytest
+from webtest import TestApp
 
 from pyramid_mailqueue.settings import known_keys
 
@@ -93,3 +97,50 @@ def test_the_architecture_names_every_module_and_no_other():
     named = {text for text in literals_of(parse(ROOT / 'docs/architecture.rst')) if text.endswith('.py')}
 
     assert named == modules - rooms
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """Return the contents of the queue that the README's examples use here."""
+    return lambda: [path.read_text() for folder in ('new', 'cur') for path in (tmp_path / 'queue' / folder).iterdir()]
+
+
+def example(number, language, tmp_path):
+    """Return an example of the README, with a queue of this test in it."""
+    blocks = parse(ROOT / 'README.rst').findall(docutils.nodes.literal_block)
+    texts = [block.astext() for block in blocks if language in block['classes']]
+    return texts[number].replace('/var/spool/shop', str(tmp_path / 'queue'))
+
+
+def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
+    module = ModuleType('readme_application')
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    ini = configparser.ConfigParser()
+    ini.read_string(example(0, 'ini', tmp_path))
+    exec(compile(example(0, 'python', tmp_path), 'README.rst', 'exec'), vars(module))
+    app = TestApp(module.main({}, **ini['app:main'], **{'mailqueue.delivery': 'queue'}))
+
+    answer = app.post('/order', {'email': 'reader@site.example'})
+
+    (mail,) = waiting()
+    assert 'Envelope-to: reader@site.example\n' in mail
+    assert f'Message-ID: {answer.json["message_id"]}\n' in mail
+
+
+def test_the_script_in_the_readme_works(tmp_path, waiting):
+    message = EmailMessage()
+    message['From'] = 'shop@site.example'
+    message['To'] = 'reader@site.example'
+    message.set_content('Hello.')
+    server = "'mailqueue.smtp_hostname': 'mail.site.example',"
+    script = example(1, 'python', tmp_path)
+    assert server in script
+
+    # No test of ours talks to a mail server that it did not start.
+    exec(
+        compile(script.replace(server, f"{server} 'mailqueue.delivery': 'queue',"), 'README.rst', 'exec'),
+        {'message': message},
+    )
+
+    (mail,) = waiting()
+    assert 'Envelope-to: reader@site.example\n' in mail
