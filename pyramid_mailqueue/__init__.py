@@ -50,6 +50,9 @@ __all__ = [
     'mailer_from_settings',
 ]
 
+# The order of an action that comes after those of the application, which may register transports and change settings.
+_LAST = 1000
+
 
 def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, prefix: str = 'mailqueue.') -> Mailer:
     """
@@ -61,10 +64,10 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
     :raises ConfigurationError: a setting is missing, unknown, malformed, or contradicts another one
     """
     from pyramid_mailqueue.settings import Settings
+    from pyramid_mailqueue.transactions import ManagerTransaction
     from pyramid_mailqueue.wiring import build_mailer
 
-    mailer: Mailer = build_mailer(Settings.from_mapping(settings, prefix), manager=manager)
-    return mailer
+    return build_mailer(Settings.from_mapping(settings, prefix), transactions=ManagerTransaction(manager))
 
 
 def get_mailer(request: Any) -> Mailer:
@@ -85,21 +88,24 @@ def includeme(config: Any) -> None:
     Set up mail for a Pyramid application, from its ``mailqueue.*`` settings.
 
     Registers a utility for :class:`~.interfaces.IMailer`, and adds ``request.mailer``.  The settings are read when the
-    configuration is committed, so the application may still change them after this call; a setting that cannot be
-    used raises :class:`ConfigurationError` then.  A transport that ``mailqueue.transports`` names may be registered as
-    a utility for :class:`~.interfaces.ITransport` of that name.
+    configuration is committed, after all other actions, so the application may still change them after this call; a
+    setting that cannot be used raises :class:`ConfigurationError` then.  A transport that ``mailqueue.transports``
+    names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
     """
 
     def register() -> None:
         from pyramid_mailqueue.settings import Settings
+        from pyramid_mailqueue.transactions import ThreadTransaction
         from pyramid_mailqueue.wiring import build_mailer
 
         registry = config.registry
-        settings = Settings.from_mapping(registry.settings)
-        mailer = build_mailer(settings, lookup=partial(registry.queryUtility, ITransport))
+        mailer = build_mailer(
+            Settings.from_mapping(registry.settings),
+            transactions=ThreadTransaction(),
+            lookup=partial(registry.queryUtility, ITransport),
+        )
         registry.registerUtility(mailer, IMailer)
 
-    # The default order: after transports that the application registers in actions of its own before this one.
-    config.action('pyramid_mailqueue', register)
+    config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
     config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')

@@ -17,17 +17,20 @@ The traps, each of which has a test:
   therefore leaves this manager ready to join again.
 * After-commit hooks run with ``False`` after a failed commit.  Mail can have been published nevertheless, if another
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
+* After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
+  transaction then hands over the claims, which nobody would settle otherwise.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transaction.interfaces
 from zope.interface import implementer
 
+from pyramid_mailqueue.delivery.logs import log_event
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IStaging
@@ -37,10 +40,12 @@ __all__ = ['MailDataManager']
 log = logging.getLogger('mailqueue.queue_log')
 
 
-@implementer(transaction.interfaces.IDataManagerSavepoint)
+@implementer(transaction.interfaces.ISavepointDataManager)
 class MailDataManager:
     """
-    See `transaction.interfaces.IDataManager`.  One for each transaction and queue; it joins with the first message.
+    See `transaction.interfaces.ISavepointDataManager`.
+
+    There is one for each transaction and queue; it joins with its first message.
 
     :param txn: the transaction
     :param manager: its transaction manager
@@ -121,18 +126,21 @@ class MailDataManager:
 
     def tpc_abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
-        self.abort(txn)
+        self._discard()
 
     def abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Blind to what is published, and may be called at any time."""
+        self._discard()
+        self._dispatch(committed=False)
+
+    def _discard(self) -> None:
         self._joined = False
         self._deliveries = []
-        _log_dropped(self._staging.discard())
+        _log_discarded(self._staging.discard())
 
-    @property
-    def savepoint(self) -> Callable[[], _Savepoint]:
-        """See `transaction.interfaces.IDataManagerSavepoint`."""
-        return lambda: _Savepoint(self)
+    def savepoint(self) -> _Savepoint:
+        """See `transaction.interfaces.ISavepointDataManager`."""
+        return _Savepoint(self)
 
     def mark(self) -> tuple[object, int]:
         """Return a mark of the mail added so far."""
@@ -142,15 +150,16 @@ class MailDataManager:
         """Drop the mail that was added since *mark*."""
         staged, count = mark
         del self._deliveries[count:]
-        _log_dropped(self._staging.rollback(staged))
+        _log_discarded(self._staging.rollback(staged))
 
     def _dispatch(self, committed: bool) -> None:
-        """The after-commit hook; *committed* says nothing about our claims (see the module's docstring)."""
+        """The after-commit hook; *committed* says nothing about our claims (see the docstring of the module)."""
         claims, self._claims = self._claims, []
         for delivery in dict(claims):
             self._dispatchers[delivery].dispatch([claim for way, claim in claims if way == delivery])
 
 
+@implementer(transaction.interfaces.IDataManagerSavepoint)
 class _Savepoint:
     """See `transaction.interfaces.IDataManagerSavepoint`."""
 
@@ -159,6 +168,7 @@ class _Savepoint:
         self._mark = data_manager.mark()
 
     def rollback(self) -> None:
+        """See `transaction.interfaces.IDataManagerSavepoint`."""
         self._data_manager.rollback(self._mark)
 
 
@@ -170,6 +180,14 @@ def too_late(txn: Any) -> str:
     )
 
 
-def _log_dropped(envelopes: Sequence[Envelope]) -> None:
+def _log_discarded(envelopes: Sequence[Envelope]) -> None:
+    """Tell of mail that does not leave: that a commit veto takes it along is a common surprise."""
     for envelope in envelopes:
-        log.info('status=dropped msgid=%s reason="the transaction was aborted"', envelope.message_id)
+        log_event(
+            log,
+            logging.INFO,
+            status='discarded',
+            msgid=envelope.message_id,
+            to=','.join(envelope.recipients),
+            reason='its transaction, or a savepoint, was rolled back',
+        )

@@ -84,9 +84,12 @@ class Mailer:
     ) -> SendResult:
         """See `IMailer`."""
         claim = self.queue.put_claimed(self._compose(message, sender, recipients))
-        result = self.handler.deliver(claim)
-        self.queue.flush()
-        return result
+        try:
+            return self.handler.deliver(claim)
+        finally:
+            # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.
+            claim.release()
+            self.queue.flush()
 
     def enqueue(self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
         """See `IMailer`."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
@@ -21,6 +21,10 @@ from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.settings import Settings
 
+if TYPE_CHECKING:
+    from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.transactions import ITransactionSource
+
 __all__ = ['build_handler', 'build_mailer', 'build_queue', 'build_runner']
 
 log = logging.getLogger('mailqueue.delivery')
@@ -30,40 +34,41 @@ DAY = 86400
 Lookup = Callable[[str], Any]
 
 
-def build_mailer(settings: Settings, *, manager: Any = None, lookup: Lookup | None = None) -> Any:
+def build_mailer(
+    settings: Settings, *, transactions: ITransactionSource | None = None, lookup: Lookup | None = None
+) -> Mailer:
     """
     Return the :class:`~.mailer.Mailer` that *settings* describe.
 
-    :param manager: the transaction manager to join; None is the manager of the thread
+    :param transactions: knows the transaction to join; None is the manager of the thread
     :param lookup: finds a registered transport by its name, or returns None
     :raises ConfigurationError: something that the settings name cannot be used
     """
     # mq-run has no transactions, and does not load what makes them.
     from pyramid_mailqueue.mailer import Mailer
-    from pyramid_mailqueue.transactions import ManagerTransaction
 
     queue = build_queue(settings)
     handler = build_handler(settings, lookup)
-    inline = InlineDispatcher(handler, queue)
     compose = partial(
         Envelope.from_message,
         default_sender=settings.default_sender,
         max_size=settings.max_message_size,
         local_hostname=settings.smtp_local_hostname,
     )
-    dispatchers = {'background': _background(handler, queue, inline), 'inline': inline}
-    transactions = ManagerTransaction(manager)
+    dispatchers = _build_dispatchers(settings, handler, queue)
     return Mailer(queue, handler, dispatchers, compose, delivery=settings.delivery, transactions=transactions)
 
 
-def _background(handler: MessageHandler, queue: IMailQueue, inline: InlineDispatcher) -> IDispatcher:
+def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMailQueue) -> dict[str, IDispatcher]:
+    inline = InlineDispatcher(handler, queue)
     if threads_run_here():
-        return BackgroundDispatcher(handler, queue)
-    log.warning(
-        'mailqueue.delivery = background needs threads, and uWSGI runs without them: mail is delivered before the '
-        'request returns. Start uWSGI with enable-threads, or set mailqueue.delivery = queue.'
-    )
-    return inline
+        return {'background': BackgroundDispatcher(handler, queue), 'inline': inline}
+    if settings.delivery == 'background':
+        log.warning(
+            'mailqueue.delivery = background needs threads, and uWSGI runs without them: mail is delivered before the '
+            'request returns. Start uWSGI with enable-threads, or set mailqueue.delivery = queue.'
+        )
+    return {'background': inline, 'inline': inline}
 
 
 def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
@@ -150,7 +155,7 @@ def _call_factory(key: str, name: str, settings: Settings) -> Any:
     module, _, attribute = name.replace(':', '.').rpartition('.')
     if not module:
         raise ConfigurationError(
-            f'{key} = {name}: no transport of this name is registered, and it is not the dotted name of a factory.'
+            f'{key} = {name}: nothing of this name is registered, and it is not the dotted name of a factory.'
         )
     try:
         factory = getattr(import_module(module), attribute)
