@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pyramid.config import Configurator
+import warnings
+
+# Pyramid 2.1 uses pkg_resources, and whoever starts the demo would read that first.
+warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
+
+from pyramid.config import Configurator  # noqa: E402 - behind the filter
 
 __all__ = ['main']
 

@@ -8,6 +8,7 @@ other server, and so does ``mq-run``, which reads the address in the same ini.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import weakref
 
@@ -52,16 +53,16 @@ class Relay:
         with self._lock:
             if self.on:
                 return
-            controller = _Controller(_Handler(self.inbox), self.port)
             try:
-                controller.start()
+                listening = socket.create_server((HOST, self.port))
             except OSError as error:
                 raise RelayError(
                     f'The SMTP server of the demo cannot listen on {HOST}:{self.port}: {error.strerror}.  Stop the '
                     f'program that uses this port (is the demo running already?), or set another number as '
                     f'mailqueue.smtp_port in the ini file.'
                 ) from error
-            self._controller = controller
+            self._controller = _Controller(_Handler(self.inbox), listening)
+            self._controller.start()
             log.info('the SMTP server listens on %s:%s', HOST, self.port)
 
     def switch_off(self):
@@ -76,10 +77,16 @@ class Relay:
 class _Controller(Controller):
     """The server in its thread; a new one for each time it is switched on."""
 
-    def __init__(self, handler, port):
-        # A host name, so that nobody asks the DNS for ours.
-        super().__init__(handler, hostname=HOST, port=port, server_hostname='localhost', ident='ESMTP of the demo')
+    def __init__(self, handler, listening):
+        host, port = listening.getsockname()
+        # A server_hostname, so that nobody asks the DNS for ours.
+        super().__init__(handler, hostname=host, port=port, server_hostname='localhost', ident='ESMTP of the demo')
+        self._listening = listening
         self._sessions = weakref.WeakSet()
+
+    def _create_server(self):
+        # The socket is there already: a port that is taken is an error in the thread that can report it.
+        return self.loop.create_server(self._factory_invoker, sock=self._listening)
 
     def factory(self):
         session = super().factory()
