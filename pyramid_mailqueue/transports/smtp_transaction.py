@@ -1,0 +1,614 @@
+"""
+The SMTP dialogue of one session: a stream of mail transactions, without a socket and without a clock.
+
+Everything that affects the state of the dialogue lives here.  Whoever owns the connection does three things in a loop:
+send what :meth:`Dialogue.data_to_send` holds and say so with :meth:`Dialogue.sent`; give what arrives to
+:meth:`Dialogue.receive_data`; and if the connection breaks say that, with :meth:`Dialogue.connection_lost` or
+:meth:`Dialogue.timed_out`.
+
+Theory of operation
+-------------------
+
+A :class:`MailTransaction` is MAIL, one RCPT for each recipient, DATA, and the content up to the final dot (RFC 5321
+section 3.3).  Transactions are submitted at any time and take their turn::
+
+    submit --> waiting --> MAIL, RCPT ..., DATA --354--> content, final dot --reply--> done
+                                 |                                       ^
+                                 +-- refused: done; if the server took   from here on the next
+                                     MAIL, RSET goes before the next     transaction may speak
+
+Two things are remembered.  *Whose turn it is to speak*: a transaction that has said DATA holds the floor until its
+final dot is said, or until it is over.  And *what was asked*: a queue with an entry for every command whose reply is
+still to come, in the order of the commands, because that is the order of the replies.  A reply is matched to the head
+of the queue and to nothing else, so that a refusal disturbs neither the transaction before nor the one after.
+
+With PIPELINING (RFC 2920) a transaction says MAIL, all RCPT and DATA at once, and the next one begins in the same
+write as the end of the content before it: one round trip for each message.  Without, a command is said only when no
+reply is awaited.
+
+Each entry also knows where in the stream of bytes its command ends.  A reply to a command that has not left yet was
+asked for by nobody.  And when the connection breaks, that position tells whether the server can have the final dot: if
+so, nobody knows what became of the message, else nothing did.
+
+Errors say whose fault it was.  :class:`~.exceptions.ServerTrouble` is the server's or the network's, and ends the
+session.  :class:`~.exceptions.AddressError` and :class:`~.exceptions.NoRecipients` are the caller's; the session is as
+it was.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from pyramid_mailqueue.addresses import check_address, needs_smtputf8
+from pyramid_mailqueue.delivery.results import Reply
+from pyramid_mailqueue.exceptions import NoRecipients, ServerTrouble
+
+__all__ = ['Capabilities', 'Dialogue', 'MailTransaction', 'ReplyReader', 'printable']
+
+# RFC 5321 section 4.5.3.1.5 gives a reply line 512 octets; servers that explain themselves at length take more.
+MAX_REPLY_LINE = 4096
+MAX_REPLY_LINES = 100
+
+#: How many bytes are handed out at once, at least, if there are as many.
+CHUNK = 64 * 1024
+
+OUTCOME_UNKNOWN = Reply(
+    451,
+    'connection lost after the end of the data and before the reply: it may have been delivered',
+    '4.4.2',
+    from_server=False,
+)
+
+_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
+_LINE_END = re.compile(rb'\r\n|\r|\n')
+
+# The server wants authentication or encryption first (RFC 4954 section 6, RFC 3207 section 4).
+_NOT_BEFORE_LOGIN = frozenset({530, 534, 535, 538})
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """
+    What a server offers in its reply to EHLO, as far as it concerns mail transactions.
+
+    :param pipelining: RFC 2920
+    :param size: the largest message in octets, 0 for no limit, None if SIZE is not offered (RFC 1870)
+    :param eight_bit_mime: RFC 6152
+    :param smtputf8: RFC 6531
+    :param enhanced_status_codes: RFC 2034
+    """
+
+    pipelining: bool = False
+    size: int | None = None
+    eight_bit_mime: bool = False
+    smtputf8: bool = False
+    enhanced_status_codes: bool = False
+
+    @classmethod
+    def from_ehlo(cls, features: Mapping[str, str]) -> Capabilities:
+        """Read a mapping of keyword to parameters, such as :attr:`smtplib.SMTP.esmtp_features`."""
+        offered = {keyword.lower(): parameters for keyword, parameters in features.items()}
+        limit = re.match('[0-9]*', offered.get('size', ''))
+        return cls(
+            pipelining='pipelining' in offered,
+            size=int((limit and limit[0]) or 0) if 'size' in offered else None,
+            eight_bit_mime='8bitmime' in offered,
+            smtputf8='smtputf8' in offered,
+            enhanced_status_codes='enhancedstatuscodes' in offered,
+        )
+
+
+class ReplyReader:
+    """
+    Cuts what a server sends into replies (RFC 5321 section 4.2), and lets no server fill the memory.
+
+    :param server: how the server is called in errors
+    """
+
+    def __init__(self, server: str = 'the server') -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self._code: int | None = None
+        self._lines: list[bytes] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing has arrived beyond the replies that were handed out."""
+        return not self._buffer and not self._lines
+
+    def feed(self, data: bytes) -> None:
+        """Add what has arrived."""
+        self._buffer += data
+
+    def next_reply(self) -> tuple[int, list[bytes]] | None:
+        """
+        Return the code and the texts of the next reply, None if it is not complete yet.
+
+        Raises :class:`~.exceptions.ServerTrouble` for what is no reply.
+        """
+        while (line := self._next_line()) is not None:
+            match = _REPLY_LINE.fullmatch(line)
+            if not match or int(match[1]) != (self._code or int(match[1])):
+                raise self._trouble(f'sent what is not an SMTP reply: {printable(line[:100])!r}')
+            self._code = int(match[1])
+            self._lines.append(match[3] or b'')
+            if match[2] != b'-':
+                reply = self._code, self._lines
+                self._code, self._lines = None, []
+                return reply
+            if len(self._lines) >= MAX_REPLY_LINES:
+                raise self._trouble(f'sent a reply of more than {MAX_REPLY_LINES} lines')
+        return None
+
+    def _next_line(self) -> bytes | None:
+        end = self._buffer.find(b'\n', 0, MAX_REPLY_LINE)
+        if end < 0 and len(self._buffer) >= MAX_REPLY_LINE:
+            raise self._trouble(f'sent a reply line of more than {MAX_REPLY_LINE} bytes')
+        if end < 0:
+            return None
+        line = bytes(self._buffer[:end]).removesuffix(b'\r')
+        del self._buffer[: end + 1]
+        return line
+
+    def _trouble(self, what: str) -> ServerTrouble:
+        return ServerTrouble(
+            f'{self._server} {what}. Check that mailqueue.smtp_hostname, smtp_port and smtp_tls fit a mail server.'
+        )
+
+
+def printable(text: bytes) -> str:
+    """Return what a server said without controls: it ends up in logs, on terminals and in queue files."""
+    decoded = text.decode('utf-8', 'replace')
+    return decoded if decoded.isprintable() else ''.join(c if c.isprintable() else ' ' for c in decoded)
+
+
+class MailTransaction:
+    """
+    One message on its way to some recipients, and what became of it.
+
+    :ivar replies: recipient to reply; who is missing here has no outcome
+    :ivar done: all replies have come; if the session ends before, *replies* holds what is known
+    :ivar answered: the server has replied to at least one command of this transaction
+    """
+
+    def __init__(self, sender: str, recipients: Iterable[str], content: bytes) -> None:
+        self.sender = sender
+        self.recipients = tuple(dict.fromkeys(recipients))
+        self.content = content
+        self.replies: dict[str, Reply] = {}
+        self.done = False
+        self.answered = False
+        self._taken: list[str] = []
+        self._too_many: dict[str, Reply] = {}
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """The recipients without an outcome: to be offered in a further transaction."""
+        return tuple(recipient for recipient in self.recipients if recipient not in self.replies)
+
+    @property
+    def has_recipients(self) -> bool:
+        """The server took at least one recipient, so that the content can be sent."""
+        return bool(self._taken)
+
+    # What follows is called by the dialogue.
+
+    def refuse(self, reply: Reply, recipients: Iterable[str] | None = None) -> None:
+        """*reply* is the outcome for *recipients*, by default for all of those without one."""
+        self.replies.update(dict.fromkeys(self.untried if recipients is None else recipients, reply))
+
+    def answer_rcpt(self, recipient: str, reply: Reply) -> None:
+        """Note the reply to one RCPT."""
+        if reply.accepted:
+            self._taken.append(recipient)
+        elif _is_too_many_recipients(reply):
+            self._too_many[recipient] = reply
+        else:
+            self.replies[recipient] = reply
+
+    def answer_data(self, reply: Reply) -> None:
+        """Note the reply to DATA or to the content: the outcome for those whom the server had taken."""
+        self.refuse(reply, self._taken)
+
+    def finish(self) -> None:
+        """Note that no more replies will come."""
+        # "Too many" after nobody at all is no reason to try again at once.
+        if not self._taken:
+            self.replies.update(self._too_many)
+        self.done = True
+
+
+def _is_too_many_recipients(reply: Reply) -> bool:
+    """
+    RFC 5321 section 4.5.3.1.10: 452, or 552 from servers that follow RFC 821; X.5.3 where there is an enhanced code.
+
+    Without an enhanced code the same numbers also say that a disk or a mailbox is full.  Trying again finds that out,
+    because the reply counts if it comes when nobody was accepted before.
+    """
+    if reply.enhanced:
+        return reply.enhanced in ('4.5.3', '5.5.3')
+    return reply.code in (452, 552)
+
+
+class _Step(Enum):
+    """What was asked, and which replies answer it."""
+
+    RSET = 'RSET', (2,)
+    MAIL = 'MAIL FROM', (2, 4, 5)
+    RCPT = 'RCPT TO', (2, 4, 5)
+    DATA = 'DATA', (3, 4, 5)
+    DOT = 'the end of the data', (2, 4, 5)
+    LONE_DOT = 'the end of no data', (2, 4, 5)
+
+    def __init__(self, text: str, classes: tuple[int, ...]) -> None:
+        self.text = text
+        self.classes = classes
+
+    def is_answered_by(self, reply: Reply) -> bool:
+        return reply.code // 100 in self.classes and (reply.code == 354 or reply.code // 100 != 3)
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """An entry of the queue: a reply that is to come.  *end* is where its command ends in the stream of bytes."""
+
+    step: _Step
+    transaction: MailTransaction
+    recipient: str = ''
+    end: float = math.inf
+
+
+class Dialogue:
+    """
+    See the module.
+
+    :param capabilities: what the server offers
+    :param server: how the server is called in errors, e.g. ``mail.example.org:587``
+    :param trace: called with each line said (``C: ...``) and heard (``S: ...``), content excepted
+    """
+
+    def __init__(
+        self, capabilities: Capabilities, server: str = 'the server', trace: Callable[[str], None] | None = None
+    ) -> None:
+        self.capabilities = capabilities
+        self.trouble: ServerTrouble | None = None
+        self.closed_by_server = False
+        self.trace = trace
+        self._server = server
+        self._reader = ReplyReader(server)
+        self._waiting: deque[MailTransaction] = deque()
+        self._awaited: deque[_Awaited] = deque()
+        # Who holds the floor, what is left for it to say, and its content once the server has asked for it.
+        self._speaker: MailTransaction | None = None
+        self._commands: deque[tuple[_Step, str]] = deque()
+        self._content: Iterator[bytes] | None = None
+        # The server took a MAIL, and no final dot will end that: RSET has to go before the next one.
+        self._needs_reset = False
+        # The stream of bytes: how many were ever composed, how many of them have left, and those in between.
+        self._composed = 0
+        self._sent = 0
+        self._chunk = memoryview(b'')
+
+    # --- for the owner of the connection ---
+
+    @property
+    def is_idle(self) -> bool:
+        """Between two transactions: nothing to say, nothing awaited, and the session can go on."""
+        return not (self._awaited or self._speaker or self._waiting or self._chunk or self.trouble)
+
+    @property
+    def awaits_end_of_data(self) -> bool:
+        """The final dot has left and its reply has not come: the longest wait (RFC 5321 section 4.5.3.2.6)."""
+        return bool(self._awaited) and self._awaited[0].step is _Step.DOT and self._awaited[0].end <= self._sent
+
+    def submit(self, sender: str, recipients: Iterable[str], content: bytes) -> MailTransaction:
+        """
+        Let one message take its turn.
+
+        :param sender: the reverse-path without angle brackets; ``''`` is the null sender
+        :param recipients: addresses, at least one
+        :param content: RFC 5322 bytes; line ends that are not CRLF become so
+        :raises AddressError: an address could break out of its command
+        :raises NoRecipients: there is nobody to send to
+
+        What the server cannot take, by what it offers, is refused here and never said.
+        """
+        if self.trouble:
+            raise RuntimeError(f'This session has ended: {self.trouble}')
+        transaction = MailTransaction(sender, recipients, _with_crlf(content))
+        for address in filter(None, (sender, *transaction.recipients)):
+            check_address(address)
+        if not transaction.recipients:
+            raise NoRecipients('There is nobody to send this message to.')
+        self._refuse_what_cannot_go(transaction)
+        if transaction.untried:
+            self._waiting.append(transaction)
+        else:
+            transaction.finish()
+        return transaction
+
+    def data_to_send(self) -> memoryview:
+        """Return the bytes that may go now, the same until they are :meth:`sent`; none if it is the server's turn."""
+        if not self._chunk:
+            self._chunk = memoryview(b''.join(self._pieces()))
+        return self._chunk
+
+    def sent(self, count: int) -> None:
+        """Note that the first *count* bytes of :meth:`data_to_send` are with the network now."""
+        self._sent += count
+        self._chunk = self._chunk[count:]
+
+    def receive_data(self, data: bytes) -> int:
+        """
+        Take what has arrived, ``b''`` for the end of the stream; return the number of replies that are complete now.
+
+        Raises :class:`~.exceptions.ServerTrouble` if the session is over.
+        """
+        if not data:
+            raise self.connection_lost('closed the connection')
+        self._reader.feed(data)
+        count = 0
+        try:
+            while reply := self._reader.next_reply():
+                self._take(*reply)
+                count += 1
+        except ServerTrouble as trouble:
+            self._end(trouble)
+            raise
+        return count
+
+    def connection_lost(self, what: str) -> ServerTrouble:
+        """Note that the connection broke, and return the trouble; *what* says how, behind the name of the server."""
+        self.closed_by_server = True
+        return self._end(ServerTrouble(f'{self._server} {what} {self._while()}.'))
+
+    def timed_out(self, seconds: float) -> ServerTrouble:
+        """Note that the owner has waited *seconds* for nothing and gives the session up; return the trouble."""
+        return self._end(ServerTrouble(f'{self._server} did nothing for {seconds:g} seconds {self._while()}.'))
+
+    # --- what may be said now ---
+
+    def _pieces(self) -> Iterator[bytes]:
+        size = 0
+        while size < CHUNK and (piece := self._next_piece()):
+            size += len(piece)
+            self._composed += len(piece)
+            yield piece
+
+    def _next_piece(self) -> bytes:
+        if self._content is not None:
+            return next(self._content)
+        if self._awaited and not self.capabilities.pipelining:
+            return b''
+        if self._speaker is None and self._waiting:
+            self._give_floor(self._waiting.popleft())
+        if self._speaker is None or not self._commands:
+            return b''
+        return self._say(self._speaker, *self._commands.popleft())
+
+    def _give_floor(self, transaction: MailTransaction) -> None:
+        self._speaker = transaction
+        if self._needs_reset:
+            self._commands.append((_Step.RSET, ''))
+            self._needs_reset = False
+        self._commands.append((_Step.MAIL, ''))
+        self._commands.extend((_Step.RCPT, recipient) for recipient in transaction.untried)
+        self._commands.append((_Step.DATA, ''))
+
+    def _say(self, transaction: MailTransaction, step: _Step, recipient: str) -> bytes:
+        if step is _Step.MAIL:
+            line = f'MAIL FROM:<{transaction.sender and check_address(transaction.sender)}>'
+            line += self._mail_parameters(transaction)
+        elif step is _Step.RCPT:
+            line = f'RCPT TO:<{check_address(recipient)}>'
+        else:
+            line = step.text
+        if self.trace:
+            self.trace(f'C: {line}')
+        piece = f'{line}\r\n'.encode()
+        self._awaited.append(_Awaited(step, transaction, recipient, self._composed + len(piece)))
+        return piece
+
+    def _mail_parameters(self, transaction: MailTransaction) -> str:
+        offered, content = self.capabilities, transaction.content
+        parameters = ''
+        if offered.size is not None:
+            parameters += f' SIZE={_size(content)}'
+        if offered.eight_bit_mime and not content.isascii():
+            parameters += ' BODY=8BITMIME'
+        if offered.smtputf8 and (
+            _needs_smtputf8(transaction.sender, content) or any(map(needs_smtputf8, transaction.recipients))
+        ):
+            parameters += ' SMTPUTF8'
+        return parameters
+
+    def _content_of(self, awaited: _Awaited, content: bytes) -> Iterator[bytes]:
+        if self.trace:
+            self.trace(f'C: <{len(content)} bytes of data>')
+        yield from _dot_stuffed(content)
+        # From here on the next transaction may speak: RFC 2920 section 3.1 lets the end of the data begin a group.
+        awaited.end = self._composed + 3
+        self._speaker = self._content = None
+        yield b'.\r\n'
+
+    def _refuse_what_cannot_go(self, transaction: MailTransaction) -> None:
+        limit, size = self.capabilities.size, _size(transaction.content)
+        if limit and size > limit:
+            transaction.refuse(_own(552, '5.3.4', f'message of {size} bytes, and {self._server} takes {limit}'))
+        if self.capabilities.smtputf8:
+            return
+        why = f'needs SMTPUTF8, which {self._server} does not offer'
+        if _needs_smtputf8(transaction.sender, b''):
+            transaction.refuse(_own(553, '5.6.7', f'sender {why}'))
+        if _needs_smtputf8('', transaction.content):
+            transaction.refuse(_own(550, '5.6.7', f'header {why}'))
+        transaction.refuse(_own(553, '5.6.7', f'recipient {why}'), filter(needs_smtputf8, transaction.untried))
+
+    # --- what was heard ---
+
+    def _take(self, code: int, lines: list[bytes]) -> None:
+        reply = Reply.from_lines(code, map(printable, lines))
+        if self.trace:
+            self.trace(f'S: {reply}')
+        awaited = self._awaited[0] if self._awaited else None
+        if code == 421:
+            # If it answers the final dot, that is an answer: this message was not accepted.
+            self._awaited.clear()
+            self.closed_by_server = True
+            raise self._trouble(f'closed the session: {reply}.', code)
+        if awaited is None or awaited.end > self._sent:
+            raise self._unasked(awaited, reply)
+        if not awaited.step.is_answered_by(reply):
+            raise self._trouble(f'gave no fit answer to {awaited.step.text}: {reply}.', code)
+        self._awaited.popleft()
+        if awaited.step is not _Step.RSET:
+            awaited.transaction.answered = True
+            self._ANSWERS[awaited.step](self, awaited, reply)
+
+    def _unasked(self, awaited: _Awaited | None, reply: Reply) -> ServerTrouble:
+        # A server that sees enough of a message to refuse it may not wait for the end.  Its "no" counts, or the
+        # message would come back for ever; the rest of the session cannot be trusted.
+        if awaited and awaited.step is _Step.DOT and (reply.deferred or reply.refused):
+            awaited.transaction.answered = True
+            awaited.transaction.answer_data(reply)
+            return self._trouble(f'replied before the end of the data: {reply}.', reply.code)
+        return self._trouble(f'sent a reply that nobody asked for: {reply}.', reply.code)
+
+    def _on_mail(self, awaited: _Awaited, reply: Reply) -> None:
+        if reply.code in _NOT_BEFORE_LOGIN:
+            raise self._trouble(
+                f'takes no mail without a login or without TLS: {reply}. '
+                'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
+                reply.code,
+            )
+        if reply.accepted:
+            self._needs_reset = True
+        else:
+            # What was said already, RCPT and DATA, will be answered too: with "MAIL first".
+            awaited.transaction.refuse(reply)
+            self._commands.clear()
+        self._finish_if_hopeless(awaited.transaction)
+
+    def _on_rcpt(self, awaited: _Awaited, reply: Reply) -> None:
+        # After MAIL was refused, everybody has that for an outcome.
+        if awaited.recipient not in awaited.transaction.replies:
+            awaited.transaction.answer_rcpt(awaited.recipient, reply)
+        self._finish_if_hopeless(awaited.transaction)
+
+    def _on_data(self, awaited: _Awaited, reply: Reply) -> None:
+        transaction = awaited.transaction
+        if reply.code != 354:
+            transaction.answer_data(reply)
+            self._finish_without_data(transaction)
+            return
+        self._needs_reset = False
+        if transaction.has_recipients:
+            self._begin_data(_Awaited(_Step.DOT, transaction), transaction.content)
+        else:
+            # RFC 2920 section 3.1: nobody was accepted, and the server wants a message all the same.
+            self._begin_data(_Awaited(_Step.LONE_DOT, transaction), b'')
+
+    def _on_dot(self, awaited: _Awaited, reply: Reply) -> None:
+        awaited.transaction.answer_data(reply)
+        awaited.transaction.finish()
+
+    def _on_lone_dot(self, awaited: _Awaited, reply: Reply) -> None:
+        awaited.transaction.finish()
+
+    def _begin_data(self, awaited: _Awaited, content: bytes) -> None:
+        self._awaited.append(awaited)
+        self._content = self._content_of(awaited, content)
+
+    def _finish_if_hopeless(self, transaction: MailTransaction) -> None:
+        """Leave out DATA, if it is not said yet and can only fail."""
+        nothing_but_data = not self._commands or self._commands[0][0] is _Step.DATA
+        if not self._awaited and nothing_but_data and not transaction.has_recipients:
+            self._finish_without_data(transaction)
+
+    def _finish_without_data(self, transaction: MailTransaction) -> None:
+        self._speaker = None
+        self._commands.clear()
+        transaction.finish()
+
+    _ANSWERS: ClassVar[Mapping[_Step, Callable[[Dialogue, _Awaited, Reply], None]]] = {
+        _Step.MAIL: _on_mail,
+        _Step.RCPT: _on_rcpt,
+        _Step.DATA: _on_data,
+        _Step.DOT: _on_dot,
+        _Step.LONE_DOT: _on_lone_dot,
+    }
+
+    # --- the end ---
+
+    def _trouble(self, what: str, code: int | None = None) -> ServerTrouble:
+        return ServerTrouble(f'{self._server} {what}', code=code)
+
+    def _end(self, trouble: ServerTrouble) -> ServerTrouble:
+        if self.awaits_end_of_data:
+            self._awaited[0].transaction.answer_data(OUTCOME_UNKNOWN)
+        self.trouble = trouble
+        return trouble
+
+    def _while(self) -> str:
+        if not self._awaited:
+            return 'between two messages'
+        awaited = self._awaited[0]
+        if awaited.end > self._sent:
+            return f'while it was sent {"data" if awaited.step is _Step.DOT else awaited.step.text}'
+        return f'before it answered {awaited.step.text}'
+
+
+# --- content ---
+
+
+def _with_crlf(content: bytes) -> bytes:
+    """
+    Return *content* with CRLF line ends and no CR or LF besides.
+
+    Envelopes are built so, and then this only counts.  A bare CR or LF on the wire is a line end to some servers and
+    not to others, and between the two a second message can be smuggled.
+    """
+    if content.count(b'\r\n') == content.count(b'\r') == content.count(b'\n'):
+        return content
+    return _LINE_END.sub(b'\r\n', content)
+
+
+def _size(content: bytes) -> int:
+    """RFC 1870 section 5: with every CRLF, without the dots that SMTP adds."""
+    return len(content) + (0 if _ends_well(content) else 2)
+
+
+def _ends_well(content: bytes) -> bool:
+    return not content or content.endswith(b'\r\n')
+
+
+def _dot_stuffed(content: bytes) -> Iterator[bytes]:
+    """Yield *content* (with CRLF line ends) as it goes over the wire (RFC 5321 section 4.5.2), piece by piece."""
+    for start in range(0, len(content), CHUNK):
+        piece = content[start : start + CHUNK].replace(b'\n.', b'\n..')
+        # The line may begin with the piece, where there is no line feed before it to be seen.
+        if piece.startswith(b'.') and content[start - 1 : start] in (b'', b'\n'):
+            yield b'.'
+        yield piece
+    if not _ends_well(content):
+        yield b'\r\n'
+
+
+def _needs_smtputf8(sender: str, content: bytes) -> bool:
+    """RFC 6531: needed for a local part, or for a header, that is not ASCII."""
+    if needs_smtputf8(sender):
+        return True
+    if content.isascii():
+        return False
+    end_of_header = content.find(b'\r\n\r\n')
+    return not content[: end_of_header if end_of_header >= 0 else len(content)].isascii()
+
+
+def _own(code: int, enhanced: str, text: str) -> Reply:
+    return Reply(code, text, enhanced, from_server=False)
