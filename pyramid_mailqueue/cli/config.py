@@ -56,7 +56,7 @@ def read_app_settings(uri: str, name: str | None, overrides: Mapping[str, str]) 
     source = _locate(uri, overrides)
     name = name or source.name
     if source.loader:
-        with _blame(uri):
+        with _blame(f'{uri}:'):
             return {**source.loader.get_wsgi_app_settings(name, dict(overrides)), **overrides}
     file = _IniFile(source.path, source.variables)
     settings = {**_find_app(file, name or 'main', {}, ()).app, **overrides}
@@ -73,7 +73,7 @@ def read_mqrunner_section(uri: str, overrides: Mapping[str, str]) -> dict[str, s
     """
     source = _locate(uri, overrides)
     if source.loader:
-        with _blame(uri):
+        with _blame(f'{uri}:'):
             section = source.loader.get_settings('mqrunner', dict(overrides))
         return {**section, **overrides} if section else None
     file = _IniFile(source.path, source.variables)
@@ -147,7 +147,7 @@ def _blame(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        raise ConfigurationError(f'{source}: cannot be used ({type(exc).__name__}: {exc}).') from exc
+        raise ConfigurationError(f'{source} cannot be used ({type(exc).__name__}: {exc}).') from exc
 
 
 # --- one ini file -----------------------------------------------------------
@@ -371,7 +371,7 @@ def _look_for_queue_dir_in_defaults(file: _IniFile) -> None:
 def _setup_logging_of(uri: str, overrides: Mapping[str, str]) -> None:
     source = _locate(uri, overrides)
     if source.loader:
-        with _blame(uri):
+        with _blame(f'{uri}:'):
             source.loader.setup_logging(dict(overrides))
         return
     file = _IniFile(source.path, source.variables)
@@ -401,7 +401,8 @@ def _log_to_file(name: str, path: Path) -> None:
     from logging.handlers import WatchedFileHandler
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         handler = WatchedFileHandler(path, encoding='utf-8')
     except OSError as exc:
         raise ConfigurationError(f'{name} = {path}: cannot be written ({exc.strerror}).') from exc
