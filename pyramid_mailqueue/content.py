@@ -135,13 +135,19 @@ def _generate(message: Message) -> bytes:
     buffer = BytesIO()
     try:
         policy = _InternationalWirePolicy() if _has_international_mailbox(message) else _WirePolicy()
-        BytesGenerator(buffer, policy=policy).flatten(_twin(message))
+        _WireGenerator(buffer, policy=policy).flatten(_twin(message))
     except MailqueueError:
         raise
     except Exception as exc:
         # Whatever an odd message makes the library raise: UnicodeError, LookupError, TypeError, AttributeError, ...
         raise MessageError(f'The message cannot be turned into bytes: {type(exc).__name__}: {exc}') from exc
     return buffer.getvalue()
+
+
+class _WireGenerator(BytesGenerator):
+    def _write_lines(self, lines: str) -> None:
+        # The library writes a body line by line, which takes seconds for an attachment of some megabytes.
+        self.write(lines.replace('\r\n', '\n').replace('\r', '\n').replace('\n', '\r\n'))
 
 
 def _twin(message: Any) -> Any:
