@@ -20,7 +20,7 @@ test: $(TEST)/installed-$(VERSION) strace
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(TEST)/bin/python -m pytest --cov
+	$(TEST)/bin/python -m pytest --cov=pyramid_mailqueue
 
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo
