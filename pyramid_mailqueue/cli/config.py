@@ -55,7 +55,7 @@ def read_app_settings(uri: str, name: str | None, overrides: Mapping[str, str]) 
     """
     source = _locate(uri, overrides)
     name = name or source.name
-    if source.loader:
+    if source.loader is not None:
         with _blame(f'{uri}:'):
             return {**source.loader.get_wsgi_app_settings(name, dict(overrides)), **overrides}
     file = _IniFile(source.path, source.variables)
@@ -72,7 +72,7 @@ def read_mqrunner_section(uri: str, overrides: Mapping[str, str]) -> dict[str, s
     Keys of ``[DEFAULT]`` count as well, if they are known ones.  Raises :class:`~.exceptions.ConfigurationError`.
     """
     source = _locate(uri, overrides)
-    if source.loader:
+    if source.loader is not None:
         with _blame(f'{uri}:'):
             section = source.loader.get_settings('mqrunner', dict(overrides))
         return {**section, **overrides} if section else None
@@ -290,12 +290,12 @@ def _find_app(file: _IniFile, name: str, given: Mapping[str, str], trail: tuple[
         raise file.error(
             section,
             'holds several apps. Choose the one that sends the mail with --name: '
-            f'{", ".join(_kind_and_name(s)[1] for s in file.app_sections() if s != section)}.',
+            f'{", ".join(name for kind, name in map(_kind_and_name, file.app_sections()) if kind not in _COMPOSITE)}.',
         )
     if kind == 'filter-app':
         return _Found(local, _follow(file, _required(file, section, local, 'next'), global_conf, trail).app)
     if kind == 'pipeline':
-        return _Found({}, _follow(file, _last_of_pipeline(file, section, local), global_conf, trail).app)
+        return _Found(local, _follow(file, _last_of_pipeline(file, section, local), global_conf, trail).app)
     use = local.pop('use', None)
     if use is None:
         for key in _FACTORY_KEYS:
@@ -370,7 +370,7 @@ def _look_for_queue_dir_in_defaults(file: _IniFile) -> None:
 
 def _setup_logging_of(uri: str, overrides: Mapping[str, str]) -> None:
     source = _locate(uri, overrides)
-    if source.loader:
+    if source.loader is not None:
         with _blame(f'{uri}:'):
             source.loader.setup_logging(dict(overrides))
         return

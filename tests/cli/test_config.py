@@ -196,7 +196,20 @@ INI_FILES = {
             paste.filter_factory = mqtestapp:make_filter
             """
     },
-    'an app that uses one with filter-with': {
+    'an app that uses one with filter-with, which keeps the settings for itself': {
+        'app': """
+            [app:main]
+            use = filtered
+            a = main
+            [app:filtered]
+            use = egg:mqtestapp
+            filter-with = tm
+            b = filtered
+            [filter:tm]
+            paste.filter_factory = mqtestapp:make_filter
+            """
+    },
+    'an app that uses one with filter-with and a factory': {
         'app': """
             [app:main]
             use = explicit
