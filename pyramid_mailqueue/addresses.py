@@ -32,7 +32,7 @@ _ORDINARY_ADDRESS = re.compile(rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~.-]+@{_DOMAIN.pa
 _CONTROL_OR_SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 _QUOTED_LOCAL_PART = re.compile(r'"(?:[^"\\]|\\[ -~])+"(?=@)')
 _NEEDS_QUOTES = re.compile(r'[ ()<>\[\]:;,\\"]')
-_IPV6_LITERAL = re.compile(r'\[IPv6:([0-9A-F:.]+)\]', re.IGNORECASE)
+_LITERAL = re.compile(r'\[(?:([0-9.]+)|IPv6:([0-9A-F:.]+))\]', re.IGNORECASE)
 
 
 def check_address(address: str) -> str:
@@ -100,18 +100,21 @@ def _check_domain(domain: str, address: str) -> str:
 
 
 def _check_literal(domain: str, address: str) -> str:
-    ipv6 = _IPV6_LITERAL.fullmatch(domain)
-    try:
-        if ipv6:
-            IPv6Address(ipv6.group(1))
-        else:
-            IPv4Address(domain.removeprefix('[').removesuffix(']'))
-    except ValueError as exc:
+    literal = _LITERAL.fullmatch(domain)
+    if not (literal and _is_ip_address(*literal.groups())):
         raise AddressError(
             f'The address {_shown(address)} does not end in an IP address; these are written '
             '[192.0.2.1] or [IPv6:2001:db8::1].'
-        ) from exc
+        )
     return domain
+
+
+def _is_ip_address(ipv4: str | None, ipv6: str | None) -> bool:
+    try:
+        IPv4Address(ipv4) if ipv4 else IPv6Address(ipv6)
+    except ValueError:
+        return False
+    return True
 
 
 def _to_a_labels(domain: str, address: str) -> str:

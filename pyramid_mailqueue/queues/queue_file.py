@@ -24,11 +24,13 @@ from typing import BinaryIO
 
 from pyramid_mailqueue.addresses import check_address, split_addresses
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import AddressError, QueueFileError
+from pyramid_mailqueue.exceptions import AddressError, QueueError, QueueFileError
 
 __all__ = ['QueueHeader', 'read_envelope', 'read_header', 'serialize_header']
 
 MAX_HEADER_OCTETS = 1024 * 1024
+# What the other lines of a header can need, now or after later attempts.
+ROOM_FOR_OTHER_LINES = 1024
 MAX_REPLY_CHARACTERS = 300
 
 _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
@@ -60,12 +62,17 @@ class QueueHeader:
 
 
 def serialize_header(header: QueueHeader) -> bytes:
-    """Return the lines of *header* up to and including the end marker; the message follows at once."""
-    lines = [
-        f'Return-path: <{header.sender}>',
-        f'Envelope-to: {",".join(header.recipients)}',
-        f'X-Queue-Date: {_format_date(header.queued_at)}',
-    ]
+    """
+    Return the lines of *header* up to and including the end marker; the message follows at once.
+
+    Raises :class:`~.exceptions.QueueError` if there are more recipients than one file may name.
+    """
+    recipients = f'Envelope-to: {",".join(header.recipients)}'
+    if len(recipients.encode()) > MAX_HEADER_OCTETS - ROOM_FOR_OTHER_LINES:
+        raise QueueError(
+            f'{len(header.recipients)} recipients are too many for one message in the queue; send it in several parts.'
+        )
+    lines = [f'Return-path: <{header.sender}>', recipients, f'X-Queue-Date: {_format_date(header.queued_at)}']
     if header.last_attempt is not None:
         reply = _clean_comment(header.last_reply)
         lines.append(f'X-Last-Attempt: {_format_date(header.last_attempt)}' + (f' ({reply})' if reply else ''))
@@ -157,7 +164,7 @@ def _parse_sender(value: str) -> str:
 
 
 def _parse_recipients(value: str) -> tuple[str, ...]:
-    recipients = tuple(_checked('Envelope-to', address) for address in split_addresses(value))
+    recipients = tuple(dict.fromkeys(_checked('Envelope-to', address) for address in split_addresses(value)))
     if not recipients:
         raise QueueFileError('Envelope-to is missing or empty: there is nobody to send to.')
     return recipients
