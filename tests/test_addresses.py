@@ -61,7 +61,7 @@ def test_an_address_that_servers_take_is_kept_as_it_is(address):
         ('ada@BÜCHER.example', 'ada@xn--bcher-kva.example'),
         ('ada@faß.example', 'ada@xn--fa-hia.example'),  # not fass.example, as transitional processing would have it
         ('ådå@bücher.example', 'ådå@xn--bcher-kva.example'),
-        ('ada@bücher。example', 'ada@xn--bcher-kva.example'),  # noqa: RUF001 (the full stop of Chinese and Japanese)
+        ('ada@bücher。example', 'ada@xn--bcher-kva.example'),
     ],
 )
 def test_a_domain_in_other_scripts_becomes_a_labels(address, normalised):
@@ -120,7 +120,6 @@ def test_a_domain_in_other_scripts_becomes_a_labels(address, normalised):
         ('a\x7fda@site.example', 'control character'),
         ('a\x85da@site.example', 'control character'),
         ('\ud800da@site.example', 'control character'),
-        ('\udcfcda@site.example', 'control character'),
         (None, 'must be a str, not NoneType'),
         (b'ada@site.example', 'must be a str, not bytes'),
     ],
@@ -364,12 +363,10 @@ def test_any_field_is_either_read_or_refused(pieces):
     assert [check_address(address) for address in found] == found
 
 
-@pytest.mark.parametrize('piece', ['(', '"', 'a,', 'a ', 'a:', '<', ',', 'a@x.example,', '(\\', '((a)'])
-def test_long_nonsense_takes_no_quadratic_time(piece):
-    try:
+@pytest.mark.parametrize('piece', ['(', '"', 'a,', 'a ', 'a:', '<', '(\\', '((a)', 'a@x.example, a'])
+def test_long_nonsense_is_refused_without_taking_quadratic_time(piece):
+    with pytest.raises(AddressError):
         parse_header_addresses([piece * 100_000])
-    except AddressError:
-        pass
 
 
 # --- parse_mailbox ----------------------------------------------------------
@@ -391,7 +388,7 @@ def test_a_mailbox_is_an_address_with_or_without_a_name(text, address):
 
 @pytest.mark.parametrize(
     'text',
-    ['', 'root', 'a@x.example, b@x.example', 'a@x.example, B <b@x.example>', 'A <a@x.example>\n', '<>', 'a@x>', None, 1],
+    ['', 'root', 'a@x.example, b@x.example', 'A <a@x.example>, <b@x.example>', 'A <a@x.example>\n', '<>', 'a@x>', None],
 )
 def test_a_mailbox_is_exactly_one_address(text):
     with pytest.raises(AddressError):

@@ -113,9 +113,9 @@ def read_header(fp: BinaryIO) -> QueueHeader:
     fields = _read_fields(fp)
     last_attempt, last_reply = _parse_attempt(fields.get('X-Last-Attempt'))
     return QueueHeader(
-        sender=_parse_sender(fields.get('Return-path', '')),
-        recipients=_parse_recipients(fields.get('Envelope-to', '')),
-        queued_at=_parse_date('X-Queue-Date', fields.get('X-Queue-Date', '')),
+        sender=_parse_sender(_required(fields, 'Return-path')),
+        recipients=_parse_recipients(_required(fields, 'Envelope-to')),
+        queued_at=_parse_date('X-Queue-Date', _required(fields, 'X-Queue-Date')),
         attempts=_parse_retries(fields.get('X-Retries', '0')),
         last_attempt=last_attempt,
         last_reply=last_reply,
@@ -157,6 +157,12 @@ def _shown(line: bytes) -> str:
     return repr(line[:100]).removeprefix('b')
 
 
+def _required(fields: dict[str, str], name: str) -> str:
+    if name not in fields:
+        raise QueueFileError(f'The line {name} is missing.')
+    return fields[name]
+
+
 def _parse_sender(value: str) -> str:
     if not (value.startswith('<') and value.endswith('>')):
         raise QueueFileError(f'Return-path must be an address in angle brackets, not {ascii(value[:100])}.')
@@ -166,7 +172,7 @@ def _parse_sender(value: str) -> str:
 def _parse_recipients(value: str) -> tuple[str, ...]:
     recipients = tuple(dict.fromkeys(_checked('Envelope-to', address) for address in split_addresses(value)))
     if not recipients:
-        raise QueueFileError('Envelope-to is missing or empty: there is nobody to send to.')
+        raise QueueFileError('Envelope-to is empty: there is nobody to send to.')
     return recipients
 
 
