@@ -6,18 +6,22 @@ asks for one, even after the request's own has ended: mail that joins it is lost
 is not enough that there is a transaction; somebody must have taken it upon himself to commit it:
 
 * ``tm.active`` or ``repoze.tm.active`` is in the environ, or
-* the manager is explicit, so that there is no transaction unless somebody began it, or
-* the transaction carries our mark.  It is set when the request begins, for pyramid_tm takes ``tm.active`` away before
-  it commits, and mail may still come from a before-commit hook.
+* the transaction carries our mark.  It gets it when the request begins, for pyramid_tm takes ``tm.active`` away before
+  it commits, and mail may still come from a before-commit hook, or
+* the manager is explicit, so that there is no transaction unless somebody began it.
 
-And pyramid_tm must not have decided already that it will not: it aborts after an exception view, unless a commit veto
-is there to look at the response.
+And nobody must have decided already that it will not be committed:
+
+* pyramid_tm aborts after an exception view, unless a commit veto is there to look at the response.
+* If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
+  it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.
 
 Without a request (scripts, other frameworks) there is nobody to ask: the manager's transaction is taken as it is.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Protocol
 
 import transaction
@@ -32,8 +36,8 @@ _INSTEAD = (
     'leaves it to mq-run.'
 )
 _NOBODY_COMMITS = (
-    'send() needs an active transaction, and there is none here: nobody would commit it, and the mail would be lost. '
-    f'{_INSTEAD} In a Pyramid app check that pyramid_tm is included and active for this request; if you begin '
+    'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
+    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request; if you begin '
     'transactions yourself, use an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
 )
 _WILL_ABORT = (
@@ -89,9 +93,12 @@ class RequestTransaction:
         manager = self.manager
         txn = ManagerTransaction(manager).current()
         environ = self._request.environ
-        if environ.get('tm.active') and self._is_given_up():
-            raise NoActiveTransaction(_WILL_ABORT)
-        if not (environ.get('tm.active') or environ.get('repoze.tm.active') or manager.explicit or _is_marked(txn)):
+        if environ.get('tm.active'):
+            if self._is_given_up():
+                raise NoActiveTransaction(_WILL_ABORT)
+            # The view may have begun another one than that of the beginning.
+            _mark(txn)
+        elif not (environ.get('repoze.tm.active') or _will_be_committed(txn, manager)):
             raise NoActiveTransaction(_NOBODY_COMMITS)
         return txn
 
@@ -126,27 +133,39 @@ class ThreadTransaction:
         return ManagerTransaction() if request is None else RequestTransaction(request)
 
 
+def mark_transaction(event: Any) -> None:
+    """At the begin of a request: remember of its transaction that pyramid_tm will commit it."""
+    if 'tm.active' in event.request.environ:
+        # An explicit manager has none if a tween has ended it, for reasons of its own.
+        with suppress(NoTransaction):
+            _mark(RequestTransaction(event.request).manager.get())
+
+
 class _Mark:
-    """Transactions keep data by the identity of an object; this one is ours."""
+    """Added to a transaction twice: as data, which it keeps, and as a before-commit hook, which a commit uses up."""
+
+    def __call__(self) -> None:
+        """Do nothing: to be there is all."""
 
 
 _MARK = _Mark()
 
 
-def mark_transaction(event: Any) -> None:
-    """At the begin of a request: remember of its transaction that it will be committed."""
-    request = event.request
-    if 'tm.active' not in request.environ:
-        return
-    manager = RequestTransaction(request).manager
-    # An explicit one needs no mark; and a tween may have ended its transaction already, for reasons of its own.
-    if not manager.explicit:
-        manager.get().set_data(_MARK, _MARK)
+def _mark(txn: Any) -> None:
+    if not _was_marked(txn):
+        txn.set_data(_MARK, _MARK)
+        txn.addBeforeCommitHook(_MARK)
 
 
-def _is_marked(txn: Any) -> bool:
+def _was_marked(txn: Any) -> bool:
     try:
         txn.data(_MARK)
     except KeyError:
         return False
     return True
+
+
+def _will_be_committed(txn: Any, manager: Any) -> bool:
+    if _was_marked(txn):
+        return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
+    return bool(manager.explicit)

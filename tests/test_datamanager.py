@@ -547,7 +547,7 @@ STEPS = st.lists(
 
 
 class Story:
-    """What an application does, and what has to come of it: ``expected`` is what has committed, ``open`` what has not."""
+    """What an application does, and what has to come of it: ``expected`` has committed, ``open`` has not yet."""
 
     def __init__(self, tm, post):
         self.tm = tm
