@@ -1,18 +1,18 @@
 """
-One message file, held.
+Message files, and who holds them.
 
 To hold a message is to have its file open with an exclusive ``flock``.  The kernel drops the lock when the holder dies,
 however it dies: a file that nobody has locked is nobody's, and there are no ages, pid files or timeouts to believe in.
 
 Two rules make this safe, and both live here:
 
-* A file is locked *before* it becomes visible under a name that others look at (:func:`create`).
-* After locking a file that was found by its name, the name must still mean the same inode (:func:`take`): between the
-  two calls its former holder may have removed it, moved it on, or replaced it by a new version.
+* A file is locked *before* it becomes visible under a name that others look at (:meth:`Holder.create`).
+* After locking a file that was found by its name, the name must still mean the same inode (:meth:`Holder.take`):
+  between the two calls its former holder may have removed it, moved it on, or replaced it by a new version.
 
-A lock belongs to the *open file*, which a forked child shares.  A child therefore closes what it inherited
-(:meth:`LockedFile.abandon`), and a parent says ``LOCK_UN`` before it closes, so that a child which has not come to that
-yet cannot keep the message locked.
+A lock belongs to the *open file*, which a forked child shares.  So a child closes what it inherited, without unlocking
+it; and a parent says ``LOCK_UN`` before it closes, so that a child which has not come to that yet cannot keep the
+message locked.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import stat
+import weakref
 from collections.abc import Sequence
-from typing import BinaryIO
 
-__all__ = ['LockedFile', 'create', 'sync_folder', 'take']
+from pyramid_mailqueue.forks import call_in_children
+
+__all__ = ['Holder', 'LockedFile', 'sync_folder']
 
 # Gone; a symbolic link; a folder; a fifo or socket.
 _NOTHING_TO_TAKE = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO})
@@ -34,6 +37,9 @@ _NOTHING_TO_TAKE = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENX
 class LockedFile:
     """
     An open, locked file at a known place; every change of its state is one ``rename``.
+
+    A file that its user forgets is let go of too, so that the message is an orphan, and not locked for as long as the
+    process lives.
 
     :param path: where the file is now
     :param fd: its descriptor, which holds the lock
@@ -45,7 +51,7 @@ class LockedFile:
 
     @property
     def closed(self) -> bool:
-        """True once the lock is given up, here or by :meth:`abandon` in a forked child."""
+        """True once the file is let go of, here or by :meth:`abandon`."""
         return self.fd < 0
 
     @property
@@ -53,10 +59,18 @@ class LockedFile:
         """The name of the file without its folder."""
         return os.path.basename(self.path)
 
-    def reader(self) -> BinaryIO:
-        """Return the file, opened for reading at its first byte; closing the reader keeps the lock."""
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        return open(self.fd, 'rb', closefd=False)
+    @property
+    def modified(self) -> float:
+        """The time of modification, in seconds since the epoch.  Raises OSError."""
+        return os.fstat(self.fd).st_mtime
+
+    def read(self) -> io.BytesIO:
+        """Return what is in the file.  Raises OSError."""
+        size = os.fstat(self.fd).st_size
+        content = os.pread(self.fd, size, 0)
+        if len(content) < size:
+            raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
+        return io.BytesIO(content)
 
     def move(self, path: str) -> None:
         """Rename the file to *path*, on the same file system, and keep it locked.  Raises OSError."""
@@ -64,51 +78,104 @@ class LockedFile:
         self.path = path
 
     def remove(self) -> None:
-        """Remove the file from its folder and let go of it.  Raises OSError, and then still holds it."""
-        os.unlink(self.path)
-        self.close()
+        """Remove the file from its folder, and keep it locked.  Raises OSError, but not if it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     def close(self) -> None:
         """Let go of the file where it is.  A second call does nothing."""
         if self.closed:
             return
-        fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        self.abandon()
 
     def abandon(self) -> None:
-        """In a forked child: close the descriptor, and leave the parent its lock."""
+        """Close the file without unlocking it: a process that shares the open file keeps the lock."""
         if self.closed:
             return
         fd, self.fd = self.fd, -1
+        # There is nothing to be lost: what was written is synced.
         with contextlib.suppress(OSError):
             os.close(fd)
 
+    __del__ = abandon
 
-def create(path: str, pieces: Sequence[bytes], modified: float | None = None) -> LockedFile:
-    """
-    Write a new file durably and hold it; the caller renames it to where it becomes visible.
 
-    :param path: a new name in the folder for files that nobody looks at
-    :param pieces: what to write
-    :param modified: the time of modification to give it, in seconds since the epoch; None is now
-    :raises OSError: nothing is left behind
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    file = LockedFile(path, fd)
+class Holder:
+    """Opens files and holds them for this process; a forked child of it lets go of them."""
+
+    def __init__(self) -> None:
+        self._held: weakref.WeakSet[LockedFile] = weakref.WeakSet()
+        call_in_children(self._abandon_all)
+
+    def create(self, path: str, pieces: Sequence[bytes], modified: float | None = None) -> LockedFile:
+        """
+        Write a new file durably and hold it; the caller renames it to where it becomes visible.
+
+        :param path: a new name in the folder for files that nobody looks at
+        :param pieces: what to write
+        :param modified: the time of modification to give it, in seconds since the epoch; None is now
+        :raises OSError: nothing is left behind
+        """
+        file = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        try:
+            # A umask may have taken away more than what 0600 leaves out.
+            os.fchmod(file.fd, 0o600)
+            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write_all(file.fd, pieces)
+            if modified is not None:
+                os.utime(file.fd, (modified, modified))
+            os.fsync(file.fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.remove()
+            file.close()
+            raise
+        return file
+
+    def take(self, path: str) -> LockedFile | None:
+        """
+        Hold the file at *path*.  None if it is gone, if somebody else holds it, or if it is not a regular file.
+
+        :raises OSError: it is there, and cannot be opened
+        """
+        try:
+            # O_RDWR: network file systems grant an exclusive lock only on a file that is open for writing.
+            # O_NONBLOCK: opening somebody's fifo must not wait for its other end.
+            file = self._open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NOTHING_TO_TAKE:
+                return None
+            raise
+        try:
+            is_ours = _lock(file)
+        except BaseException:
+            file.close()
+            raise
+        if not is_ours:
+            file.close()
+            return None
+        return file
+
+    def _open(self, path: str, flags: int) -> LockedFile:
+        file = LockedFile(path, os.open(path, flags, 0o600))
+        self._held.add(file)
+        return file
+
+    def _abandon_all(self) -> None:
+        for file in self._held:
+            file.abandon()
+
+
+def _lock(file: LockedFile) -> bool:
+    """Lock a file that was opened by its name; False if somebody else has it, or if the name means another file now."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _write_all(fd, pieces)
-        if modified is not None:
-            os.utime(fd, (modified, modified))
-        os.fsync(fd)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        file.close()
-        raise
-    return file
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held, named = os.fstat(file.fd), os.stat(file.path, follow_symlinks=False)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return stat.S_ISREG(held.st_mode) and os.path.samestat(held, named)
 
 
 def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
@@ -119,37 +186,6 @@ def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
             written -= len(rest.pop(0))
         if rest:
             rest[0] = rest[0][written:]
-
-
-def take(path: str) -> LockedFile | None:
-    """
-    Hold the file at *path*.  None if it is gone, if somebody else holds it, or if it is not a regular file.
-
-    :raises OSError: it is there, and cannot be opened
-    """
-    try:
-        # O_RDWR: network file systems grant an exclusive lock only on a file that is open for writing.
-        # O_NONBLOCK: opening somebody's fifo must not wait for its other end.
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in _NOTHING_TO_TAKE:
-            return None
-        raise
-    file = LockedFile(path, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.fstat(fd)
-        named = os.stat(path, follow_symlinks=False)
-    except (BlockingIOError, FileNotFoundError):
-        file.close()
-        return None
-    except BaseException:
-        file.close()
-        raise
-    if not stat.S_ISREG(held.st_mode) or (held.st_ino, held.st_dev) != (named.st_ino, named.st_dev):
-        file.close()
-        return None
-    return file
 
 
 def sync_folder(path: str) -> None:

@@ -35,12 +35,14 @@ cannot lose one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import heapq
 import itertools
 import logging
+import math
 import os
 import secrets
 import socket
@@ -50,18 +52,16 @@ from collections.abc import Callable, Iterator
 
 from zope.interface import implementer
 
+from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Burial, Recovery, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
-from pyramid_mailqueue.queues import locked_file
-from pyramid_mailqueue.queues.locked_file import LockedFile
-from pyramid_mailqueue.queues.queue_file import QueueHeader, read_header, serialize_header
+from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, sync_folder
+from pyramid_mailqueue.queues.queue_file import QueueHeader, read_envelope, serialize_header
 
 __all__ = ['MaildirClaim', 'MaildirQueue', 'MaildirStaging']
-
-log = logging.getLogger('mailqueue.queue_log')
 
 FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'dead', 'corrupt')
 
@@ -77,6 +77,9 @@ MAX_DEATHS = 5
 
 #: So many names are kept in memory at most while a queue is drained; then the folder is read again.
 SUPPLY = 10_000
+
+#: How many seconds a message rests whose outcome could not be written: some recipients may have it already.
+UNSETTLED_REST = 300
 
 
 @implementer(IMailQueue)
@@ -106,31 +109,27 @@ class MaildirQueue:
         self.clock = clock
         self._host = _in_file_name(socket.gethostname())
         self._numbers = itertools.count(1)
-        self._held: set[LockedFile] = set()
-        self._changes = _UnsyncedChanges(self.path)
+        self._holder = Holder()
         self._create_folders()
-        call_in_children(self._forget_parent)
+        self._forget_changes()
+        call_in_children(self._forget_changes)
 
     def __repr__(self) -> str:
         return f'<MaildirQueue {self.path}>'
 
     def _create_folders(self) -> None:
         try:
-            if not os.path.isdir(self.path):
-                os.makedirs(self.path, 0o700)
-                locked_file.sync_folder(os.path.dirname(self.path))
-            for folder in map(self.place, FOLDERS):
-                if not os.path.isdir(folder):
-                    os.mkdir(folder, 0o700)
-                if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, f'user {os.geteuid()} may not read and write {folder}')
-            locked_file.sync_folder(self.path)
+            if _create_folder(self.path):
+                sync_folder(os.path.dirname(self.path))
+            created = [folder for folder in map(self.place, FOLDERS) if _create_folder(folder)]
+            if created:
+                sync_folder(self.path)
         except OSError as error:
             raise QueueError(f'The queue directory {self.path} cannot be created or used: {_reason(error)}') from error
 
     def place(self, folder: str, name: str = '') -> str:
         """Return the path of a folder of this queue, or of a file in it."""
-        return os.path.join(self.path, folder, name) if name else os.path.join(self.path, folder)
+        return f'{self.path}/{folder}/{name}' if name else f'{self.path}/{folder}'
 
     # -- into the queue
 
@@ -140,23 +139,21 @@ class MaildirQueue:
 
     def put(self, envelope: Envelope) -> str:
         """See `IMailQueue`."""
-        file = self._write_and_publish(envelope, 'new')
-        self.let_go(file)
+        file = self._put(envelope, 'new')
+        file.close()
         return file.name
 
     def put_claimed(self, envelope: Envelope) -> MaildirClaim:
         """See `IMailQueue`."""
-        return MaildirClaim(self, self._write_and_publish(envelope, 'cur'))
+        return MaildirClaim(self, self._put(envelope, 'cur'))
 
-    def _write_and_publish(self, envelope: Envelope, folder: str) -> LockedFile:
-        file = None
+    def _put(self, envelope: Envelope, folder: str) -> LockedFile:
         try:
-            file = self.write_new(envelope)
-            file.move(self.place(folder, file.name))
-            locked_file.sync_folder(self.place(folder))
+            file = self.create(envelope)
+            with self.dropped_on_error(file):
+                file.move(self.place(folder, file.name))
+                sync_folder(self.place(folder))
         except OSError as error:
-            if file is not None:
-                self.drop(file)
             raise self.refusal(error) from error
         return file
 
@@ -164,47 +161,53 @@ class MaildirQueue:
 
     def claim_due(self, now: float) -> Iterator[MaildirClaim]:
         """See `IMailQueue`."""
-        while names := self._due_names(now, SUPPLY):
-            claims = (self._claim(name) for name in names)
-            found = False
-            for claim in claims:
+        last = (-math.inf, '')
+        while found := self._due_after(last, now):
+            for _, name in found:
+                claim = self._claim(name, now)
                 if claim is not None:
-                    found = True
                     yield claim
-            if len(names) < SUPPLY or not found:
+            if len(found) < SUPPLY:
                 return
+            last = found[-1]
 
-    def _due_names(self, now: float, limit: int) -> list[str]:
-        """The names in ``new/`` that are due, the oldest due time first; one ``stat`` for each message."""
+    def _due_after(self, last: tuple[float, str], now: float) -> list[tuple[float, str]]:
+        """The due times and names in ``new/`` that are due and come after *last*; one ``stat`` for each message."""
 
         def due() -> Iterator[tuple[float, str]]:
             for entry in self._files('new'):
-                try:
-                    when = entry.stat(follow_symlinks=False).st_mtime
-                except FileNotFoundError:
-                    continue
-                if when <= now or when > now + self.horizon:
-                    yield when, entry.name
+                modified = _modified(entry)
+                if modified is not None and self._is_due(modified, now) and (modified, entry.name) > last:
+                    yield modified, entry.name
 
-        return [name for _, name in heapq.nsmallest(limit, due())]
+        return heapq.nsmallest(SUPPLY, due())
+
+    def _is_due(self, when: float, now: float) -> bool:
+        return when <= now or when > now + self.horizon
 
     def _files(self, folder: str) -> Iterator[os.DirEntry[str]]:
-        """The regular files of a folder; what starts with a dot is none of ours."""
-        with os.scandir(self.place(folder)) as entries:
-            for entry in entries:
-                if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False):
-                    yield entry
+        """The regular files of a folder; what starts with a dot is none of ours.  Raises QueueError."""
+        try:
+            with os.scandir(self.place(folder)) as entries:
+                for entry in entries:
+                    if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False):
+                        yield entry
+        except OSError as error:
+            raise QueueError(f'The folder {self.place(folder)} cannot be read: {_reason(error)}') from error
 
-    def _claim(self, name: str) -> MaildirClaim | None:
+    def _claim(self, name: str, now: float) -> MaildirClaim | None:
         file = self.take('new', name)
         if file is None:
             return None
         try:
+            # Since the folder was read, somebody else may have tried this one and put it back for later.
+            if not self._is_due(file.modified, now):
+                file.close()
+                return None
             file.move(self.place('cur', name))
         except OSError as error:
-            self.let_go(file)
-            if error.errno != errno.ENOENT:
-                _log_trouble(f'{file.path} cannot be claimed: {_reason(error)}')
+            log_trouble('cannot be claimed', file.path, error)
+            file.close()
             return None
         claim = MaildirClaim(self, file)
         return claim if claim.is_readable() else None
@@ -212,30 +215,26 @@ class MaildirQueue:
     def take(self, folder: str, name: str) -> LockedFile | None:
         """Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged)."""
         try:
-            file = locked_file.take(self.place(folder, name))
+            return self._holder.take(self.place(folder, name))
         except OSError as error:
-            _log_trouble(f'{self.place(folder, name)} cannot be opened: {_reason(error)}')
+            log_trouble('cannot be opened', self.place(folder, name), error)
             return None
-        if file is not None:
-            self._held.add(file)
-        return file
-
-    def let_go(self, file: LockedFile) -> None:
-        """Give up the lock of a file, where it is."""
-        self._held.discard(file)
-        file.close()
 
     # -- for staging and claims
 
-    def write_new(self, envelope: Envelope) -> LockedFile:
+    def create(self, envelope: Envelope) -> LockedFile:
         """Write a new message to ``tmp/``, durably, and hold it.  Raises OSError."""
-        return self.write(QueueHeader(envelope.sender, envelope.recipients, queued_at=self.clock()), envelope.content)
+        return self._write(QueueHeader(envelope.sender, envelope.recipients, queued_at=self.clock()), envelope.content)
 
-    def write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
-        """Write a version of a message to ``tmp/`` under a new name, durably, and hold it.  Raises OSError."""
-        file = locked_file.create(self.place('tmp', self._new_name()), (serialize_header(header), content), due)
-        self._held.add(file)
+    def write(self, path: str, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
+        """Write a version of a message, durably, put it at *path* and hold it.  Raises OSError."""
+        file = self._write(header, content, due)
+        with self.dropped_on_error(file):
+            file.move(path)
         return file
+
+    def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
+        return self._holder.create(self.place('tmp', self._new_name()), (serialize_header(header), content), due)
 
     def _new_name(self) -> str:
         """
@@ -247,15 +246,25 @@ class MaildirQueue:
         number = next(self._numbers)
         return f'{seconds}.M{microseconds:06}P{os.getpid()}Q{number}R{secrets.token_hex(4)}.{self._host}'
 
-    def drop(self, file: LockedFile) -> None:
-        """Remove what must not be delivered.  Never raises: what cannot be removed is logged, and let go of."""
+    @contextlib.contextmanager
+    def dropped_on_error(self, file: LockedFile) -> Iterator[None]:
+        """Nothing is left behind of *file* if what is done with it fails."""
+        try:
+            yield
+        except BaseException:
+            self.drop(file)
+            raise
+
+    def drop(self, file: LockedFile) -> bool:
+        """Remove a file and let go of it.  Never raises: False if it cannot be removed, which is logged."""
         try:
             file.remove()
-        except FileNotFoundError:
-            pass
         except OSError as error:
-            log.critical('%s must not be delivered and cannot be removed: %s', file.path, _reason(error))
-        self.let_go(file)
+            log_trouble('must not be delivered, and cannot be removed', file.path, error, logging.CRITICAL)
+            return False
+        finally:
+            file.close()
+        return True
 
     def refusal(self, error: OSError) -> QueueError:
         """The "no" of this queue, for a person."""
@@ -268,6 +277,10 @@ class MaildirQueue:
     def flush(self) -> None:
         """See `IMailQueue`."""
         self._changes.flush()
+
+    def _forget_changes(self) -> None:
+        """At first, and in a forked child: what its parent has yet to make durable is the parent's business."""
+        self._changes = _UnsyncedChanges(self.path)
 
     # -- what dead processes left
 
@@ -287,14 +300,11 @@ class MaildirQueue:
             if file is None:
                 continue
             claim = MaildirClaim(self, file)
-            if not claim.is_readable():
-                continue
-            if claim.deaths + 1 >= MAX_DEATHS:
-                reason = f'given up: the process that delivered it died, {MAX_DEATHS} times'
-                claim.settle(Settlement(counted=False, burials=(Burial(claim.recipients, reason),)))
+            if claim.deaths + 1 < MAX_DEATHS:
+                if claim.orphaned():
+                    orphans.append(claim.id)
+            elif claim.is_readable() and claim.given_up():
                 buried.append(claim.id)
-            elif claim.orphaned():
-                orphans.append(claim.id)
         return tuple(orphans), tuple(buried)
 
     def _recover_in_doubt(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -305,20 +315,19 @@ class MaildirQueue:
                 continue
             if self.in_doubt == 'send' and self._publish_in_doubt(file):
                 sent.append(file.name)
-            elif self.in_doubt == 'discard':
-                self.drop(file)
+            elif self.in_doubt == 'discard' and self.drop(file):
                 self.changed('prepared')
                 discarded.append(file.name)
             else:
                 held.append(file.name)
-            self.let_go(file)
+            file.close()
         return tuple(held), tuple(sent), tuple(discarded)
 
     def _publish_in_doubt(self, file: LockedFile) -> bool:
         try:
             file.move(self.place('new', file.name))
         except OSError as error:
-            _log_trouble(f'{file.path} is in doubt and cannot be sent: {_reason(error)}')
+            log_trouble('is in doubt, and cannot be sent', file.path, error)
             return False
         self.changed('new')
         return True
@@ -326,14 +335,15 @@ class MaildirQueue:
     def _sweep(self, now: float) -> tuple[str, ...]:
         swept = []
         for entry in list(self._files('tmp')):
-            try:
-                age = now - entry.stat(follow_symlinks=False).st_mtime
-            except FileNotFoundError:
+            modified = _modified(entry)
+            if modified is None or now - modified <= STALE_AFTER:
                 continue
-            if age > STALE_AFTER and (file := self.take('tmp', entry.name)) is not None:
-                self.drop(file)
+            file = self.take('tmp', entry.name)
+            if file is not None and self.drop(file):
                 swept.append(entry.name)
         return tuple(swept)
+
+    # -- for people
 
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
@@ -349,15 +359,8 @@ class MaildirQueue:
         file = self.take('prepared', name)
         if file is None:
             return False
-        self.let_go(file)
+        file.close()
         return True
-
-    def _forget_parent(self) -> None:
-        """In a forked child: the claims are the parent's, and so is what it has yet to make durable."""
-        for file in list(self._held):
-            file.abandon()
-        self._held = set()
-        self._changes = _UnsyncedChanges(self.path)
 
 
 @implementer(IStaging)
@@ -371,6 +374,7 @@ class MaildirStaging:
     def __init__(self, queue: MaildirQueue) -> None:
         self._queue = queue
         self._added: list[tuple[Envelope, bool]] = []
+        # The files of these, in their order, from prepare() to publish() or discard().
         self._files: list[LockedFile] = []
 
     def add(self, envelope: Envelope, claimed: bool) -> None:
@@ -395,47 +399,46 @@ class MaildirStaging:
         queue = self._queue
         try:
             for envelope, _ in self._added:
-                self._files.append(queue.write_new(envelope))
+                self._files.append(queue.create(envelope))
             for file in self._files:
                 file.move(queue.place('prepared', file.name))
             # A "yes" must outlive a power cut: the other resources may commit on the strength of it.
-            locked_file.sync_folder(queue.place('prepared'))
-        except OSError as error:
+            sync_folder(queue.place('prepared'))
+        except BaseException as error:
             self._drop_files()
-            raise queue.refusal(error) from error
-        except BaseException:
-            self._drop_files()
+            if isinstance(error, OSError):
+                raise queue.refusal(error) from error
             raise
 
     def publish(self) -> list[IClaim | None]:
         """See `IStaging`."""
-        claims = [self._publish(file, claimed) for file, (_, claimed) in zip(self._files, self._added, strict=True)]
-        for folder in {'cur' if claimed else 'new' for _, claimed in self._added}:
+        # From here on nothing may be discarded, even if something interrupts us half-way.
+        files, self._files = self._files, []
+        ways, self._added = [claimed for _, claimed in self._added], []
+        claims = [self._publish(file, claimed) for file, claimed in zip(files, ways, strict=True)]
+        for folder in {'cur' if claimed else 'new' for claimed in ways}:
             try:
-                locked_file.sync_folder(self._queue.place(folder))
+                sync_folder(self._queue.place(folder))
             except OSError as error:
-                log.critical(
-                    'Messages are in %s, but a power cut may lose them: %s', self._queue.place(folder), _reason(error)
-                )
-        self._files, self._added = [], []
+                problem = 'holds messages that a power cut may lose'
+                log_trouble(problem, self._queue.place(folder), error, logging.CRITICAL)
         return claims
 
     def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
-        queue = self._queue
         if file.closed:
+            # In a forked child: it is the parent's to publish.
             return None
         try:
-            file.move(queue.place('cur' if claimed else 'new', file.name))
+            file.move(self._queue.place('cur' if claimed else 'new', file.name))
         except OSError as error:
             # Only a person can help now.  Without a lock mq-run reports the message as in doubt.
-            log.critical(
-                'The transaction has committed, but its message stays in doubt in %s: %s', file.path, _reason(error)
-            )
-            queue.let_go(file)
+            problem = 'is in doubt: its transaction has committed, and it cannot be published'
+            log_trouble(problem, file.path, error, logging.CRITICAL)
+            file.close()
             return None
         if claimed:
-            return MaildirClaim(queue, file)
-        queue.let_go(file)
+            return MaildirClaim(self._queue, file)
+        file.close()
         return None
 
     def discard(self) -> list[Envelope]:
@@ -447,16 +450,16 @@ class MaildirStaging:
 
     def _drop_files(self) -> None:
         files, self._files = self._files, []
-        if not files:
+        # In a forked child they are closed, and are its parent's to drop.
+        dropped = [self._queue.drop(file) for file in files if not file.closed]
+        if not dropped:
             return
-        for file in files:
-            if not file.closed:
-                self._queue.drop(file)
         try:
             # A power cut must not bring back what was voted for and then aborted.
-            locked_file.sync_folder(self._queue.place('prepared'))
+            sync_folder(self._queue.place('prepared'))
         except OSError as error:
-            log.error('%s cannot be synced: %s', self._queue.place('prepared'), _reason(error))
+            problem = 'may show dropped messages again after a power cut'
+            log_trouble(problem, self._queue.place('prepared'), error)
 
 
 @implementer(IClaim)
@@ -466,8 +469,7 @@ class MaildirClaim:
     def __init__(self, queue: MaildirQueue, file: LockedFile) -> None:
         self._queue = queue
         self._file = file
-        self._header: QueueHeader | None = None
-        self._envelope: Envelope | None = None
+        self._parsed: tuple[QueueHeader, Envelope] | None = None
         self.id, self.deaths = _split_name(file.name)
 
     def __repr__(self) -> str:
@@ -476,42 +478,36 @@ class MaildirClaim:
     @property
     def attempts(self) -> int:
         """See `IClaim`."""
-        return self._read_header().attempts
+        return self._header.attempts
 
     @property
     def queued_at(self) -> float:
         """See `IClaim`."""
-        return self._read_header().queued_at
-
-    @property
-    def recipients(self) -> tuple[str, ...]:
-        """Who the message is still open for, without reading its content."""
-        return self._read_header().recipients
+        return self._header.queued_at
 
     @property
     def envelope(self) -> Envelope:
         """See `IClaim`."""
-        if self._envelope is None:
-            with self._file.reader() as reader:
-                header = self._header = read_header(reader)
-                self._envelope = Envelope(header.sender, header.recipients, reader.read())
-        return self._envelope
+        return self._parse()[1]
 
-    def _read_header(self) -> QueueHeader:
-        if self._header is None:
-            with self._file.reader() as reader:
-                self._header = read_header(reader)
-        return self._header
+    @property
+    def _header(self) -> QueueHeader:
+        return self._parse()[0]
+
+    def _parse(self) -> tuple[QueueHeader, Envelope]:
+        if self._parsed is None:
+            self._parsed = read_envelope(self._file.read())
+        return self._parsed
 
     def is_readable(self) -> bool:
         """Whether the file can be parsed; if not, the claim ends here, and the file is put aside untouched."""
         try:
-            self._read_header()
+            self._parse()
         except QueueFileError as error:
             self._put_aside(error)
             return False
         except OSError as error:
-            _log_trouble(f'{self._file.path} cannot be read: {_reason(error)}')
+            log_trouble('cannot be read', self._file.path, error)
             self.release()
             return False
         return True
@@ -519,91 +515,97 @@ class MaildirClaim:
     def _put_aside(self, error: QueueFileError) -> None:
         queue, file = self._queue, self._file
         try:
-            file.move(queue.place('corrupt', file.name))
+            file.move(_unused(queue.place('corrupt', file.name)))
             queue.changed('corrupt')
-            log.error('status=corrupt id=%s file=%s error="%s"', self.id, file.path, error)
+            log_event(queue_log, logging.ERROR, status='corrupt', id=self.id, file=file.path, error=error)
         except OSError as move_error:
-            _log_trouble(f'{file.path} is damaged ({error}) and cannot be put aside: {_reason(move_error)}')
-        queue.let_go(file)
+            log_trouble(f'is damaged ({error}) and cannot be put aside', file.path, move_error)
+        file.close()
 
     def release(self) -> None:
         """See `IClaim`."""
-        if self._file.closed:
-            return
-        self._back_to_new(self._file.name)
+        if not self._file.closed:
+            self._back_to_new(self._file.name)
 
     def orphaned(self) -> bool:
         """Let an orphan wait again, with one more death counted in its name.  False if that failed (logged)."""
         return self._back_to_new(f'{self.id}{_DEATHS}{self.deaths + 1}')
+
+    def given_up(self) -> bool:
+        """Bury an orphan.  False if that failed (logged)."""
+        reason = f'given up: the process that delivered it died, {MAX_DEATHS} times'
+        return self._ended_by(Settlement(counted=False, burials=(Burial(self._header.recipients, reason),)))
 
     def _back_to_new(self, name: str) -> bool:
         try:
             self._file.move(self._queue.place('new', name))
             self._queue.changed('new')
         except OSError as error:
-            _log_trouble(f'{self._file.path} stays in progress until the next run: {_reason(error)}')
+            log_trouble('stays in progress until the next run', self._file.path, error)
             return False
         finally:
-            self._queue.let_go(self._file)
+            self._file.close()
         return True
 
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
-        if self._file.closed:
-            return
+        if not self._file.closed:
+            self._ended_by(settlement)
+
+    def _ended_by(self, settlement: Settlement) -> bool:
+        """End the claim; False if the new state could not be written (logged)."""
         try:
             self._settle(settlement)
-        except OSError as error:
-            log.critical(
-                'status=unsettled id=%s error="%s": the message stays as it was, and may be delivered again',
-                self.id,
-                _reason(error),
+        except (OSError, QueueFileError) as error:
+            log_event(
+                queue_log,
+                logging.CRITICAL,
+                status='unsettled',
+                id=self.id,
+                error=_reason(error),
+                reason='its outcome cannot be written; it waits as it was, and may be delivered again',
             )
-            self._postpone(settlement.due)
+            self._postpone(settlement)
+            return False
         finally:
-            self._queue.let_go(self._file)
+            self._file.close()
+        return True
 
     def _settle(self, settlement: Settlement) -> None:
         # Dead letters first: between the two steps a crash may repeat one, and its name makes that the same file.
         for burial in settlement.burials:
             self._bury(burial, settlement)
         if settlement.burials:
-            locked_file.sync_folder(self._queue.place('dead'))
+            sync_folder(self._queue.place('dead'))
         if not settlement.waiting:
             self._file.remove()
             self._queue.changed('cur')
-        elif settlement.counted or settlement.waiting != self.recipients:
+        elif self._is_changed_by(settlement):
             self._rewrite(settlement)
-            self._back_to_new(self._file.name)
+            # Its deliverer has lived, so the deaths before do not count any more.
+            self._back_to_new(self.id)
         else:
             self.release()
+
+    def _is_changed_by(self, settlement: Settlement) -> bool:
+        return settlement.counted or settlement.due is not None or settlement.waiting != self._header.recipients
 
     def _bury(self, burial: Burial, settlement: Settlement) -> None:
         header = self._next_header(burial.recipients, settlement, burial.reason)
         names = hashlib.sha256('\0'.join(sorted(burial.recipients)).encode()).hexdigest()
-        file = self._queue.write(header, self.envelope.content)
-        try:
-            file.move(self._queue.place('dead', f'{self.id}.{names[:8]}'))
-        except OSError:
-            self._queue.drop(file)
-            raise
-        self._queue.let_go(file)
+        path = self._queue.place('dead', f'{self.id}.{names[:8]}')
+        self._queue.write(path, header, self.envelope.content).close()
 
     def _rewrite(self, settlement: Settlement) -> None:
         """Put the next version of the message in the place of this one, held from its first moment on."""
         header = self._next_header(settlement.waiting, settlement, settlement.last_reply)
-        due = os.fstat(self._file.fd).st_mtime if settlement.due is None else settlement.due
-        file = self._queue.write(header, self.envelope.content, due)
-        try:
-            file.move(self._file.path)
-        except OSError:
-            self._queue.drop(file)
-            raise
-        self._queue.let_go(self._file)
+        due = self._file.modified if settlement.due is None else settlement.due
+        file = self._queue.write(self._file.path, header, self.envelope.content, due)
+        self._file.close()
         self._file = file
 
     def _next_header(self, recipients: tuple[str, ...], settlement: Settlement, last_reply: str) -> QueueHeader:
-        header = self._read_header()
+        header = self._header
         return dataclasses.replace(
             header,
             recipients=recipients,
@@ -612,15 +614,13 @@ class MaildirClaim:
             last_reply=last_reply or header.last_reply,
         )
 
-    def _postpone(self, due: float | None) -> None:
+    def _postpone(self, settlement: Settlement) -> None:
         """The next version cannot be written (a full disk); keep the old one, which needs no room, and its order."""
-        if self._file.closed:
-            return
+        due = self._queue.clock() + UNSETTLED_REST if settlement.due is None else settlement.due
         try:
-            if due is not None:
-                os.utime(self._file.fd, (due, due))
+            os.utime(self._file.fd, (due, due))
         except OSError as error:
-            _log_trouble(f'{self._file.path} cannot be given its due time: {_reason(error)}')
+            log_trouble('cannot be given its due time', self._file.path, error)
         self._back_to_new(self._file.name)
 
 
@@ -651,9 +651,32 @@ class _UnsyncedChanges:
         for folder in folders:
             path = os.path.join(self._path, folder)
             try:
-                locked_file.sync_folder(path)
+                sync_folder(path)
             except OSError as error:
-                _log_trouble(f'{path} cannot be synced: {_reason(error)}')
+                log_trouble('holds changes that a power cut may undo', path, error)
+
+
+def _create_folder(path: str) -> bool:
+    """Return whether the folder had to be created.  Raises OSError, also if it is there and cannot be used."""
+    if not os.path.isdir(path):
+        # Two processes may start at once; and a umask may have taken away more than what 0700 leaves out.
+        os.makedirs(path, 0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+        return True
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f'user {os.geteuid()} may not read and write {path}')
+    return False
+
+
+def _modified(entry: os.DirEntry[str]) -> float | None:
+    """Return the time of modification of a file; None if it is gone, or cannot be looked at (that is logged)."""
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log_trouble('cannot be looked at', entry.path, error)
+        return None
 
 
 _DEATHS = ',deaths='
@@ -669,10 +692,17 @@ def _in_file_name(host: str) -> str:
     return host.replace('/', '\\057').replace(':', '\\072').replace(',', '\\054') or 'localhost'
 
 
-def _reason(error: OSError) -> str:
-    """What the operating system said, without the paths that the sentence around it already names."""
-    return error.strerror or str(error)
+def _unused(path: str) -> str:
+    """Return *path*, with a number if there is something already: what was put aside must not be overwritten."""
+    numbered = (f'{path}.{number}' for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain((path,), numbered) if not os.path.lexists(candidate))
 
 
-def _log_trouble(text: str) -> None:
-    log.error('%s', text)
+def _reason(error: Exception) -> str:
+    """What the operating system said, without the paths that are named beside it."""
+    return getattr(error, 'strerror', None) or str(error)
+
+
+def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:
+    """Log what a person should look at."""
+    log_event(queue_log, level, status='trouble', file=path, problem=problem, error=_reason(error))

@@ -1,0 +1,1444 @@
+"""The queue that is a directory: on a real file system, between real processes and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import re
+import socket
+import stat
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import QueueError, QueueFileError
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
+from pyramid_mailqueue.queues import maildir
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
+from tests.crash.faults import Fault, Log, intercepted
+
+FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'dead', 'corrupt')
+
+CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'
+ENVELOPE = Envelope('sender@site.example', ('a@x.example', 'b@x.example'), CONTENT)
+OTHER = Envelope('', ('other@x.example',), CONTENT)
+
+HOUR = 3600
+LATER = 1 << 33
+
+
+@pytest.fixture
+def queue(tmp_path):
+    return MaildirQueue(tmp_path / 'queue')
+
+
+@pytest.fixture
+def told(caplog):
+    """What was told of messages: a dict for each event."""
+    caplog.set_level(logging.INFO, 'mailqueue.queue_log')
+
+    class Told:
+        def __call__(self, **fields):
+            return [event for event in self.events if fields.items() <= event.items()]
+
+        @property
+        def events(self):
+            return [
+                {'level': record.levelname, **record.mailqueue}
+                for record in caplog.records
+                if hasattr(record, 'mailqueue')
+            ]
+
+    return Told()
+
+
+def at(queue, folder, name=''):
+    return Path(queue.place(folder, name))
+
+
+def names(queue, folder):
+    return names_in(at(queue, folder))
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def where(queue):
+    """The number of files in each folder that has any."""
+    return {folder: len(found) for folder in FOLDERS if (found := names(queue, folder))}
+
+
+def put(queue, envelope=ENVELOPE, *, due=None):
+    name = queue.put(envelope)
+    if due is not None:
+        os.utime(queue.place('new', name), (due, due))
+    return name
+
+
+def claim(queue, *, now=None):
+    """Claim what is due, which must be one message."""
+    (found,) = queue.claim_due(time.time() if now is None else now)
+    return found
+
+
+def stage(queue, *messages):
+    """A staging that has said "yes" to messages, pairs of an envelope and whether it is claimed."""
+    staging = queue.staging()
+    for envelope, claimed in messages:
+        staging.add(envelope, claimed)
+    staging.prepare()
+    return staging
+
+
+def forget(*things):
+    """Drop the open files of claims or stagings as a process that dies does."""
+    for thing in things:
+        for file in getattr(thing, '_files', None) or [thing._file]:
+            file.abandon()
+
+
+# --- the directory ----------------------------------------------------------
+
+
+def test_the_contracts_are_kept(queue):
+    verifyObject(IMailQueue, queue)
+    verifyObject(IStaging, queue.staging())
+    verifyObject(IClaim, queue.put_claimed(ENVELOPE))
+
+
+@pytest.mark.parametrize('umask', [0, 0o022, 0o077, 0o777])
+def test_folders_and_files_are_private_whatever_the_umask(tmp_path, umask):
+    queue_dir = tmp_path / 'queue'
+
+    def work():
+        os.umask(umask)
+        queue = MaildirQueue(queue_dir)
+        queue.put_claimed(ENVELOPE).settle(
+            Settlement(('a@x.example',), due=1, burials=(Burial(('b@x.example',), 'no'),))
+        )
+        forget(stage(queue, (ENVELOPE, True)))
+
+    run_in_child(work)
+
+    modes = {'folder': {mode_of(queue_dir)}, 'file': set()}
+    for path in queue_dir.rglob('*'):
+        modes['folder' if path.is_dir() else 'file'].add(mode_of(path))
+    assert modes == {'folder': {0o700}, 'file': {0o600}}
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_directory_and_its_parents_are_created(tmp_path):
+    queue = MaildirQueue(tmp_path / 'not' / 'yet' / 'there')
+
+    assert sorted(names_in(queue.path)) == sorted(FOLDERS)
+    assert repr(queue) == f'<MaildirQueue {tmp_path}/not/yet/there>'
+
+
+def test_many_processes_may_create_the_directory_at_once(tmp_path):
+    def create(connection):
+        connection.recv()
+        MaildirQueue(tmp_path / 'queue')
+        connection.send('created')
+
+    for _ in range(5):
+        children = [Child(create) for _ in range(4)]
+        for child in children:
+            child.tell()
+        assert [child.hear() for child in children] == ['created'] * 4
+        assert [child.wait() for child in children] == [0] * 4
+
+
+def test_a_directory_that_another_process_creates_meanwhile_is_used(tmp_path):
+    def somebody_is_faster(call):
+        if call.name == 'makedirs':
+            Path(call.args[0]).mkdir()
+        return call()
+
+    with intercepted(somebody_is_faster):
+        queue = MaildirQueue(tmp_path / 'queue')
+
+    assert queue.put(ENVELOPE)
+
+
+def test_a_queue_that_is_there_is_opened_without_writing(queue):
+    with intercepted(Log()) as log:
+        MaildirQueue(queue.path)
+
+    assert set(log.names) == {'access'}
+
+
+def test_a_path_in_which_there_is_no_room_for_a_queue_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('not a directory')
+
+    with pytest.raises(
+        QueueError, match=f'The queue directory {tmp_path}/file/queue cannot be created or used: Not a dir'
+    ):
+        MaildirQueue(tmp_path / 'file' / 'queue')
+    with pytest.raises(QueueError, match=f'The queue directory {tmp_path}/file cannot be created or used: File exists'):
+        MaildirQueue(tmp_path / 'file')
+
+
+def test_the_directory_of_another_user_is_refused():
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        queue = MaildirQueue(f'{parent}/queue')
+        Path(queue.path).chmod(0o755)
+        at(queue, 'new').chmod(0o500 if os.getuid() else 0o700)
+
+        def open_it():
+            if os.getuid() == 0:
+                os.setuid(65534)
+            try:
+                MaildirQueue(queue.path)
+            except QueueError as error:
+                return str(error), os.getuid()
+            return None
+
+        text, user = run_in_child(open_it)
+
+        assert re.search(rf'user {user} may not read and write {queue.path}(/\w+)?$', text)
+        at(queue, 'new').chmod(0o700)
+
+
+# --- into the queue ---------------------------------------------------------
+
+
+def test_a_message_that_is_put_waits(queue):
+    name = queue.put(ENVELOPE)
+
+    assert where(queue) == {'new': 1}
+    assert names(queue, 'new') == [name]
+    assert claim(queue).envelope == ENVELOPE
+
+
+def test_a_message_that_is_put_claimed_is_in_progress(queue):
+    taken = queue.put_claimed(ENVELOPE)
+
+    assert where(queue) == {'cur': 1}
+    assert taken.envelope == ENVELOPE
+    assert taken.attempts == 0
+    assert time.time() - 60 < taken.queued_at <= time.time()
+    assert repr(taken) == f'<MaildirClaim {taken.id}>'
+    assert list(MaildirQueue(queue.path).claim_due(LATER)) == []
+
+
+def test_the_names_of_messages_are_unique_and_in_the_order_of_time(tmp_path):
+    hours = itertools.count(1_000_000_000, HOUR)
+    queue = MaildirQueue(tmp_path, clock=lambda: next(hours))
+
+    found = [queue.put(ENVELOPE) for _ in range(20)]
+
+    assert len(set(found)) == 20
+    assert found == sorted(found)
+    assert not any(re.search(r'[\s/:,]', name) for name in found)
+
+
+def test_children_that_are_forked_give_other_names(tmp_path):
+    queue = MaildirQueue(tmp_path, clock=lambda: 1_000_000_000)
+
+    found = [run_in_child(lambda: queue.put(ENVELOPE)) for _ in range(3)]
+
+    assert len(set(found)) == 3
+
+
+def test_a_host_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'a/b:c,deaths=4')
+
+    queue = MaildirQueue(tmp_path)
+    queue.put(ENVELOPE)
+    taken = claim(queue)
+
+    assert taken.deaths == 0
+    assert taken.id.endswith(r'.a\057b\072c\054deaths=4')
+
+
+def test_the_file_is_what_less_shows(tmp_path):
+    queue = MaildirQueue(tmp_path, clock=lambda: 1795505291.25)
+
+    name = queue.put(Envelope('sender@site.example', ('"a,b"@x.example', 'jürgen@x.example'), CONTENT))
+
+    assert at(queue, 'new', name).read_bytes() == (
+        b'Return-path: <sender@site.example>\r\n'
+        b'Envelope-to: "a,b"@x.example,j\xc3\xbcrgen@x.example\r\n'
+        b'X-Queue-Date: Tue, 24 Nov 2026 07:28:11 +0000\r\n'
+        b'X-Queue-Meta-End: end\r\n' + CONTENT
+    )
+
+
+def test_a_deferred_message_says_when_it_was_tried_and_what_the_server_said(tmp_path):
+    now = [1795505291]
+    queue = MaildirQueue(tmp_path, clock=lambda: now[0])
+    taken = queue.put_claimed(Envelope('', ('a@x.example', 'b@x.example'), CONTENT))
+    now[0] += 301
+
+    taken.settle(Settlement(('b@x.example',), due=1795505900, last_reply='451 4.3.0 try (again)\r\nlater'))
+
+    (name,) = names(queue, 'new')
+    assert at(queue, 'new', name).stat().st_mtime == 1795505900
+    assert at(queue, 'new', name).read_bytes() == (
+        b'Return-path: <>\r\n'
+        b'Envelope-to: b@x.example\r\n'
+        b'X-Queue-Date: Tue, 24 Nov 2026 07:28:11 +0000\r\n'
+        b'X-Last-Attempt: Tue, 24 Nov 2026 07:33:12 +0000 (451 4.3.0 try [again] later)\r\n'
+        b'X-Retries: 1\r\n'
+        b'X-Queue-Meta-End: end\r\n' + CONTENT
+    )
+
+
+def test_a_message_of_mailqueue_runner_is_taken(queue):
+    at(queue, 'new', '1795505291.M1P2Q3.host').write_bytes(
+        b'Return-path: <foo@site.example>\nEnvelope-to: bar@site.example\n'
+        b'X-Queue-Date: Tue, 24 Nov 2026 07:28:11 -0100\nX-Retries: 2\n'
+        b'X-Queue-Meta-End: end\nSubject: x\n\nbody',
+    )
+
+    taken = claim(queue)
+
+    assert taken.envelope == Envelope('foo@site.example', ('bar@site.example',), b'Subject: x\n\nbody')
+    assert (taken.id, taken.attempts, taken.queued_at) == ('1795505291.M1P2Q3.host', 2, 1795505291 + HOUR)
+
+
+# --- two phases -------------------------------------------------------------
+
+
+def test_nothing_touches_the_disk_before_the_vote(queue):
+    with intercepted(Log()) as log:
+        staging = queue.staging()
+        staging.add(ENVELOPE, claimed=True)
+        mark = staging.mark()
+        staging.add(OTHER, claimed=True)
+        assert staging.rollback(mark) == [OTHER]
+        assert staging.discard() == [ENVELOPE]
+
+    assert log.calls == []
+    assert where(queue) == {}
+
+
+def test_a_prepared_message_is_on_disk_and_nobody_can_have_it(queue):
+    staging = stage(queue, (ENVELOPE, True), (OTHER, False))
+
+    assert where(queue) == {'prepared': 2}
+    other = MaildirQueue(queue.path)
+    assert list(other.claim_due(LATER)) == []
+    assert other.recover(LATER).in_doubt == ()
+    assert other.counts()['in doubt'] == 0
+    assert staging.discard() == [ENVELOPE, OTHER]
+
+
+def test_published_messages_are_claimed_or_wait_as_they_were_added(queue):
+    staging = stage(queue, (ENVELOPE, True), (OTHER, False), (ENVELOPE, True))
+
+    first, second, third = staging.publish()
+
+    assert where(queue) == {'new': 1, 'cur': 2}
+    assert (first.envelope, second, third.envelope) == (ENVELOPE, None, ENVELOPE)
+    assert list(MaildirQueue(queue.path).recover(LATER).orphans) == []
+    assert claim(queue).envelope == OTHER
+
+
+def test_discard_leaves_nothing_and_may_be_repeated(queue):
+    with no_open_files_are_left():
+        staging = stage(queue, (ENVELOPE, True), (OTHER, False))
+
+        assert staging.discard() == [ENVELOPE, OTHER]
+        assert staging.discard() == []
+
+    assert where(queue) == {}
+
+
+def test_discard_is_blind_to_what_is_published(queue):
+    staging = stage(queue, (ENVELOPE, True), (OTHER, False))
+    taken, _ = staging.publish()
+
+    assert staging.discard() == []
+
+    assert where(queue) == {'new': 1, 'cur': 1}
+    assert taken.envelope == ENVELOPE
+
+
+def test_what_was_added_and_rolled_back_is_not_prepared(queue):
+    staging = queue.staging()
+    staging.add(ENVELOPE, claimed=False)
+    mark = staging.mark()
+    staging.add(OTHER, claimed=False)
+    staging.rollback(mark)
+
+    staging.prepare()
+    assert staging.publish() == [None]
+
+    assert claim(queue).envelope == ENVELOPE
+
+
+def test_an_empty_staging_does_nothing(queue):
+    with intercepted(Log()) as log:
+        staging = queue.staging()
+        staging.prepare()
+        assert staging.publish() == []
+        assert staging.discard() == []
+
+    assert log.calls == []
+
+
+def test_a_vote_that_is_interrupted_leaves_nothing(queue):
+    calls = itertools.count()
+
+    def interrupt(call):
+        if call.name == 'rename' and next(calls) == 1:
+            raise KeyboardInterrupt
+        return call()
+
+    staging = queue.staging()
+    staging.add(ENVELOPE, claimed=True)
+    staging.add(OTHER, claimed=True)
+    with no_open_files_are_left(), intercepted(interrupt), pytest.raises(KeyboardInterrupt):
+        staging.prepare()
+
+    assert where(queue) == {}
+
+
+def test_an_interrupt_while_messages_are_published_discards_none_of_them(queue):
+    staging = stage(queue, (ENVELOPE, True), (OTHER, False))
+    calls = itertools.count()
+
+    def interrupt(call):
+        if call.name == 'rename' and next(calls) == 1:
+            raise KeyboardInterrupt
+        return call()
+
+    with intercepted(interrupt), pytest.raises(KeyboardInterrupt):
+        staging.publish()
+    staging.discard()
+
+    assert where(queue) == {'prepared': 1, 'cur': 1}
+
+
+def test_files_are_locked_whenever_they_get_a_new_name(queue):
+    """Whoever looks at a folder at the moment after a rename finds nothing to take."""
+    other = MaildirQueue(queue.path)
+    seen = []
+
+    def look(call):
+        result = call()
+        if call.name == 'rename':
+            folder, name = call.args[1].split('/')[-2:]
+            seen.append((folder, other.take(folder, name)))
+        return result
+
+    with intercepted(look):
+        first, _ = stage(queue, (ENVELOPE, True), (OTHER, False)).publish()
+        second = queue.put_claimed(ENVELOPE)
+        queue.put(OTHER)
+        third, fourth = queue.claim_due(LATER)
+        first.settle(Settlement(('a@x.example',), due=1, burials=(Burial(('b@x.example',), 'no'),)))
+        second.release()
+        forget(third, fourth)
+        queue.recover(LATER)
+
+    assert {folder for folder, _ in seen} == {'prepared', 'cur', 'new', 'dead'}
+    assert [file for _, file in seen if file is not None] == []
+
+
+def test_a_process_that_looks_all_the_time_never_gets_a_fresh_message(queue):
+    def look(connection):
+        other = MaildirQueue(queue.path)
+        rounds, seen, taken = 0, set(), []
+        connection.send('looking')
+        while not connection.poll():
+            rounds += 1
+            for folder in ('prepared', 'cur'):
+                for name in names(other, folder):
+                    seen.add(name)
+                    taken += [file.path for file in [other.take(folder, name)] if file]
+        connection.send((rounds, len(seen), taken))
+
+    with Child(look) as child:
+        child.hear()
+        claims = []
+        for _ in range(60):
+            claims += stage(queue, (ENVELOPE, True), (OTHER, True)).publish()
+        child.tell('enough')
+        rounds, seen, taken = child.hear()
+
+    assert rounds > 1
+    assert seen > 1
+    assert taken == []
+
+
+# --- out of the queue -------------------------------------------------------
+
+
+def test_the_message_that_is_due_for_longest_comes_first(queue):
+    now = time.time()
+    due = {put(queue, due=now - age): age for age in (30, 10, 40, 20)}
+
+    found = [due[taken.id] for taken in queue.claim_due(now)]
+
+    assert found == [40, 30, 20, 10]
+
+
+def test_a_message_is_not_claimed_before_it_is_asked_for(queue):
+    put(queue)
+    put(queue)
+
+    claims = queue.claim_due(LATER)
+    assert where(queue) == {'new': 2}
+    first = next(claims)
+    assert where(queue) == {'new': 1, 'cur': 1}
+    claims.close()
+    first.release()
+
+    assert where(queue) == {'new': 2}
+
+
+def test_a_message_that_is_not_due_waits(queue):
+    now = time.time()
+    put(queue, due=now + 10)
+
+    assert list(queue.claim_due(now + 9)) == []
+    assert claim(queue, now=now + 10)
+
+
+def test_a_message_that_is_not_due_is_not_even_opened(queue):
+    now = time.time()
+    for seconds in (100, 200, 300):
+        put(queue, due=now + seconds)
+    put(queue, due=now - 1)
+
+    with intercepted(Log()) as log:
+        claim(queue, now=now)
+
+    assert log.names.count('open') == 1
+    assert log.names.count('stat') == 1, 'of the file that was opened'
+
+
+def test_a_due_time_beyond_the_horizon_comes_from_a_clock_that_jumped(tmp_path):
+    queue = MaildirQueue(tmp_path, horizon=1000)
+    now = time.time()
+    put(queue, due=now + 999)
+
+    assert list(queue.claim_due(now)) == []
+    assert claim(queue, now=now - 2)
+
+
+def test_many_more_messages_than_names_kept_in_memory_come_in_their_order(queue, monkeypatch):
+    monkeypatch.setattr(maildir, 'SUPPLY', 3)
+    now = time.time()
+    due = [put(queue, due=now - age // 2) for age in range(20, 0, -1)]
+    by_due = sorted(due, key=lambda name: (at(queue, 'new', name).stat().st_mtime, name))
+
+    assert [taken.id for taken in queue.claim_due(now)] == by_due
+
+
+def test_each_message_comes_once_in_a_run_even_if_it_is_given_back(queue, monkeypatch):
+    monkeypatch.setattr(maildir, 'SUPPLY', 2)
+    put_names = sorted(put(queue, due=1000 + number) for number in range(5))
+
+    found = []
+    for taken in queue.claim_due(LATER):
+        found.append(taken.id)
+        taken.release()
+
+    assert sorted(found) == put_names
+
+
+def test_messages_that_cannot_be_opened_do_not_hide_those_behind_them(queue, monkeypatch):
+    monkeypatch.setattr(maildir, 'SUPPLY', 2)
+    blocked = {put(queue, due=number) for number in range(1, 6)}
+    wanted = put(queue)
+
+    def refuse(call):
+        if call.name == 'open' and Path(call.args[0]).name in blocked:
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        return call()
+
+    with intercepted(refuse):
+        assert [taken.id for taken in queue.claim_due(time.time())] == [wanted]
+
+
+def test_a_message_belongs_to_one_claim_only(queue):
+    put(queue)
+    other = MaildirQueue(queue.path)
+
+    mine, yours = queue.claim_due(LATER), other.claim_due(LATER)
+    first = next(mine)
+
+    assert next(yours, None) is None
+    first.release()
+    assert claim(other, now=LATER)
+
+
+def test_threads_never_share_a_message(queue):
+    put_names = sorted(put(queue) for _ in range(60))
+    ready = threading.Barrier(4)
+    found = []
+
+    def work():
+        ready.wait()
+        found.extend([taken.id for taken in MaildirQueue(queue.path).claim_due(LATER)])
+
+    # The claims are forgotten at once: each is an orphan in cur/ afterwards, and never waits again.
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(found) == put_names
+
+
+def test_processes_never_share_a_message(queue):
+    put_names = sorted(put(queue) for _ in range(60))
+
+    def work(connection):
+        connection.recv()
+        connection.send([(taken.id, taken.settle(Settlement())) for taken in queue.claim_due(LATER)])
+
+    children = [Child(work) for _ in range(3)]
+    for child in children:
+        child.tell()
+    found = [name for child in children for name, _ in child.hear()]
+    for child in children:
+        child.kill()
+
+    assert sorted(found) == put_names
+    assert where(queue) == {}
+
+
+def test_what_somebody_else_has_tried_meanwhile_is_not_tried_again_before_it_is_due(queue):
+    now = time.time()
+    put(queue, due=now - 20)
+    put(queue, due=now - 10)
+    mine, yours = queue.claim_due(now), MaildirQueue(queue.path).claim_due(now)
+    first, second = next(mine), next(yours)
+
+    second.settle(Settlement(second.envelope.recipients, due=now + 300))
+
+    assert first.id != second.id
+    assert list(mine) == []
+    assert where(queue) == {'new': 1, 'cur': 1}
+
+
+def test_what_is_gone_when_its_turn_comes_is_passed_over(queue, told):
+    _, second, third = sorted(put(queue, due=number) for number in (1, 2, 3))
+    claims = queue.claim_due(LATER)
+    next(claims).settle(Settlement())
+
+    at(queue, 'new', second).unlink()
+
+    assert [taken.id for taken in claims] == [third]
+    assert told() == []
+
+
+def test_a_message_that_is_removed_while_the_folder_is_read_is_passed_over(queue, told):
+    put(queue)
+    put(queue)
+
+    def remove_all(call):
+        entries = call()
+        if call.name != 'scandir':
+            return entries
+        listed = list(entries)
+        for entry in listed:
+            Path(entry.path).unlink()
+        entries.close()
+        return contextlib.nullcontext(listed)
+
+    with intercepted(remove_all):
+        assert list(queue.claim_due(LATER)) == []
+    assert told() == []
+
+
+def test_a_message_is_read_with_few_system_calls(queue):
+    put(queue)
+
+    with intercepted(Log()) as log:
+        taken = claim(queue, now=LATER)
+        assert taken.envelope == ENVELOPE
+        taken.settle(Settlement())
+
+    assert log.names == [
+        'scandir', 'open', 'flock', 'fstat', 'stat', 'fstat', 'rename', 'fstat', 'pread', 'unlink', 'flock', 'close',
+    ]  # fmt: skip
+
+
+# --- what can't be used -----------------------------------------------------
+
+HEADER = (
+    b'Return-path: <sender@site.example>\r\nEnvelope-to: a@x.example\r\n'
+    b'X-Queue-Date: Tue, 24 Nov 2026 07:28:11 +0000\r\nX-Queue-Meta-End: end\r\n'
+)
+
+DAMAGED = {
+    'empty': b'',
+    'garbage': bytes(range(256)) * 100,
+    'no end': HEADER.replace(b'X-Queue-Meta-End: end\r\n', b''),
+    'cut off': HEADER[:50],
+    'control characters': HEADER.replace(b'a@x', b'a\x01@x'),
+    'line break in an address': HEADER.replace(b'a@x', b'a\r@x'),
+    'two addresses': HEADER.replace(b'<sender@', b'<x@y.example> <sender@'),
+    'nobody': HEADER.replace(b'a@x.example', b''),
+    'a huge header': b'X' * (2 << 20),
+    'a huge line': HEADER.replace(b'a@x.example', b','.join([b'a@x.example'] * 200_000)),
+    'a header of something else': b'Subject: hello\r\n' + HEADER,
+    'no date': HEADER.replace(b'Tue, 24 Nov 2026 07:28:11 +0000', b'yesterday'),
+}
+
+
+@pytest.mark.parametrize('damaged', DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_message_is_put_aside_untouched_and_the_run_goes_on(queue, told, damaged):
+    at(queue, 'new', 'damaged').write_bytes(damaged)
+    os.utime(queue.place('new', 'damaged'), (1, 1))
+    good = put(queue)
+
+    with no_open_files_are_left():
+        found = [(taken.id, taken.release()) for taken in queue.claim_due(LATER)]
+
+    assert found == [(good, None)]
+    assert where(queue) == {'new': 1, 'corrupt': 1}
+    assert at(queue, 'corrupt', 'damaged').read_bytes() == damaged
+    (event,) = told(level='ERROR', status='corrupt', id='damaged')
+    assert event['file'] == queue.place('corrupt', 'damaged')
+    assert event['error']
+
+
+def test_a_damaged_orphan_is_put_aside_by_the_same_run(queue):
+    at(queue, 'cur', 'damaged').write_bytes(b'garbage')
+
+    queue.recover(time.time())
+    assert list(queue.claim_due(time.time())) == []
+
+    assert where(queue) == {'corrupt': 1}
+    assert at(queue, 'corrupt', 'damaged,deaths=1').read_bytes() == b'garbage'
+
+
+def test_a_damaged_orphan_that_is_to_be_buried_is_put_aside(queue):
+    at(queue, 'cur', 'damaged,deaths=4').write_bytes(b'garbage')
+
+    assert queue.recover(time.time()).buried == ()
+
+    assert where(queue) == {'corrupt': 1}
+
+
+def test_a_damaged_message_in_doubt_is_held_or_put_aside_when_it_is_sent(queue):
+    at(queue, 'prepared', 'damaged').write_bytes(b'garbage')
+
+    assert queue.recover(time.time()).in_doubt == ('damaged',)
+
+    sending = MaildirQueue(queue.path, in_doubt='send')
+    assert sending.recover(time.time()).sent == ('damaged',)
+    assert list(sending.claim_due(time.time())) == []
+    assert where(queue) == {'corrupt': 1}
+
+
+def test_what_was_put_aside_before_is_not_overwritten(queue):
+    for data in (b'first', b'second', b'third'):
+        at(queue, 'new', 'damaged').write_bytes(data)
+        assert list(queue.claim_due(LATER)) == []
+
+    assert [at(queue, 'corrupt', name).read_bytes() for name in names(queue, 'corrupt')] == [
+        b'first',
+        b'second',
+        b'third',
+    ]
+
+
+def test_a_damaged_message_that_cannot_be_put_aside_is_tried_again_later(queue, told):
+    at(queue, 'new', 'damaged').write_bytes(b'garbage')
+    at(queue, 'corrupt').rename(at(queue, 'away'))
+
+    assert list(queue.claim_due(LATER)) == []
+
+    assert where_is('damaged', queue) == ['cur']
+    (event,) = told(level='ERROR', status='trouble')
+    assert event['problem'].startswith('is damaged (The line "X-Queue-Meta-End: end" is missing')
+
+
+def where_is(name, queue):
+    return [folder for folder in names_in(queue.path) if name in names_in(queue.place(folder))]
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_what_is_no_message_is_left_alone_in_every_folder(queue, told, folder):
+    for name in ('.hidden', '.gitignore'):
+        at(queue, folder, name).write_bytes(b'not a message')
+    at(queue, folder, 'folder').mkdir()
+    at(queue, folder, 'folder/inside').write_bytes(HEADER)
+    at(queue, folder, 'link').symlink_to('/etc/passwd')
+    at(queue, folder, 'dangling').symlink_to('/nowhere')
+    os.mkfifo(queue.place(folder, 'fifo'))
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(queue.place(folder))
+        server.bind('socket')
+    for name in names_in(queue.place(folder)):
+        os.utime(queue.place(folder, name), (1, 1), follow_symlinks=False)
+    before = names_in(queue.place(folder))
+
+    sending = MaildirQueue(queue.path, in_doubt='send')
+    recovery = sending.recover(time.time())
+
+    assert list(sending.claim_due(time.time())) == []
+    assert recovery == type(recovery)()
+    assert set(sending.counts().values()) == {0}
+    assert sorted(names_in(queue.place(folder))) == sorted(before)
+    assert told() == []
+
+
+def test_a_message_that_may_not_be_opened_is_reported_and_left_alone(told):
+    with tempfile.TemporaryDirectory() as parent:
+        queue = MaildirQueue(f'{parent}/queue')
+        unreadable, good = put(queue, due=1), put(queue)
+        at(queue, 'new', unreadable).chmod(0)
+
+        def claim_as_owner_without_rights(connection):
+            if os.getuid() == 0:
+                for path in (parent, queue.path, *map(queue.place, FOLDERS), queue.place('new', good)):
+                    os.chown(path, 65534, 65534)
+                os.setuid(65534)
+            found = [taken.id for taken in queue.claim_due(LATER)]
+            connection.send((found, told()))
+
+        with Child(claim_as_owner_without_rights) as child:
+            found, events = child.hear()
+
+        assert found == [good]
+        (event,) = events
+        assert event['file'] == queue.place('new', unreadable)
+        assert (event['status'], event['error']) == ('trouble', 'Permission denied')
+        assert where_is(unreadable, queue) == ['new']
+
+
+def test_a_name_that_is_no_text_can_be_claimed_and_told_of(queue, told):
+    name = os.fsdecode(b'odd-\xff-name')
+    at(queue, 'new', name).write_bytes(HEADER)
+    taken = claim(queue)
+    assert taken.id == name
+    taken.release()
+    at(queue, 'new', name).write_bytes(b'garbage')
+
+    assert list(queue.claim_due(LATER)) == []
+
+    assert where(queue) == {'corrupt': 1}
+    assert told(status='corrupt', id=name)
+
+
+def test_a_folder_that_is_missing_is_an_error_and_not_an_empty_queue(queue):
+    at(queue, 'new').rmdir()
+
+    with pytest.raises(QueueError, match=f'The folder {queue.place("new")} cannot be read: No such file or directory'):
+        list(queue.claim_due(LATER))
+    with pytest.raises(QueueError, match='cannot be read'):
+        queue.counts()
+
+
+def test_a_message_that_cannot_be_moved_to_cur_is_an_error_and_waits(queue, told):
+    name = put(queue)
+    at(queue, 'cur').rmdir()
+
+    with no_open_files_are_left():
+        assert list(queue.claim_due(LATER)) == []
+
+    assert names(queue, 'new') == [name]
+    assert told(level='ERROR', status='trouble', problem='cannot be claimed', file=queue.place('new', name))
+
+
+def test_a_claim_that_was_damaged_since_says_so_and_settling_it_does_not_raise(queue, told):
+    taken = queue.put_claimed(ENVELOPE)
+    at(queue, 'cur', taken.id).write_bytes(b'garbage')
+
+    with pytest.raises(QueueFileError):
+        _ = taken.envelope
+    taken.settle(Settlement(ENVELOPE.recipients, due=5))
+
+    assert where(queue) == {'new': 1}
+    assert told(level='CRITICAL', status='unsettled', id=taken.id)
+
+
+# --- settle -----------------------------------------------------------------
+
+
+def test_a_message_that_is_done_leaves_the_queue(queue):
+    with no_open_files_are_left():
+        queue.put_claimed(ENVELOPE).settle(Settlement())
+
+    assert where(queue) == {}
+
+
+def test_a_deferred_message_waits_until_it_is_due_and_keeps_its_id(queue):
+    now = time.time()
+    taken = queue.put_claimed(ENVELOPE)
+
+    with no_open_files_are_left_but(taken):
+        taken.settle(Settlement(ENVELOPE.recipients, due=now + 300.25, last_reply='451 later'))
+
+    assert names(queue, 'new') == [taken.id]
+    assert at(queue, 'new', taken.id).stat().st_mtime == pytest.approx(now + 300.25, abs=1e-5)
+    assert list(queue.claim_due(now + 299)) == []
+    again = claim(queue, now=now + 301)
+    assert (again.id, again.attempts, again.queued_at) == (taken.id, 1, taken.queued_at)
+    assert again.envelope == ENVELOPE
+
+
+@contextlib.contextmanager
+def no_open_files_are_left_but(taken):
+    before = open_files()
+    del before[str(taken._file.fd)]
+    yield
+    assert open_files() == before
+
+
+def test_a_new_version_is_written_durably_and_then_renamed_over_the_old_one(queue):
+    taken = queue.put_claimed(ENVELOPE)
+    assert taken.envelope == ENVELOPE
+    current = queue.place('cur', taken.id)
+
+    with intercepted(Log()) as log:
+        taken.settle(Settlement(('b@x.example',), due=5))
+
+    written = [call for call in log.calls if call.name in {'open', 'fsync', 'rename', 'unlink'}]
+    tmp = written[0].args[0]
+    assert Path(tmp).parent == at(queue, 'tmp')
+    assert [(call.name, *call.args[:2]) for call in written[2:]] == [
+        ('rename', tmp, current),
+        ('rename', current, queue.place('new', taken.id)),
+    ]
+    assert written[1].name == 'fsync'
+
+
+def test_a_message_that_was_partly_accepted_keeps_its_open_recipients(queue):
+    taken = queue.put_claimed(ENVELOPE)
+
+    taken.settle(Settlement(('b@x.example',), due=1))
+
+    assert claim(queue).envelope == ENVELOPE.with_recipients(['b@x.example'])
+
+
+def test_every_attempt_is_counted(queue):
+    put(queue)
+    for attempts in range(3):
+        taken = claim(queue, now=LATER)
+        assert taken.attempts == attempts
+        taken.settle(Settlement(ENVELOPE.recipients, due=1))
+
+
+@pytest.mark.parametrize('settlement', [Settlement(ENVELOPE.recipients, counted=False), None])
+def test_a_message_that_is_given_back_stays_exactly_as_it_was(queue, settlement):
+    put(queue, due=12345)
+    path = at(queue, 'new', names(queue, 'new')[0])
+    before = (path.read_bytes(), path.stat().st_ino, path.stat().st_mtime)
+    taken = claim(queue)
+
+    with intercepted(Log()) as log:
+        taken.settle(settlement) if settlement else taken.release()
+
+    assert (path.read_bytes(), path.stat().st_ino, path.stat().st_mtime) == before
+    assert [call.name for call in log.calls] == ['rename', 'flock', 'close']
+
+
+def test_a_due_time_is_kept_unless_another_one_is_given(queue):
+    put(queue, due=12345)
+
+    claim(queue).settle(Settlement(('b@x.example',)))
+    assert at(queue, 'new', *names(queue, 'new')).stat().st_mtime == 12345
+
+    taken = claim(queue)
+    taken.settle(Settlement(('b@x.example',), due=23456, counted=False))
+    assert at(queue, 'new', taken.id).stat().st_mtime == 23456
+    assert claim(queue).attempts == 1
+
+
+def test_a_server_trouble_half_way_keeps_the_open_recipients_and_counts_no_attempt(queue):
+    put(queue)
+    taken = claim(queue)
+
+    taken.settle(Settlement(('b@x.example',), counted=False))
+
+    again = claim(queue)
+    assert again.envelope.recipients == ('b@x.example',)
+    assert again.attempts == 0
+
+
+def test_recipients_who_are_given_up_become_a_dead_letter(queue):
+    taken = queue.put_claimed(ENVELOPE)
+
+    taken.settle(Settlement(burials=(Burial(('a@x.example', 'b@x.example'), '550 5.1.1 no such user'),)))
+
+    assert where(queue) == {'dead': 1}
+    (name,) = names(queue, 'dead')
+    assert name.startswith(f'{taken.id}.')
+    letter = at(queue, 'dead', name).read_bytes()
+    assert b'Envelope-to: a@x.example,b@x.example\r\n' in letter
+    assert re.search(rb'X-Last-Attempt: [^()\r]* \(550 5.1.1 no such user\)\r\nX-Retries: 1\r\n', letter)
+    assert letter.endswith(b'end\r\n' + CONTENT)
+
+
+def test_what_was_accepted_deferred_and_refused_parts_ways(queue):
+    recipients = tuple(f'{letter}@x.example' for letter in 'abcde')
+    taken = queue.put_claimed(Envelope('s@x.example', recipients, CONTENT))
+    a, b, c, d, e = recipients
+
+    with no_open_files_are_left_but(taken):
+        taken.settle(Settlement((b,), due=1, burials=(Burial((c, e), '550 no user'), Burial((d,), '554 spam'))))
+
+    assert where(queue) == {'new': 1, 'dead': 2}
+    assert claim(queue).envelope.recipients == (b,)
+    letters = [at(queue, 'dead', name).read_bytes() for name in names(queue, 'dead')]
+    assert {re.search(rb'Envelope-to: (.*)\r\n', letter).group(1) for letter in letters} == {
+        b'c@x.example,e@x.example',
+        d.encode(),
+    }
+    assert not any(a.encode() in letter for letter in letters)
+
+
+def test_a_burial_that_is_repeated_after_a_crash_is_the_same_dead_letter(queue):
+    settlement = Settlement(burials=(Burial(('a@x.example',), '550 no'), Burial(('b@x.example',), '551 no')))
+    taken = queue.put_claimed(ENVELOPE)
+
+    def crash(call):
+        if call.name == 'unlink':
+            raise KeyboardInterrupt
+        return call()
+
+    with intercepted(crash), pytest.raises(KeyboardInterrupt):
+        taken.settle(settlement)
+    dead = names(queue, 'dead')
+    queue.recover(time.time())
+    claim(queue).settle(settlement)
+
+    assert len(dead) == 2
+    assert where(queue) == {'dead': 2}
+    assert names(queue, 'dead') == dead
+
+
+def test_dead_letters_are_durable_before_the_message_changes(queue):
+    taken = queue.put_claimed(ENVELOPE)
+    assert taken.envelope == ENVELOPE
+
+    with intercepted(Log()) as log:
+        taken.settle(Settlement(burials=(Burial(('a@x.example',), '550 no'), Burial(('b@x.example',), '551 no'))))
+
+    steps = [call.name for call in log.calls if call.name in {'rename', 'fsync', 'unlink'}]
+    assert steps == ['fsync', 'rename', 'fsync', 'rename', 'fsync', 'unlink']
+
+
+def test_a_claim_ends_once(queue):
+    taken = queue.put_claimed(ENVELOPE)
+    taken.settle(Settlement(ENVELOPE.recipients, due=5))
+
+    taken.settle(Settlement())
+    taken.release()
+
+    assert where(queue) == {'new': 1}
+
+
+def test_a_message_that_somebody_removed_by_hand_is_done(queue, told):
+    taken = queue.put_claimed(ENVELOPE)
+    at(queue, 'cur', taken.id).unlink()
+
+    taken.settle(Settlement())
+
+    assert where(queue) == {}
+    assert told() == []
+
+
+def test_a_message_that_cannot_be_given_back_stays_in_progress_until_the_next_run(queue, told):
+    taken = queue.put_claimed(ENVELOPE)
+    at(queue, 'new').rename(at(queue, 'away'))
+
+    with no_open_files_are_left_but(taken):
+        taken.release()
+
+    assert where_is(taken.id, queue) == ['cur']
+    assert told(level='ERROR', status='trouble', problem='stays in progress until the next run')
+    at(queue, 'away').rename(at(queue, 'new'))
+    assert queue.recover(time.time()).orphans == (taken.id,)
+
+
+def test_a_full_disk_while_a_message_is_deferred_leaves_the_old_one_whole_and_waiting(queue, told):
+    put(queue)
+    path = at(queue, 'new', *names(queue, 'new'))
+    before = (path.read_bytes(), path.stat().st_ino)
+    taken = claim(queue)
+
+    with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault, no_open_files_are_left_but(taken):
+        fault._can_fail = lambda call: call.name == 'writev'
+        taken.settle(Settlement(('b@x.example',), due=12345))
+
+    assert where(queue) == {'new': 1}
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    assert path.stat().st_mtime == 12345
+    assert told(level='CRITICAL', status='unsettled', id=taken.id, error='No space left on device')
+
+
+def test_a_full_disk_while_a_message_is_buried_lets_it_rest_for_a_while(tmp_path, told):
+    queue = MaildirQueue(tmp_path, clock=lambda: 1_000_000)
+    put(queue)
+    taken = claim(queue)
+
+    with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault:
+        fault._can_fail = lambda call: call.name == 'writev'
+        taken.settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 no'),)))
+
+    assert where(queue) == {'new': 1}
+    assert at(queue, 'new', taken.id).stat().st_mtime == 1_000_300
+    assert told(level='CRITICAL', status='unsettled', id=taken.id)
+
+
+# --- what dead processes leave ----------------------------------------------
+
+
+def test_the_message_of_a_dead_process_is_taken_up_at_once(queue):
+    name = put(queue)
+
+    def claim_and_wait(connection):
+        taken = claim(queue)
+        connection.send(taken.id)
+        connection.recv()
+
+    with Child(claim_and_wait) as child:
+        assert child.hear() == name
+        assert queue.recover(time.time()).orphans == (), 'while its deliverer lives'
+        child.kill()
+
+        assert queue.recover(time.time()).orphans == (name,)
+
+    assert names(queue, 'new') == [f'{name},deaths=1']
+    again = claim(queue)
+    assert again.id == name
+    assert again.envelope == ENVELOPE
+
+
+def test_an_orphan_keeps_its_due_time(queue):
+    put(queue, due=12345)
+    forget(claim(queue))
+
+    queue.recover(time.time())
+
+    assert at(queue, 'new', *names(queue, 'new')).stat().st_mtime == 12345
+
+
+def test_a_message_that_has_killed_five_deliverers_is_buried(queue):
+    name = put(queue)
+
+    for deaths in range(1, 5):
+        forget(claim(queue))
+        recovery = queue.recover(time.time())
+        assert (recovery.orphans, recovery.buried) == ((name,), ())
+        assert names(queue, 'new') == [f'{name},deaths={deaths}']
+    forget(claim(queue))
+    recovery = queue.recover(time.time())
+
+    assert (recovery.orphans, recovery.buried) == ((), (name,))
+    assert where(queue) == {'dead': 1}
+    (dead,) = names(queue, 'dead')
+    assert dead.startswith(f'{name}.')
+    assert b'(given up: the process that delivered it died, 5 times)' in at(queue, 'dead', dead).read_bytes()
+
+
+def test_a_deliverer_that_lives_takes_back_the_deaths_before(queue):
+    name = put(queue)
+    forget(claim(queue))
+    queue.recover(time.time())
+
+    claim(queue).settle(Settlement(ENVELOPE.recipients, due=1))
+
+    assert names(queue, 'new') == [name]
+
+
+def test_giving_a_message_back_says_nothing_about_the_deaths_before(queue):
+    name = put(queue)
+    forget(claim(queue))
+    queue.recover(time.time())
+
+    claim(queue).release()
+
+    assert names(queue, 'new') == [f'{name},deaths=1']
+
+
+@pytest.mark.parametrize('name', ['x,deaths=', 'x,deaths=many', 'x,deaths=-1', 'x,deaths=²'])
+def test_a_number_of_deaths_that_is_none_counts_as_none(queue, name):
+    at(queue, 'cur', name).write_bytes(HEADER)
+
+    assert queue.recover(time.time()).orphans == ('x',)
+
+    assert names(queue, 'new') == ['x,deaths=1']
+
+
+def test_a_burial_that_fails_is_not_reported_as_one(queue, told):
+    at(queue, 'cur', 'x,deaths=4').write_bytes(HEADER)
+
+    with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault:
+        fault._can_fail = lambda call: call.name == 'writev'
+        assert queue.recover(time.time()).buried == ()
+
+    assert names(queue, 'new') == ['x,deaths=4']
+    assert told(level='CRITICAL', status='unsettled')
+
+
+def in_doubt(queue):
+    """Two messages whose process died after its vote; their names."""
+    forget(stage(queue, (ENVELOPE, True), (OTHER, False)))
+    return tuple(names(queue, 'prepared'))
+
+
+def test_messages_in_doubt_are_held_and_reported_at_each_run(queue):
+    found = in_doubt(queue)
+
+    for _ in range(2):
+        assert sorted(queue.recover(time.time()).in_doubt) == list(found)
+
+    assert where(queue) == {'prepared': 2}
+    assert queue.counts()['in doubt'] == 2
+
+
+def test_messages_in_doubt_can_be_sent(queue):
+    found = in_doubt(queue)
+
+    recovery = MaildirQueue(queue.path, in_doubt='send').recover(time.time())
+
+    assert sorted(recovery.sent) == list(found)
+    assert (recovery.in_doubt, recovery.discarded) == ((), ())
+    assert sorted(taken.id for taken in queue.claim_due(time.time())) == list(found)
+
+
+def test_messages_in_doubt_can_be_discarded(queue):
+    found = in_doubt(queue)
+
+    with intercepted(Log()) as log:
+        recovery = MaildirQueue(queue.path, in_doubt='discard').recover(time.time())
+
+    assert sorted(recovery.discarded) == list(found)
+    assert where(queue) == {}
+    assert log.names.count('fsync') == 1, 'a power cut must not bring them back'
+
+
+@pytest.mark.parametrize('way', ['send', 'discard'])
+def test_messages_in_doubt_that_cannot_be_moved_or_removed_are_held(queue, told, way):
+    found = in_doubt(queue)
+
+    with intercepted(Fault('EROFS', 1, lasts=True)) as fault, no_open_files_are_left():
+        fault._can_fail = lambda call: call.name in {'rename', 'unlink'}
+        recovery = MaildirQueue(queue.path, in_doubt=way).recover(time.time())
+
+    assert sorted(recovery.in_doubt) == list(found)
+    assert (recovery.sent, recovery.discarded) == ((), ())
+    assert len(told(status='trouble', error='Read-only file system')) == 2
+
+
+@pytest.mark.parametrize('way', ['hold', 'send', 'discard'])
+def test_messages_whose_process_is_about_to_publish_are_not_in_doubt(queue, way):
+    staging = stage(queue, (ENVELOPE, True))
+
+    recovery = MaildirQueue(queue.path, in_doubt=way).recover(time.time())
+
+    assert recovery == type(recovery)()
+    assert staging.publish()[0].envelope == ENVELOPE
+
+
+def test_what_nobody_has_voted_for_is_removed_after_36_hours(queue, told):
+    now = time.time()
+    for name, age in (('old', 36 * HOUR + 1), ('young', 36 * HOUR - 60)):
+        at(queue, 'tmp', name).write_bytes(b'half a mess')
+        os.utime(queue.place('tmp', name), (now - age, now - age))
+    held = queue._holder.create(queue.place('tmp', 'held'), [b'x'], modified=now - 99 * HOUR)
+
+    assert queue.recover(now).swept == ('old',)
+
+    assert names(queue, 'tmp') == ['held', 'young']
+    assert not held.closed
+
+
+# --- forked children --------------------------------------------------------
+
+
+def test_a_child_that_ends_leaves_its_parents_claims_alone(queue):
+    put(queue)
+    taken = claim(queue)
+    staging = stage(queue, (OTHER, True))
+
+    def end(connection):
+        taken.settle(Settlement())
+        taken.release()
+        staging.publish()
+        staging.discard()
+        connection.send('done')
+
+    with Child(end) as child:
+        assert child.hear() == 'done'
+        assert child.wait() == 0
+
+    recovery = MaildirQueue(queue.path).recover(time.time())
+    assert recovery == type(recovery)()
+    assert where(queue) == {'prepared': 1, 'cur': 1}
+    taken.settle(Settlement())
+    assert staging.publish()[0].envelope == OTHER
+
+
+def test_a_child_cannot_read_what_its_parent_has_claimed(queue):
+    taken = queue.put_claimed(ENVELOPE)
+
+    def read():
+        try:
+            return taken.envelope
+        except OSError as error:
+            return error.errno
+
+    assert run_in_child(read) == errno.EBADF
+
+
+def test_what_a_parent_settles_is_free_although_its_child_lives(queue):
+    put(queue)
+    taken = claim(queue)
+
+    with Child(lambda connection: connection.recv()):
+        taken.release()
+
+        assert claim(MaildirQueue(queue.path))
+
+
+def test_what_a_dead_parent_had_claimed_is_an_orphan_although_its_child_lives(queue):
+    put(queue)
+
+    def be_parent(connection):
+        claim_to_inherit = claim(queue)
+
+        def be_child(inner):
+            inner.send('born')
+            inner.recv()
+
+        child = Child(be_child)
+        child.hear()
+        connection.send((claim_to_inherit.id, child.pid))
+        connection.recv()
+
+    with Child(be_parent) as parent:
+        name, grandchild = parent.hear()
+        parent.kill()
+
+        os.kill(grandchild, 0)
+        assert queue.recover(time.time()).orphans == (name,)
+
+
+def test_a_child_does_not_make_its_parents_changes_durable(queue):
+    queue.put_claimed(ENVELOPE).settle(Settlement())
+
+    def flush():
+        with intercepted(Log()) as log:
+            queue.flush()
+        return log.names
+
+    assert run_in_child(flush) == []
+    with intercepted(Log()) as log:
+        queue.flush()
+    assert log.names == ['open', 'fsync', 'close']
+
+
+def test_a_child_claims_and_settles_for_itself(queue):
+    put(queue)
+
+    run_in_child(lambda: claim(queue).settle(Settlement()))
+
+    assert where(queue) == {}
+
+
+def test_a_forgotten_claim_is_an_orphan_and_not_locked_for_ever(queue):
+    name = put(queue)
+    taken = claim(queue)
+    assert queue.recover(time.time()).orphans == ()
+
+    del taken
+
+    assert queue.recover(time.time()).orphans == (name,)
+
+
+# --- what reaches the disk --------------------------------------------------
+
+
+def test_a_commit_makes_three_syncs_and_two_more_for_each_further_message(queue):
+    for messages, syncs in ((1, 3), (2, 4), (5, 7)):
+        with intercepted(Log()) as log:
+            claims = stage(queue, *[(ENVELOPE, True)] * messages).publish()
+        assert len(claims) == messages
+        assert log.names.count('fsync') == syncs
+
+
+def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatch):
+    monkeypatch.setattr(maildir, 'SYNC_SECONDS', 1000)
+    claims = [queue.put_claimed(ENVELOPE) for _ in range(maildir.SYNC_EVERY * 2 + 1)]
+
+    syncs = []
+    for taken in claims:
+        with intercepted(Log()) as log:
+            taken.settle(Settlement())
+        syncs.append(log.names.count('fsync'))
+
+    assert [number for number, count in enumerate(syncs, 1) if count] == [100, 200]
+    with intercepted(Log()) as log:
+        queue.flush()
+        queue.flush()
+    assert log.names.count('fsync') == 1
+
+
+def test_settled_messages_are_made_durable_twice_a_second(queue, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(maildir.time, 'monotonic', lambda: now[0])
+    claims = [queue.put_claimed(ENVELOPE) for _ in range(5)]
+
+    syncs = []
+    for seconds, taken in zip((0, 0.3, 0.49, 0.51, 0.6), claims, strict=True):
+        now[0] = 1000 + seconds
+        with intercepted(Log()) as log:
+            taken.settle(Settlement())
+        syncs.append(log.names.count('fsync'))
+
+    assert syncs == [0, 0, 0, 1, 0]
+
+
+def test_each_folder_that_changed_is_synced_once_for_a_batch(queue):
+    first, second, third = (queue.put_claimed(ENVELOPE) for _ in range(3))
+    first.settle(Settlement())
+    second.settle(Settlement())
+    third.release()
+
+    with intercepted(Log()) as log:
+        queue.flush()
+
+    assert sorted(call.args[0] for call in log.calls if call.name == 'open') == [queue.place('cur'), queue.place('new')]
+
+
+def test_a_batch_that_cannot_be_synced_is_told_and_not_raised(queue, told):
+    queue.put_claimed(ENVELOPE).settle(Settlement())
+
+    with intercepted(Fault('EIO', 2)):
+        queue.flush()
+
+    assert told(level='ERROR', status='trouble', file=queue.place('cur'), error='Input/output error')
+
+
+# --- for people -------------------------------------------------------------
+
+
+def test_counts_tell_how_many_messages_are_in_which_state(queue):
+    in_doubt(queue)
+    put(queue)
+    put(queue, due=LATER)
+    taken = queue.put_claimed(ENVELOPE)
+    queue.put_claimed(ENVELOPE).settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 no'),)))
+    at(queue, 'corrupt', 'damaged').write_bytes(b'garbage')
+    staging = stage(queue, (ENVELOPE, True))
+
+    assert MaildirQueue(queue.path).counts() == {'waiting': 2, 'in progress': 1, 'dead': 1, 'in doubt': 2, 'corrupt': 1}
+    assert taken.envelope == staging.publish()[0].envelope
