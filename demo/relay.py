@@ -61,8 +61,9 @@ class Relay:
                     f'program that uses this port (is the demo running already?), or set another number as '
                     f'mailqueue.smtp_port in the ini file.'
                 ) from error
-            self._controller = _Controller(_Handler(self.inbox), listening)
-            self._controller.start()
+            controller = _Controller(_Handler(self.inbox), listening)
+            controller.start()
+            self._controller = controller
             log.info('the SMTP server listens on %s:%s', HOST, self.port)
 
     def switch_off(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def includeme(config):
     """Register the routes and the static files."""
-    config.add_static_view('static', 'static', cache_max_age=0)
+    config.add_static_view('static', 'static', cache_max_age=None)
     config.add_route('home', '/')
     config.add_route('live', '/live')
     config.add_route('relay', '/relay')

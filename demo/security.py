@@ -14,6 +14,7 @@ from pyramid.events import NewResponse
 from pyramid.session import SignedCookieSessionFactory
 
 HEADERS = {
+    'Cache-Control': 'no-store',
     'Content-Security-Policy': "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     'Referrer-Policy': 'same-origin',
     'X-Content-Type-Options': 'nosniff',
@@ -21,7 +22,7 @@ HEADERS = {
 
 
 def add_headers(event):
-    """Tell the browser to load nothing from elsewhere, and to be framed by nobody."""
+    """Tell the browser to keep nothing, to load nothing from elsewhere, and that nobody may frame the pages."""
     event.response.headers.update(HEADERS)
 
 

@@ -508,9 +508,3 @@ def test_pserve_starts_the_demo_too(ini, ports):
     with running(BIN / 'pserve', ini) as (process, _):
         assert 'Mail that keeps its word.' in page_at(f'http://127.0.0.1:{ports["http"]}/')
         assert end(process) == 0
-
-
-def test_the_ini_as_it_is_names_local_addresses_only():
-    hosts = re.findall(r'(?m)^[^#]*?(\d+\.\d+\.\d+\.\d+|localhost)', INI.read_text())
-    assert set(hosts) <= {'127.0.0.1', 'localhost'}
-    assert INI.read_text().count('127.0.0.1') == 2

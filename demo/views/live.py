@@ -36,7 +36,7 @@ def mq_run(ini):
     return shlex.join([str(Path(sys.executable).with_name('mq-run')), ini])
 
 
-@view_config(route_name='live', request_method='GET', renderer='demo:templates/live.jinja2', http_cache=0)
+@view_config(route_name='live', request_method='GET', renderer='demo:templates/live.jinja2')
 def live(request):
     """The parts alone; the script of the page asks for them every other second."""
     return live_parts(request)
