@@ -36,6 +36,7 @@ __all__ = ['Field', 'message_bytes', 'normalize_line_ends', 'split_content']
 # RFC 5322 section 2.1.1; without the CRLF.
 LINE_SHOULD, LINE_MUST = 78, 998
 
+_FIELD_NAME = re.compile(r'[!-9;-~]+')
 # A field with its folds.  A blank before the colon is obsolete (RFC 5322 section 4.5) and must still be understood.
 _FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
@@ -196,7 +197,7 @@ class _WirePolicy(Compat32):
 
     def fold_binary(self, name: str, value: object) -> bytes:
         field = self._fold_any(name, value)
-        if not _FIELD.fullmatch(field):
+        if not (_FIELD_NAME.fullmatch(name) and _FIELD.fullmatch(field)):
             raise _not_one_field(name)
         return field
 
