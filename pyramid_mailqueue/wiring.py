@@ -158,7 +158,8 @@ def _call_factory(key: str, name: str, settings: Settings) -> Any:
             f'{key} = {name}: nothing of this name is registered, and it is not the dotted name of a factory.'
         )
     try:
-        factory = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f'{key} = {name}: this factory cannot be imported: {error}') from error
-    return factory(settings)
+        return getattr(import_module(module), attribute)(settings)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f'{key} = {name}: this factory failed. {type(error).__name__}: {error}') from error

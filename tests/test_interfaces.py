@@ -1,0 +1,78 @@
+"""The contracts, and whoever says that it keeps one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+from zope.interface import implementedBy
+from zope.interface.verify import verifyClass, verifyObject
+
+import pyramid_mailqueue
+from pyramid_mailqueue import interfaces
+from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailer, IMailQueue, IRetryPolicy, IStaging, ITransport
+from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.transports.debug import DebugInbox
+from pyramid_mailqueue.transports.maildir import MaildirBackend
+from pyramid_mailqueue.transports.smtp import SMTPTransport
+
+CONTRACTS = [getattr(interfaces, name) for name in interfaces.__all__]
+
+
+def implementers():
+    """Every class of the package that says it keeps a contract."""
+    for found in pkgutil.walk_packages(pyramid_mailqueue.__path__, 'pyramid_mailqueue.'):
+        module = importlib.import_module(found.name)
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == found.name:
+                yield from ((cls, contract) for contract in CONTRACTS if contract in implementedBy(cls))
+
+
+@pytest.fixture
+def objects(queue_dir, tmp_path):
+    """An object for each contract and class."""
+    queue = MaildirQueue(queue_dir)
+    handler = MessageHandler([])
+    background = BackgroundDispatcher(handler, queue)
+    claim = queue.put_claimed(Envelope('a@site.example', ('b@site.example',), b'Subject: hello\r\n\r\nHello\r\n'))
+    yield [
+        (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
+        (IMailQueue, queue),
+        (IStaging, queue.staging()),
+        (IClaim, claim),
+        (ITransport, SMTPTransport(hostname='localhost')),
+        (ITransport, MaildirBackend(tmp_path / 'other queue')),
+        (ITransport, DebugInbox(tmp_path / 'inbox')),
+        (IRetryPolicy, ExponentialBackoff()),
+        (IDispatcher, InlineDispatcher(handler, queue)),
+        (IDispatcher, background),
+    ]
+    claim.release()
+    background.close()
+
+
+def test_every_object_keeps_its_contract(objects):
+    for contract, obj in objects:
+        assert verifyObject(contract, obj)
+
+
+def test_no_class_that_promises_a_contract_is_forgotten_here(objects):
+    assert {(type(obj), contract) for contract, obj in objects} == set(implementers())
+
+
+@pytest.mark.parametrize(('cls', 'contract'), list(implementers()))
+def test_every_class_has_the_methods_of_its_contract(cls, contract):
+    assert verifyClass(contract, cls)
+
+
+@pytest.mark.parametrize('contract', CONTRACTS)
+def test_every_contract_is_prose(contract):
+    for name in contract:
+        assert contract[name].__doc__, f'{contract.__name__}.{name} says nothing'
