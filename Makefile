@@ -36,7 +36,7 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(TEST) $(DEMO) build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(TEST) $(DEMO) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # "|": checked before an installation, but no reason for one.
@@ -45,9 +45,9 @@ $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-test.txt --editable '.[testing]'
 	@touch $@
 
-$(DEMO)/installed-$(VERSION): $(SOURCES) | check-python
+$(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python
 	$(PYTHON) -m venv --clear $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' --editable ./demo
 	@touch $@
 
 check-python:
