@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import re
 import socket
@@ -23,18 +22,25 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
 from pyramid_mailqueue.queues import maildir
-from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir import FOLDERS, MaildirQueue
 from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
 from tests.crash.faults import Fault, Log, intercepted
-
-FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'dead', 'corrupt')
-
-CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'
-ENVELOPE = Envelope('sender@site.example', ('a@x.example', 'b@x.example'), CONTENT)
-OTHER = Envelope('', ('other@x.example',), CONTENT)
-
-HOUR = 3600
-LATER = 1 << 33
+from tests.crash.queue_parts import (
+    CONTENT,
+    ENVELOPE,
+    HOUR,
+    LATER,
+    OTHER,
+    Told,
+    at,
+    claim,
+    forget,
+    names,
+    names_in,
+    put,
+    stage,
+    where,
+)
 
 
 @pytest.fixture
@@ -44,68 +50,7 @@ def queue(tmp_path):
 
 @pytest.fixture
 def told(caplog):
-    """What was told of messages: a dict for each event."""
-    caplog.set_level(logging.INFO, 'mailqueue.queue_log')
-
-    class Told:
-        def __call__(self, **fields):
-            return [event for event in self.events if fields.items() <= event.items()]
-
-        @property
-        def events(self):
-            return [
-                {'level': record.levelname, **record.mailqueue}
-                for record in caplog.records
-                if hasattr(record, 'mailqueue')
-            ]
-
-    return Told()
-
-
-def at(queue, folder, name=''):
-    return Path(queue.place(folder, name))
-
-
-def names(queue, folder):
-    return names_in(at(queue, folder))
-
-
-def names_in(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-def where(queue):
-    """The number of files in each folder that has any."""
-    return {folder: len(found) for folder in FOLDERS if (found := names(queue, folder))}
-
-
-def put(queue, envelope=ENVELOPE, *, due=None):
-    name = queue.put(envelope)
-    if due is not None:
-        os.utime(queue.place('new', name), (due, due))
-    return name
-
-
-def claim(queue, *, now=None):
-    """Claim what is due, which must be one message."""
-    (found,) = queue.claim_due(time.time() if now is None else now)
-    return found
-
-
-def stage(queue, *messages):
-    """A staging that has said "yes" to messages, pairs of an envelope and whether it is claimed."""
-    staging = queue.staging()
-    for envelope, claimed in messages:
-        staging.add(envelope, claimed)
-    staging.prepare()
-    return staging
-
-
-def forget(*things):
-    """Drop the open files of claims or stagings as a process that dies does."""
-    for thing in things:
-        for file in getattr(thing, '_files', None) or [thing._file]:
-            file.abandon()
+    return Told(caplog)
 
 
 # --- the directory ----------------------------------------------------------
