@@ -5,8 +5,8 @@ Who tries the mail of a transaction that has just committed.
     The thread of the request, before it returns.
 
 ``background``
-    One delivery thread for the process.  It is started with the first mail after a fork, holds a warm SMTP session,
-    and takes at most :data:`MAX_CLAIMS` claims; what is beyond that waits for mq-run.
+    One delivery thread for the process.  It is started with the first mail after a fork, uses a warm SMTP session
+    again, and takes at most :data:`MAX_CLAIMS` claims; what is beyond that waits for mq-run.
 
 ``queue``
     Nobody; there is no dispatcher for it.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import sys
 import threading
@@ -40,6 +41,9 @@ MAX_CLAIMS = 256
 #: How long the end of the process may wait for the message in hand, in seconds.
 PATIENCE = 5
 
+#: How long the delivery thread waits for the next message before it ends, in seconds.
+IDLE = 60
+
 
 @implementer(IDispatcher)
 class InlineDispatcher:
@@ -51,9 +55,14 @@ class InlineDispatcher:
 
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
-        for claim in claims:
-            try_one(self._handler, claim)
-        self._mail_queue.flush()
+        try:
+            for claim in claims:
+                try_one(self._handler, claim)
+        finally:
+            # A request can be cut short in the middle (by the timeout of its server): nobody comes back to the others.
+            for claim in claims:
+                claim.release()
+            self._mail_queue.flush()
 
     def close(self) -> None:
         """See `IDispatcher`."""
@@ -61,16 +70,17 @@ class InlineDispatcher:
 
 
 def try_one(handler: MessageHandler, claim: IClaim) -> None:
-    """Deliver one claim, or release it while the server is in trouble.  Never raises."""
-    if handler.is_paused:
-        claim.release()
-        return
+    """Deliver one claim, or release it while the server is in trouble.  Raises no Exception."""
     try:
+        if handler.is_paused:
+            return
         result = handler.deliver(claim)
         if result.trouble is not None:
-            log.warning('%s; mail waits in the queue, for mq-run', result.trouble)
+            log.warning('%s Mail waits in the queue, for mq-run.', result.trouble)
     except Exception:
         log.critical('A defect of pyramid_mailqueue: %s could not be delivered', claim.id, exc_info=True)
+    finally:
+        # A settled claim has ended already, and does nothing.
         claim.release()
 
 
@@ -79,7 +89,9 @@ class BackgroundDispatcher:
     """
     See `IDispatcher`.  Delivers in a thread of its own.
 
+    :param max_claims: how many claims may wait for the thread
     :param patience: how long :meth:`close` waits for the message in hand, in seconds
+    :param idle: the thread ends when it had nothing to do for so many seconds; the next mail starts another one
     """
 
     def __init__(
@@ -89,51 +101,86 @@ class BackgroundDispatcher:
         *,
         max_claims: int = MAX_CLAIMS,
         patience: float = PATIENCE,
+        idle: float = IDLE,
     ) -> None:
         self._handler = handler
         self._mail_queue = mail_queue
         self._max_claims = max_claims
         self._patience = patience
+        self._idle = idle
+        self._closing = False
+        self._make_lock()
         self._start_anew()
-        call_in_children(self._start_anew)
+        call_in_children(self._make_lock)
         atexit.register(_close, weakref.ref(self))
 
-    def _start_anew(self) -> None:
-        """No thread, and nothing to do: as in a new process, and in a forked child, which has none of our threads."""
+    def _make_lock(self) -> None:
+        # Guards everything but the deliveries themselves.
         self._lock = threading.Lock()
+
+    def _start_anew(self) -> None:
+        self._pid = os.getpid()
         self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._closing = False
+
+    def _forget_parent(self) -> None:
+        """
+        In a forked child: the thread, and what waits for it, are the parent's.
+
+        Seen by the process id, because not every server that forks tells Python of it (uWSGI does not).
+        """
+        if self._pid != os.getpid():
+            self._start_anew()
 
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
         for claim in claims:
-            if self._has_room:
-                self._claims.put(claim)
-            else:
+            if not self._take(claim):
                 claim.release()
-        self._start_thread()
 
-    @property
-    def _has_room(self) -> bool:
-        return not self._closing and not self._handler.is_paused and self._claims.qsize() < self._max_claims
-
-    def _start_thread(self) -> None:
+    def _take(self, claim: IClaim) -> bool:
         with self._lock:
-            if self._thread is None and not self._closing and not self._claims.empty():
-                # A daemon: the interpreter waits for other threads before it calls what atexit knows, which is
-                # where this one is told to end.
-                self._thread = threading.Thread(target=self._run, name='mailqueue-delivery', daemon=True)
-                self._thread.start()
+            self._forget_parent()
+            if self._closing or self._handler.is_paused or self._claims.qsize() >= self._max_claims:
+                return False
+            if not self._has_thread():
+                return False
+            self._claims.put(claim)
+            return True
+
+    def _has_thread(self) -> bool:
+        """Start the thread if there is none; False if that cannot be."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
+        # A daemon: the interpreter waits for other threads before it calls what atexit knows, which is where this one
+        # is told to end.
+        thread = threading.Thread(target=self._run, name='mailqueue-delivery', daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # Too many threads, or the interpreter is about to end.
+            log.warning('No delivery thread can be started (%s); mail waits in the queue, for mq-run', error)
+            return False
+        self._thread = thread
+        return True
 
     def _run(self) -> None:
-        while (claim := self._claims.get()) is not None:
-            if self._closing:
-                claim.release()
-                continue
+        while (claim := self._next_claim()) is not None:
             try_one(self._handler, claim)
             if self._claims.empty():
                 self._mail_queue.flush()
+
+    def _next_claim(self) -> IClaim | None:
+        """Return what is to be delivered next; None when the thread is to end."""
+        try:
+            return self._claims.get(timeout=self._idle)
+        except queue.Empty:
+            pass
+        with self._lock:
+            if self._claims.empty():
+                self._thread = None
+                return None
+        return self._claims.get()
 
     def close(self) -> None:
         """
@@ -143,11 +190,15 @@ class BackgroundDispatcher:
         releases, and mq-run takes it up at its next run.
         """
         with self._lock:
-            thread, self._closing = self._thread, True
+            self._forget_parent()
+            if self._closing:
+                return
+            self._closing = True
+            thread = self._thread
+        self._release_waiting()
         self._claims.put(None)
         if thread is not None:
             thread.join(self._patience)
-        self._release_waiting()
         self._mail_queue.flush()
         if thread is None or not thread.is_alive():
             self._handler.close()
@@ -172,10 +223,13 @@ def threads_run_here() -> bool:
     """
     Whether a thread that a request starts goes on when the request is over.
 
-    Under uWSGI it does not, unless ``enable-threads`` or ``threads`` is set: the interpreter then runs only while a
-    request is in hand.
+    Under uWSGI it may not: without ``enable-threads`` (older versions) or ``threads`` the interpreter runs only while
+    a request is in hand.
     """
     uwsgi = sys.modules.get('uwsgi')
+    has_threads = getattr(uwsgi, 'has_threads', None)
+    if has_threads is not None:
+        return bool(has_threads)
     options = getattr(uwsgi, 'opt', None)
     if options is None:
         return True

@@ -9,14 +9,11 @@ one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict
 from __future__ import annotations
 
 import logging
-import re
 
 __all__ = ['delivery_log', 'log_event', 'queue_log']
 
 delivery_log = logging.getLogger('mailqueue.delivery_log')
 queue_log = logging.getLogger('mailqueue.queue_log')
-
-_PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+')
 
 
 def log_event(logger: logging.Logger, level: int, **fields: object) -> None:
@@ -34,7 +31,7 @@ def log_event(logger: logging.Logger, level: int, **fields: object) -> None:
 
 
 def _quoted(value: str) -> str:
-    if _PLAIN.fullmatch(value):
+    if value.isprintable() and not any(c in ' "=' for c in value):
         return value
     escaped = value.replace('\\', '\\\\').replace('"', '\\"')
     return '"' + ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in escaped) + '"'

@@ -19,7 +19,7 @@ __all__ = ['Pause']
 
 class Pause:
     """
-    Whether something rests, and since which trouble.  May be used from any thread.
+    Whether something rests, and because of which trouble.  May be used from any thread.
 
     :param first: the length of the first pause, in seconds
     :param longest: no pause is longer, in seconds
@@ -30,9 +30,9 @@ class Pause:
         self._first = first
         self._longest = longest
         self._clock = clock
+        self._length = 0.0
         self._until = float('-inf')
-        self.length = 0.0
-        self.trouble: ServerTrouble | None = None
+        self._trouble: ServerTrouble | None = None
         self._make_lock()
         call_in_children(self._make_lock)
 
@@ -40,22 +40,24 @@ class Pause:
         self._lock = threading.Lock()
 
     @property
-    def is_active(self) -> bool:
-        """Whether it rests now."""
-        return self._clock() < self._until
+    def trouble(self) -> ServerTrouble | None:
+        """The trouble that it rests because of; None if it does not rest now."""
+        with self._lock:
+            return self._trouble if self._clock() < self._until else None
 
     def begin(self, trouble: ServerTrouble) -> None:
         """Begin a pause, unless another thread has already begun one."""
         with self._lock:
-            if self.is_active:
+            now = self._clock()
+            if now < self._until:
                 return
-            self.length = min(self.length * 2 or self._first, self._longest)
-            self.trouble = trouble
-            self._until = self._clock() + self.length
+            self._length = min(self._length * 2 or self._first, self._longest)
+            self._trouble = trouble
+            self._until = now + self._length
 
     def end(self) -> None:
         """There was a success: no pause, and the next one is short again."""
         with self._lock:
-            self.length = 0.0
+            self._length = 0.0
             self._until = float('-inf')
-            self.trouble = None
+            self._trouble = None

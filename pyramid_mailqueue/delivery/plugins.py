@@ -16,30 +16,89 @@ and changes nothing: a defect of theirs cannot deliver a message twice.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from schwarz.puzzle_plugins import PluginLoader, SignalRegistry
 
 from pyramid_mailqueue.delivery.results import SendResult
+from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim
 
-__all__ = ['MQSignal', 'load_plugins', 'notify', 'registry']
+__all__ = ['MQSignal', 'PluginRegistry', 'notify', 'registry']
 
 log = logging.getLogger('mailqueue.plugins')
 
 #: The group of entry points.
 GROUP = 'mailqueue.plugins'
 
-#: Where receivers are connected; one for the process, as plugins are.
-registry = SignalRegistry()
-
 
 class MQSignal:
-    """The names of the signals; each is sent with ``msg`` (the claim) and ``send_result``."""
+    """
+    The names of the signals; each is sent with ``msg`` (the claim) and ``send_result``.
+
+    ``send_result.settlement`` tells whether a failed message waits for another attempt or is given up.
+    """
 
     delivery_successful = 'mq:delivery_successful'
     delivery_failed = 'mq:delivery_failed'
+
+
+class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no types
+    """Where receivers are connected, and the plugins that were asked to connect theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: set[str] = set()
+        self._loaders: dict[str, PluginLoader] = {}
+        self._make_lock()
+        call_in_children(self._make_lock)
+
+    def _make_lock(self) -> None:
+        # A plugin that sends mail while it is initialised comes back here.
+        self._lock = threading.RLock()
+
+    def load(self, names: Iterable[str]) -> None:
+        """
+        Initialise the plugins of these *names*, ``'*'`` for every one that is installed, unless that is done already.
+
+        Returns when all of them can hear.  Each gets a loader of its own, so that one that is broken or missing is
+        logged by its name and stops no other.
+        """
+        with self._lock:
+            new = set(names) - self._asked
+            if not new:
+                return
+            self._asked |= new
+            installed = {entry_point.name for entry_point in entry_points(group=GROUP)}
+            for missing in sorted(new - installed - {'*'}):
+                log.error('The plugin %s is not installed: there is no such entry point in %s', missing, GROUP)
+            for name in sorted((installed if '*' in new else installed & new) - self._loaders.keys()):
+                self._load(name)
+
+    def _load(self, name: str) -> None:
+        loader = PluginLoader(GROUP, (name,), log)
+        try:
+            loader.initialize_plugins(self)
+        except Exception:
+            log.exception('The plugin %s cannot be loaded', name)
+        else:
+            self._loaders[name] = loader
+
+    def terminate(self) -> None:
+        """Let the plugins write down what they have collected; who delivers after that loads them again."""
+        with self._lock:
+            loaders, self._loaders, self._asked = self._loaders, {}, set()
+        for name, loader in loaders.items():
+            try:
+                loader.terminate_all_activated_plugins()
+            except Exception:
+                log.exception('The plugin %s failed at its end', name)
+
+
+#: One for the process, as plugins are.
+registry = PluginRegistry()
 
 
 def notify(signal: str, msg: IClaim, send_result: SendResult) -> None:
@@ -49,25 +108,3 @@ def notify(signal: str, msg: IClaim, send_result: SendResult) -> None:
             receiver(None, msg=msg, send_result=send_result)
         except Exception:
             log.exception('A receiver of %s failed: %r', signal, receiver)
-
-
-def load_plugins(names: Iterable[str]) -> list[str]:
-    """
-    Initialise the plugins of these *names*, ``'*'`` for every one that is installed; return the names of those loaded.
-
-    Each gets a loader of its own, so that one that is broken or missing is reported by its name and stops no other.
-    """
-    installed = {entry_point.name for entry_point in entry_points(group=GROUP)}
-    wanted = set(names)
-    for missing in sorted(wanted - installed - {'*'}):
-        log.error('The plugin %s is not installed: there is no entry point of this name in %s', missing, GROUP)
-    return [name for name in sorted(installed if '*' in wanted else installed & wanted) if _load(name)]
-
-
-def _load(name: str) -> bool:
-    try:
-        PluginLoader(GROUP, (name,), log).initialize_plugins(registry)
-    except Exception:
-        log.exception('The plugin %s cannot be loaded', name)
-        return False
-    return True

@@ -54,8 +54,8 @@ class Reply:
 
     @property
     def deferred(self) -> bool:
-        """4xx: try again later."""
-        return 400 <= self.code < 500
+        """4xx: try again later.  So is any code that is no outcome: nobody is dropped for what is not understood."""
+        return not (self.accepted or self.refused)
 
     @property
     def refused(self) -> bool:
@@ -74,13 +74,15 @@ class SendResult:
     :param replies: recipient to reply; who is missing here was not tried
     :param transport: the name of the transport that answered
     :param queued: the message waits in a queue, at least for some recipients
-    :param trouble: why the attempt broke off, if the server's trouble ended it half-way
+    :param trouble: why the attempt broke off, if the server's trouble ended it
+    :param settlement: how the claim was settled because of it; None where there was no claim
     """
 
     replies: Mapping[str, Reply] = field(default_factory=dict)
     transport: str = ''
     queued: bool = False
     trouble: ServerTrouble | None = None
+    settlement: Settlement | None = None
 
     def __bool__(self) -> bool:
         return self.queued or bool(self.accepted)

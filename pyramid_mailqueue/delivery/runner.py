@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
-from pyramid_mailqueue.delivery.results import Recovery, SendResult
+from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['RunReport', 'Runner']
 
@@ -27,9 +27,10 @@ class RunReport:
     What a run did, in messages.
 
     :param sent: every recipient that was open has it
-    :param deferred: at least one recipient waits for a later attempt
+    :param deferred: at least one recipient waits because of this attempt
     :param refused: at least one recipient is given up, and in a dead letter
     :param trouble: why the run ended early, if the server could not be used
+    :param stopped: the run ended early because it was told to
     :param recovery: what dead processes had left
     """
 
@@ -37,16 +38,17 @@ class RunReport:
     deferred: int = 0
     refused: int = 0
     trouble: ServerTrouble | None = None
+    stopped: bool = False
     recovery: Recovery = field(default_factory=Recovery)
 
-    def count(self, result: SendResult) -> None:
+    def count(self, settlement: Settlement) -> None:
         """Count one message."""
-        if result.refused:
-            self.refused += 1
-        if result.deferred:
-            self.deferred += 1
-        if result.accepted and not result.deferred and not result.refused:
+        if not settlement.waiting and not settlement.burials:
             self.sent += 1
+        if settlement.waiting and settlement.counted:
+            self.deferred += 1
+        if settlement.burials:
+            self.refused += 1
 
 
 class Runner:
@@ -63,15 +65,25 @@ class Runner:
         self.handler = handler
         self._clock = clock
 
-    def run(self) -> RunReport:
-        """Work until nothing is due any more, or the server cannot be used."""
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> RunReport:
+        """
+        Work until nothing is due any more, or the server cannot be used.
+
+        :param should_stop: asked before each message whether the run is to end; a KeyboardInterrupt ends it at once
+        """
         now = self._clock()
-        report = RunReport(recovery=self.queue.recover(now))
-        _log_recovery(report.recovery)
+        report = RunReport()
         try:
+            report.recovery = self.queue.recover(now)
+            _log_recovery(report.recovery)
             for claim in self.queue.claim_due(now):
-                result = self.handler.deliver(claim)
-                report.count(result)
+                if should_stop():
+                    claim.release()
+                    report.stopped = True
+                    break
+                result = self._deliver(claim)
+                if result.settlement is not None:
+                    report.count(result.settlement)
                 if result.trouble is not None:
                     report.trouble = result.trouble
                     break
@@ -79,6 +91,14 @@ class Runner:
             self.queue.flush()
             self.handler.close()
         return report
+
+    def _deliver(self, claim: IClaim) -> SendResult:
+        try:
+            return self.handler.deliver(claim)
+        except KeyboardInterrupt:
+            # Unlike a defect, which is left as an orphan, this must not count against the message.
+            claim.release()
+            raise
 
 
 def _log_recovery(recovery: Recovery) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -40,7 +41,7 @@ class DebugInbox:
             '',
         )
         # The hidden name keeps readers away until the message is whole.
-        name = f'{time.time_ns()}-{os.getpid()}.eml'
+        name = f'{time.time_ns()}-{secrets.token_hex(4)}.eml'
         hidden = self.path / f'.{name}'
         hidden.write_bytes('\r\n'.join(lines).encode() + content)
         hidden.rename(self.path / name)
