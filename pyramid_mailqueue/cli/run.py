@@ -8,16 +8,20 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
-
+import os
+import pwd
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
-from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
+from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
@@ -28,11 +32,14 @@ EX_SOFTWARE = 70
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
 
+#: How long the message in hand may take when the run is told to stop, in seconds.
+PATIENCE = 5
+
 _EPILOG = """\
 exit status:
   0   the run is complete; messages that were deferred wait for a later one
   70  a defect of pyramid_mailqueue
-  75  the mail server cannot be used now; what is left waits for the next run
+  75  the mail server cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
   78  the configuration cannot be used
 
 from cron, every minute:
@@ -79,86 +86,158 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        report, runner = _deliver(arguments)
+        runner = _build_runner(arguments)
+        with _told_to_stop() as should_stop:
+            report = runner.run(should_stop)
     except ConfigurationError as error:
-        _complain(error)
+        for line in str(error).splitlines():
+            _complain(line)
         return EX_CONFIG
     except KeyboardInterrupt:
-        print('mq-run: interrupted; what was not delivered waits for the next run', file=sys.stderr)
+        _complain('stopped; what was not delivered waits for the next run')
         return EX_TEMPFAIL
-    except Exception:
-        print('mq-run: this is a defect of pyramid_mailqueue; please report it with these lines:', file=sys.stderr)
+    except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
+        _complain('this is a defect of pyramid_mailqueue; please report it with these lines:')
         traceback.print_exc()
         return EX_SOFTWARE
+    if report.trouble:
+        _complain(str(report.trouble))
+    if report.stopped:
+        _complain('stopped; what was not delivered waits for the next run')
     _summarize(report, runner, verbose=arguments.verbose)
-    return EX_TEMPFAIL if report.trouble else EX_OK
+    return EX_TEMPFAIL if report.trouble or report.stopped else EX_OK
 
 
-def _complain(error: MailqueueError) -> None:
-    for line in str(error).splitlines():
-        print(f'mq-run: {line}', file=sys.stderr)
+def _complain(line: str) -> None:
+    print(f'mq-run: {line}', file=sys.stderr)
 
 
-def _deliver(arguments: argparse.Namespace) -> tuple[RunReport, Runner]:
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """
+    Whether SIGTERM or SIGINT have come.
+
+    The message in hand is finished first: a process that dies over it counts against the message.  If that takes too
+    long, or somebody insists, a KeyboardInterrupt makes the run give it back.
+    """
+    told: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+        signal.alarm(PATIENCE)
+
+    # Who started us may have chosen that we ignore one of them, as nohup does.
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    former = {number: signal.signal(number, on_signal) for number in (*heard, signal.SIGALRM)}
+    try:
+        yield lambda: bool(told)
+    finally:
+        signal.alarm(0)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _build_runner(arguments: argparse.Namespace) -> Runner:
+    overrides = dict(map(parse_override, arguments.overrides))
     build = _runner_of_app if arguments.app else _runner_of_ini
-    runner = build(arguments, dict(map(parse_override, arguments.overrides)))
-    return runner.run(), runner
+    with _blaming(arguments.ini):
+        return build(arguments, overrides)
+
+
+@contextmanager
+def _blaming(ini: str) -> Iterator[None]:
+    """Name the file in each line of an error that does not name one."""
+    try:
+        yield
+    except ConfigurationError as error:
+        name = Path(ini.partition('#')[0]).name
+        lines = (line if name in line else f'{ini}: {line}' for line in str(error).splitlines())
+        raise ConfigurationError('\n'.join(lines)) from error
 
 
 def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
     from pyramid_mailqueue.wiring import build_runner
 
     settings = _settings(arguments, overrides)
+    if settings.queue_dir is not None:
+        _refuse_root(settings.queue_dir)
     setup_logging(arguments.ini, overrides, settings)
-    return build_runner(settings)
+    return build_runner(settings, lookup=_look_up)
 
 
 def _settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
-    """The settings of the app; if the queue directory is given and there is a [mqrunner] section, those of that."""
+    """The settings of the app; if there is a [mqrunner] section and we know the queue directory, those of that."""
     given = {'queue_dir': Path(arguments.queue_dir).absolute()} if arguments.queue_dir else {}
     section = read_mqrunner_section(arguments.ini, overrides) if arguments.name is None else None
-    if section is not None:
+    if section is not None and (given or section.get('queue_dir')):
         return Settings.from_mqrunner_section({**section, **given})
     of_app = read_app_settings(arguments.ini, arguments.name, overrides)
     return Settings.from_mapping({**of_app, **{f'mailqueue.{key}': value for key, value in given.items()}})
+
+
+def _look_up(name: str) -> None:
+    """Called with the name of each transport: there is no registry here, and a plain name means one that is in it."""
+    if name not in ('smtp', 'inbox') and not {'.', ':'} & set(name):
+        raise ConfigurationError(
+            f'mailqueue.transports = {name}: only the application knows the transport of this name. Use --app.'
+        )
+
+
+def _refuse_root(queue_dir: Path) -> None:
+    """What root leaves in a queue, its owner could not open any more."""
+    if os.geteuid() != 0:
+        return
+    owner = next(path for path in (queue_dir, *queue_dir.parents) if path.exists()).stat().st_uid
+    if owner == 0:
+        return
+    try:
+        user = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        user = f'#{owner}'
+    raise ConfigurationError(
+        f'mailqueue.queue_dir = {queue_dir} belongs to the user {user}, and this is root: the application could not '
+        f'open the files that root leaves there. Run mq-run as {user}, for instance with: sudo -u {user} mq-run ...'
+    )
 
 
 def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
     """The runner over the queue and the transports of the mailer that the application has registered."""
     from pyramid_mailqueue.interfaces import IMailer
 
-    registry = _load_app(arguments, overrides)
-    mailer: Any = registry.queryUtility(IMailer)
+    # Mistakes in the file first: what PasteDeploy says of them may show a password.
+    settings = read_app_settings(arguments.ini, arguments.name, overrides)
+    if settings.get('mailqueue.queue_dir'):
+        _refuse_root(Path(settings['mailqueue.queue_dir']).absolute())
+    mailer: Any = _load_app(arguments, overrides).queryUtility(IMailer)
     if mailer is None:
-        raise ConfigurationError(
-            f'{arguments.ini}: the application has no mailer. Does it call config.include("pyramid_mailqueue")?'
-        )
+        raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
     return Runner(mailer.queue, mailer.handler)
 
 
 def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    """Load the application, and return its registry; it may be wrapped in middleware, which has none."""
+    """Load the application, and return its registry."""
     import plaster
     from pyramid.config import global_registries
 
     try:
         loader = plaster.get_loader(arguments.ini, protocols=['wsgi'])
         loader.setup_logging(overrides)
-        loader.get_wsgi_app(arguments.name, overrides)
+        app = loader.get_wsgi_app(arguments.name, overrides)
     except Exception as error:
         # Pyramid wraps what is raised while it executes a deferred action.
         cause = getattr(error, 'evalue', error)
         if not isinstance(cause, ConfigurationError):
             traceback.print_exc()
-            cause = ConfigurationError(f'{arguments.ini}: the application cannot be loaded: {error}')
+            cause = ConfigurationError(f'the application cannot be loaded: {error}')
         raise cause from error
-    return global_registries.last
+    # Middleware around an application has no registry.
+    return getattr(app, 'registry', None) or global_registries.last
 
 
 def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     """Say what was done, and nothing if that was nothing: cron would send it by mail."""
-    if report.trouble:
-        print(f'mq-run: {report.trouble}', file=sys.stderr)
     recovery = report.recovery
     done = {
         'recovered': len(recovery.orphans),
@@ -171,6 +250,12 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     }
     if not (verbose or report.trouble or any(done.values())):
         return
-    told = [f'{number} {what}' for what, number in done.items() if number] or ['nothing to do']
+    told = [f'{number} {what}' for what, number in done.items() if number] or [
+        '0 sent' if report.trouble else 'nothing to do'
+    ]
     waiting = runner.queue.counts().get('waiting', 0)
     print(f'mq-run: {", ".join(told)}; {waiting} waiting')
+
+
+if __name__ == '__main__':
+    main()
