@@ -228,7 +228,7 @@ class _WirePolicy(Compat32):
             return str(value.fold(policy=self.header_policy))
         try:
             return _fold_addresses(name, value, utf8=self.header_policy.utf8)
-        except AddressError:
+        except (AddressError, UnicodeEncodeError):
             return _fold_odd_addresses(value, self.header_policy)
 
     def _encode(self, field: str) -> bytes:
@@ -248,7 +248,7 @@ def _not_one_field(name: str) -> MessageError:
 
 # --- address fields ---------------------------------------------------------
 
-# The library found something to say about such a field, but read it in the only possible way.
+# The library has something to say about such a field, but there is only one way to read it.
 _HARMLESS_DEFECTS = (NonASCIILocalPartDefect, ObsoleteHeaderDefect)
 
 _ATOMS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
@@ -259,9 +259,9 @@ def _fold_addresses(name: str, field: Any, *, utf8: bool) -> str:
     """
     Return the address field from what the library read in it.
 
-    Raises :class:`~.exceptions.AddressError` if it cannot be sure of that.
+    Raises :class:`~.exceptions.AddressError` if that may not be what is meant.
     """
-    if not all(isinstance(defect, _HARMLESS_DEFECTS) for defect in field.defects):
+    if not (all(isinstance(defect, _HARMLESS_DEFECTS) for defect in field.defects) or _we_read_the_same(field)):
         raise AddressError(f'{name} is not a list of addresses.')
     lines = [f'{name}:']
     for word in _address_words(field, utf8=utf8):
@@ -269,6 +269,12 @@ def _fold_addresses(name: str, field: Any, *, utf8: bool) -> str:
             lines.append('')
         lines[-1] += f' {word}'
     return '\r\n'.join(lines) + '\r\n'
+
+
+def _we_read_the_same(field: Any) -> bool:
+    text = field.fold(policy=SMTPUTF8.clone(max_line_length=0)).partition(':')[2].strip()
+    addresses = [check_address(mailbox.addr_spec) for mailbox in field.addresses]
+    return parse_header_addresses([text]) == list(dict.fromkeys(addresses))
 
 
 def _address_words(field: Any, *, utf8: bool) -> list[str]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import email
 import email.policy
 import io
-import sys
 from email.generator import BytesGenerator
 from email.header import Header, decode_header, make_header
 from email.headerregistry import Address, Group
@@ -307,8 +306,11 @@ def test_a_value_that_would_end_a_field_of_an_attachment_is_refused(value):
 
 @pytest.mark.parametrize('name', ['X\r\nBcc', 'X: y\nBcc', 'X Y', '', 'X\n', 'Sübject', 'X\x00'])
 def test_a_name_that_is_none_is_refused(name):
+    message = Message()
+    message.set_raw(name, 'x')
+
     with pytest.raises(MessageError, match='not one field'):
-        message_bytes(with_header(name, 'x', Message))
+        message_bytes(message)
 
 
 @pytest.mark.parametrize('text', ['x\r\nBcc: victim@x.example', 'x\nBcc: victim@x.example', 'x\n\nbody'])
@@ -387,6 +389,10 @@ def test_a_line_that_smtp_allows_is_left_alone():
         ('"Lovelace, Åda" <ada@x.example>', '=?utf-8?q?Lovelace=2C_=C3=85da?= <ada@x.example>'),
         ('"a,b"@x.example', '"a,b"@x.example'),
         ('a..b@x.example', 'a..b@x.example'),
+        (
+            '"Lovelace, Åda" <a..b@x.example>, b@bücher.example',
+            '=?utf-8?q?Lovelace=2C_=C3=85da?= <a..b@x.example>, b@xn--bcher-kva.example',
+        ),
         ('ada@bücher.example', 'ada@xn--bcher-kva.example'),
         ('Åda <ada@bücher.example>', '=?utf-8?q?=C3=85da?= <ada@xn--bcher-kva.example>'),
         ('undisclosed-recipients:;', 'undisclosed-recipients:;'),
@@ -481,12 +487,20 @@ def test_an_odd_address_field_is_left_to_the_library_as_long_as_it_names_nobody_
     assert header_of(with_header('To', 'a)b@x.example')) == b'To: a)b@x.example'
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13, 5), reason='this version of the library keeps the quotes')
-def test_an_odd_address_field_that_would_come_to_name_somebody_else_is_refused():
-    message = with_header('To', '=?utf-8?q?eve=40x.example=2C_Ada?= <a..b@x.example>')
+def test_an_encoded_name_that_cannot_be_decoded_does_no_harm():
+    header = header_of(with_header('To', '=?utf-8?b?abc?= <ada@x.example>'))
 
-    with pytest.raises(AddressError, match='everybody reads the same'):
-        message_bytes(message)
+    assert parse_header_addresses([header.decode('ascii').removeprefix('To:')]) == ['ada@x.example']
+
+
+def test_an_odd_address_field_never_comes_to_name_somebody_else():
+    # The library finds a defect in the two dots, and some of its versions write the decoded name without quotes.
+    message = with_header('To', '=?utf-8?q?eve=40x.example=2C_Ada?= <a..b@x.example>')
+    try:
+        header = header_of(message)
+    except AddressError:
+        return
+    assert parse_header_addresses([header.decode('ascii').removeprefix('To:')]) == ['a..b@x.example']
 
 
 def test_a_signed_part_keeps_the_form_that_was_signed():

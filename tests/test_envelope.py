@@ -5,6 +5,7 @@ import email.policy
 import io
 import pickle
 import socket
+import tracemalloc
 from dataclasses import FrozenInstanceError, dataclass, field
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage, Message
@@ -431,6 +432,17 @@ def test_any_body_arrives_as_it_is_but_for_the_line_ends(body):
 @pytest.mark.parametrize('wrap', [bytes, bytearray, memoryview, io.BytesIO, email.message_from_bytes])
 def test_every_kind_of_message_gives_the_same_envelope(wrap):
     assert Envelope.from_message(wrap(COMPLETE)) == Envelope('shop@site.example', ('ada@x.example',), COMPLETE)
+
+
+def test_a_large_message_is_copied_once():
+    message = b'From: a@x.example\r\nTo: b@x.example\r\nBcc: c@x.example\r\n\r\n' + b'x\r\n' * 1_000_000
+
+    tracemalloc.start()
+    envelope = Envelope.from_message(message)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(envelope.content) <= peak < 1.1 * len(message)
 
 
 def test_the_largest_content_is_max_size():
