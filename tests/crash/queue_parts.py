@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import FOLDERS
+from pyramid_mailqueue.queues.queue_file import read_envelope
 
 CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'
 ENVELOPE = Envelope('sender@site.example', ('a@x.example', 'b@x.example'), CONTENT)
@@ -58,6 +59,13 @@ def where(queue):
     return {folder: len(found) for folder in FOLDERS if (found := names(queue, folder))}
 
 
+def clear(queue):
+    """Remove all files; the folders take longer to create."""
+    for folder in FOLDERS:
+        for path in at(queue, folder).iterdir():
+            path.unlink()
+
+
 def put(queue, envelope=ENVELOPE, *, due=None):
     name = queue.put(envelope)
     if due is not None:
@@ -85,3 +93,29 @@ def forget(*things):
     for thing in things:
         for file in getattr(thing, '_files', None) or [thing._file]:
             file.abandon()
+
+
+def leave_everything_behind(queue):
+    """An orphan, one that has killed four already, two messages in doubt, and one that nobody has voted for."""
+    orphan = queue.put_claimed(message_of('orphan@x.example'))
+    deadly = queue.put_claimed(message_of('deadly@x.example'))
+    at(queue, 'cur', deadly.id).rename(at(queue, 'cur', f'{deadly.id},deaths=4'))
+    prepared = message_of('prepared@x.example')
+    forget(orphan, deadly, stage(queue, (prepared, True), (prepared, False)))
+    at(queue, 'tmp', 'stale').write_bytes(b'half a mess')
+    os.utime(queue.place('tmp', 'stale'), (1, 1))
+
+
+def message_of(address):
+    return Envelope(address, (address,), CONTENT)
+
+
+def dead_recipients(queue):
+    """Who is given up, in all dead letters; each of these is whole."""
+    found = []
+    for name in names(queue, 'dead'):
+        with at(queue, 'dead', name).open('rb') as file:
+            _, envelope = read_envelope(file)
+        assert envelope.content == CONTENT
+        found += envelope.recipients
+    return sorted(found)
