@@ -67,7 +67,6 @@ class MailDataManager:
         self._deliveries: list[str] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
-        self._hooked = False
         self._committing = False
 
     def add(self, envelope: Envelope, delivery: str) -> None:
@@ -90,9 +89,7 @@ class MailDataManager:
         except (ValueError, transaction.interfaces.TransactionError) as error:
             raise NoActiveTransaction(too_late(self._txn)) from error
         self._joined = True
-        if not self._hooked:
-            self._hooked = True
-            self._txn.addAfterCommitHook(self._dispatch)
+        self._txn.addAfterCommitHook(self._dispatch)
 
     def sortKey(self) -> str:
         """

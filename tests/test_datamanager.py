@@ -38,12 +38,12 @@ BEFORE, AFTER = 'other', '~zzz'
 class Post:
     """A mailer whose mail is delivered before a commit returns, and what became of it."""
 
-    def __init__(self, path, recorder, manager, message):
+    def __init__(self, path, recorder, manager, message, **other_ways):
         self.queue = MaildirQueue(path)
         self.recorder = recorder
         self.message = message
         handler = MessageHandler([recorder])
-        dispatchers = {'inline': InlineDispatcher(handler, self.queue)}
+        dispatchers = {'inline': InlineDispatcher(handler, self.queue), **other_ways}
         transactions = ManagerTransaction(manager)
         self.mailer = Mailer(
             self.queue, handler, dispatchers, Envelope.from_message, delivery='inline', transactions=transactions
@@ -607,6 +607,38 @@ def test_whatever_an_application_does_exactly_what_it_commits_is_sent(steps, rec
 
 
 # --- several ----------------------------------------------------------------
+
+
+def test_all_mail_of_a_transaction_is_one_resource(tm, post):
+    post.send('one')
+    post.send('two')
+
+    assert len(tm.get()._resources) == 1
+
+
+class Noted:
+    """A dispatcher that notes the ids of its claims."""
+
+    def __init__(self):
+        self.calls = []
+
+    def dispatch(self, claims):
+        self.calls.append([claim.envelope.message_id for claim in claims])
+        for claim in claims:
+            claim.release()
+
+    def close(self):
+        pass
+
+
+def test_each_way_of_delivery_gets_its_own_claims_and_all_at_once(queue_dir, recorder, tm, message):
+    noted = Noted()
+    post = Post(queue_dir, recorder, tm, message, background=noted)
+    message_ids = [post.send(str(number), delivery='background' if number % 2 else 'inline') for number in range(5)]
+    tm.commit()
+
+    assert post.sent == ['0', '2', '4']
+    assert noted.calls == [message_ids[1::2]]
 
 
 def test_several_queues_in_one_transaction_stand_and_fall_together(tm, tmp_path, recorder, message):

@@ -18,6 +18,7 @@ from pyramid_mailqueue import (
     QueueError,
     mailer_from_settings,
 )
+from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 
 
@@ -285,6 +286,25 @@ def test_send_immediately_has_the_message_in_the_queue_before_the_attempt(make_m
         mailer.send_immediately(message('durable'))
 
     assert seen == [{'in progress': 1}]
+
+
+class Flushed(MaildirQueue):
+    """A queue that notes when it is told to make durable what was settled."""
+
+    def __init__(self, settings):
+        super().__init__(settings.queue_dir)
+        self.flushed_with = []
+
+    def flush(self):
+        super().flush()
+        self.flushed_with.append(self.counts()['in progress'])
+
+
+def test_send_immediately_makes_its_outcome_durable(make_mailer, smtp_server, message):
+    mailer = make_mailer(smtp_server, queue=f'{__name__}.Flushed')
+    mailer.send_immediately(message('now'))
+
+    assert mailer.queue.flushed_with == [0]
 
 
 class Interrupted:

@@ -20,6 +20,7 @@ KINDS = {
     'explicit': {'settings': EXPLICIT},
     'repoze.tm': {'wrap': repoze.tm.TM},
     'repoze.tm without pyramid_tm': {'wrap': repoze.tm.TM, 'include': ()},
+    'repoze.tm whatever pyramid_tm would use': {'wrap': repoze.tm.TM, 'settings': EXPLICIT},
 }
 
 
@@ -80,6 +81,7 @@ def discarded(caplog):
 
 both_kinds = pytest.mark.parametrize('kind', ['thread', 'explicit'])
 every_kind = pytest.mark.parametrize('kind', KINDS)
+every_kind_of_repoze = pytest.mark.parametrize('kind', [kind for kind in KINDS if kind.startswith('repoze')])
 
 
 # --- in the view ------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_a_view_may_commit_and_begin_again(app_of, recorder, message, kind):
     assert (in_the_view, recorder.subjects) == (['first'], ['first', 'second'])
 
 
-@pytest.mark.parametrize('kind', ['repoze.tm', 'repoze.tm without pyramid_tm'])
+@every_kind_of_repoze
 def test_with_repoze_tm_a_view_may_commit_and_begin_again(app_of, recorder, message, kind):
     def view(request):
         request.mailer.send(message('first'))
@@ -217,6 +219,20 @@ def test_mail_from_an_after_commit_hook_is_refused(app_of, recorder, refused, ki
     app_of(view, kind).get('/')
 
     assert told
+
+
+@both_kinds
+def test_a_transaction_is_marked_once(app_of, message, kind):
+    hooks = []
+
+    def view(request):
+        for subject in ('one', 'two'):
+            request.mailer.send(message(subject))
+        hooks.extend(request.tm.get().getBeforeCommitHooks())
+
+    app_of(view, kind).get('/')
+
+    assert len(hooks) == 1
 
 
 @both_kinds
@@ -348,7 +364,7 @@ def test_after_the_commit(app_of, refused, kind, when):
     assert told
 
 
-@pytest.mark.parametrize('kind', ['repoze.tm', 'repoze.tm without pyramid_tm'])
+@every_kind_of_repoze
 def test_with_repoze_tm_the_commit_comes_after_the_callbacks(app_of, recorder, message, kind):
     def view(request):
         request.add_response_callback(lambda request, response: request.mailer.send(message('response callback')))
@@ -388,13 +404,13 @@ def test_an_exception_view_whose_transaction_pyramid_tm_will_abort(app_of, recor
 
 
 @both_kinds
-def test_an_exception_view_whose_response_the_commit_veto_lets_pass(app_of, recorder, message, kind):
+@pytest.mark.parametrize('key', ['tm.commit_veto', 'pyramid_tm.commit_veto'])
+def test_an_exception_view_whose_response_the_commit_veto_lets_pass(app_of, recorder, message, kind, key):
     def sorry(context, request):
         request.mailer.send(message('sorry'))
         return Response('sorry', 200)
 
-    veto = {'tm.commit_veto': 'pyramid_tm.default_commit_veto'}
-    app_of(fail, kind, with_exception_view(sorry), **veto).get('/')
+    app_of(fail, kind, with_exception_view(sorry), **{key: 'pyramid_tm.default_commit_veto'}).get('/')
 
     assert recorder.subjects == ['sorry']
 
@@ -442,7 +458,7 @@ def test_an_exception_view_after_a_before_commit_hook_that_failed(app_of, record
     assert recorder.subjects == []
 
 
-@pytest.mark.parametrize('kind', ['repoze.tm', 'repoze.tm without pyramid_tm'])
+@every_kind_of_repoze
 def test_with_repoze_tm_an_exception_view_is_inside_of_the_transaction(app_of, recorder, message, kind):
     def sorry(context, request):
         request.mailer.send(message('sorry'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -198,6 +199,24 @@ def test_a_mailer_delivers_in_the_background_and_inline(settings_of):
     assert isinstance(mailer, Mailer)
     assert isinstance(mailer._dispatchers['background'], BackgroundDispatcher)
     assert isinstance(mailer._dispatchers['inline'], InlineDispatcher)
+
+
+def test_a_mailer_has_the_retry_policy_and_the_plugins_of_the_settings(settings_of, queue_dir, message, caplog):
+    with ScriptedSMTPServer({'RCPT': '451 4.3.0 later'}) as server:
+        mailer = build_mailer(settings_of(server, retry_first='30m', retry_max='2h', plugins='pigeons'))
+        begin = time.time()
+        mailer.send_immediately(message('later'))
+        mailer.close()
+
+    (file,) = (queue_dir / 'new').iterdir()
+    assert 0.8 * 1800 < file.stat().st_mtime - begin < 1.2 * 1800 + 60
+    assert 'pigeons' in caplog.text
+
+
+def test_a_message_id_has_the_name_of_this_host_where_the_sender_has_none(settings_of, message):
+    mailer = build_mailer(settings_of(transports='inbox', smtp_local_hostname='shop.site.example'))
+
+    assert mailer.enqueue(message('a bounce'), sender='').endswith('@shop.site.example>')
 
 
 @pytest.fixture
