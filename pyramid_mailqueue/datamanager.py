@@ -77,7 +77,7 @@ class MailDataManager:
         :raises NoActiveTransaction: the transaction is already being committed, or has ended
         """
         if self._committing:
-            raise NoActiveTransaction(too_late(self._txn))
+            raise NoActiveTransaction(_too_late(self._txn))
         if not self._joined:
             self._join()
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
@@ -87,7 +87,7 @@ class MailDataManager:
         try:
             self._txn.join(self)
         except (ValueError, transaction.interfaces.TransactionError) as error:
-            raise NoActiveTransaction(too_late(self._txn)) from error
+            raise NoActiveTransaction(_too_late(self._txn)) from error
         self._joined = True
         self._txn.addAfterCommitHook(self._dispatch)
 
@@ -151,9 +151,12 @@ class MailDataManager:
 
     def _dispatch(self, committed: bool) -> None:
         """The after-commit hook; *committed* says nothing about our claims (see the docstring of the module)."""
-        claims, self._claims = self._claims, []
-        for delivery in dict(claims):
-            self._dispatchers[delivery].dispatch([claim for way, claim in claims if way == delivery])
+        while self._claims:
+            way = self._claims[0][0]
+            claims = [claim for delivery, claim in self._claims if delivery == way]
+            # Taken out first: if this one is interrupted (Ctrl-C), the abort after the hooks goes on with the others.
+            self._claims = [(delivery, claim) for delivery, claim in self._claims if delivery != way]
+            self._dispatchers[way].dispatch(claims)
 
 
 @implementer(transaction.interfaces.IDataManagerSavepoint)
@@ -169,7 +172,7 @@ class _Savepoint:
         self._data_manager.rollback(self._mark)
 
 
-def too_late(txn: Any) -> str:
+def _too_late(txn: Any) -> str:
     """Explain to a developer why *txn* takes no more mail."""
     return (
         f'This transaction is {str(txn.status).lower()}: mail that is sent now would never be committed. '

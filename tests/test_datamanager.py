@@ -641,6 +641,23 @@ def test_each_way_of_delivery_gets_its_own_claims_and_all_at_once(queue_dir, rec
     assert noted.calls == [message_ids[1::2]]
 
 
+def interrupt(sender, recipients, content):
+    raise KeyboardInterrupt
+
+
+def test_mail_that_goes_another_way_outlives_the_interruption_of_a_delivery(queue_dir, recorder, tm, message):
+    """The transaction package logs the interruption, and goes on."""
+    recorder.send = interrupt
+    noted = Noted()
+    post = Post(queue_dir, recorder, tm, message, background=noted)
+    post.send('interrupted')
+    message_id = post.send('goes on', delivery='background')
+    tm.commit()
+
+    assert noted.calls == [[message_id]]
+    assert post.files == {'new': 2}
+
+
 def test_several_queues_in_one_transaction_stand_and_fall_together(tm, tmp_path, recorder, message):
     posts = [Post(tmp_path / name, recorder, tm, message) for name in ('one', 'two')]
     for number, post in enumerate(posts):

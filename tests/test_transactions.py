@@ -342,7 +342,7 @@ def test_an_explicit_manager_after_a_commit_without_a_begin(app_of, recorder, me
 
 
 @both_kinds
-@pytest.mark.parametrize('when', ['a response callback', 'a NewResponse subscriber', 'a finished callback'])
+@pytest.mark.parametrize('when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body'])
 def test_after_the_commit(app_of, refused, kind, when):
     told = []
 
@@ -354,6 +354,10 @@ def test_after_the_commit(app_of, refused, kind, when):
             request.add_response_callback(lambda request, response: late(request))
         if when == 'a finished callback':
             request.add_finished_callback(late)
+        if when == 'the body':
+            # Made when the server asks for it.
+            return Response(app_iter=(b'' for _ in [1] if not late(request)))
+        return None
 
     def configure(config):
         if when == 'a NewResponse subscriber':
