@@ -152,20 +152,18 @@ _MARK = _Mark()
 
 
 def _mark(txn: Any) -> None:
-    if not _was_marked(txn):
-        txn.set_data(_MARK, _MARK)
+    txn.set_data(_MARK, _MARK)
+    if not _has_hook(txn):
         txn.addBeforeCommitHook(_MARK)
 
 
-def _was_marked(txn: Any) -> bool:
-    try:
-        txn.data(_MARK)
-    except KeyError:
-        return False
-    return True
+def _has_hook(txn: Any) -> bool:
+    return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
 
 
 def _will_be_committed(txn: Any, manager: Any) -> bool:
-    if _was_marked(txn):
-        return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
-    return bool(manager.explicit)
+    try:
+        txn.data(_MARK)
+    except KeyError:
+        return bool(manager.explicit)
+    return _has_hook(txn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import pytest
 import repoze.tm
@@ -202,6 +203,21 @@ def test_mail_may_be_sent_in_a_before_commit_hook_of_a_transaction_that_the_view
         request.tm.begin()
         request.mailer.send(message('from the view'))
         request.tm.get().addBeforeCommitHook(lambda: request.mailer.send(message('from the hook')))
+
+    app_of(view, kind).get('/')
+
+    assert recorder.subjects == ['from the view', 'from the hook']
+
+
+@both_kinds
+def test_a_view_may_try_a_commit_again_that_a_hook_had_stopped(app_of, recorder, message, kind):
+    def view(request):
+        txn = request.tm.get()
+        txn.addBeforeCommitHook(fail, [request])
+        with suppress(Trouble):
+            txn.commit()
+        request.mailer.send(message('from the view'))
+        txn.addBeforeCommitHook(lambda: request.mailer.send(message('from the hook')))
 
     app_of(view, kind).get('/')
 
