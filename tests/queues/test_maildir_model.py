@@ -1,0 +1,258 @@
+"""A queue against a simple model of one: whatever is done in whatever order, and whoever dies in between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.queues.maildir import FOLDERS, MAX_DEATHS, MaildirQueue
+from tests.crash.faults import intercepted, without_sync
+from tests.crash.queue_parts import CONTENT, at, dead_recipients, forget, names, stage
+
+which = st.integers(0, 5)
+
+
+@dataclass
+class Message:
+    """What the model knows of a message."""
+
+    recipients: tuple[str, ...]
+    due: float
+    deaths: int = 0
+    attempts: int = 0
+    state: str = 'waiting'
+
+
+@dataclass
+class Model:
+    messages: dict[str, Message] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
+
+    def names(self, *states):
+        return sorted(name for name, message in self.messages.items() if message.state in states)
+
+    def die(self, name):
+        """The process that had claimed the message is dead, and a run has noticed."""
+        message = self.messages[name]
+        message.deaths += 1
+        message.state = 'waiting'
+        if message.deaths == MAX_DEATHS:
+            self.dead += message.recipients
+            del self.messages[name]
+
+
+class QueueMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.now = 1_000_000
+        self.number = 0
+        self.model = Model()
+        self.claims = []
+        self.stagings = []
+        self.stack = contextlib.ExitStack()
+        self.path = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.stack.enter_context(intercepted(without_sync))
+
+    @initialize(in_doubt=st.sampled_from(['hold', 'send', 'discard']))
+    def start(self, in_doubt):
+        self.in_doubt = in_doubt
+        self.queue = self.open()
+
+    def open(self):
+        return MaildirQueue(self.path, in_doubt=self.in_doubt, clock=lambda: self.now)
+
+    def teardown(self):
+        self.stack.close()
+
+    def new_envelope(self):
+        self.number += 1
+        return Envelope('s@x.example', tuple(f'{letter}{self.number}@x.example' for letter in 'abcd'), CONTENT)
+
+    def enter(self, folder, name, envelope, state):
+        """A new file is due when it is written, by the clock of the model."""
+        os.utime(self.queue.place(folder, name), (self.now, self.now))
+        self.model.messages[name] = Message(envelope.recipients, self.now, state=state)
+
+    @rule(seconds=st.integers(1, 1000))
+    def time_passes(self, seconds):
+        self.now += seconds
+
+    @rule()
+    def another_process_starts(self):
+        self.queue = self.open()
+
+    @rule()
+    def put(self):
+        envelope = self.new_envelope()
+        self.enter('new', self.queue.put(envelope), envelope, 'waiting')
+
+    @rule()
+    def put_claimed(self):
+        envelope = self.new_envelope()
+        claim = self.queue.put_claimed(envelope)
+        self.enter('cur', claim.id, envelope, 'claimed')
+        self.claims.append(claim)
+
+    # --- two phases
+
+    @rule(ways=st.lists(st.booleans(), min_size=1, max_size=3))
+    def vote(self, ways):
+        messages = [(self.new_envelope(), claimed) for claimed in ways]
+        staging = stage(self.queue, *messages)
+        staged = [file.name for file in staging._files]
+        for name, (envelope, _) in zip(staged, messages, strict=True):
+            self.enter('prepared', name, envelope, 'prepared')
+        self.stagings.append((staging, staged, ways))
+
+    @precondition(lambda self: self.stagings)
+    @rule(index=which)
+    def publish(self, index):
+        staging, staged, ways = self.stagings.pop(index % len(self.stagings))
+        for name, claimed, claim in zip(staged, ways, staging.publish(), strict=True):
+            assert (claim is not None) == claimed
+            self.model.messages[name].state = 'claimed' if claimed else 'waiting'
+            if claimed:
+                assert claim.id == name
+                self.claims.append(claim)
+        assert staging.discard() == []
+
+    @precondition(lambda self: self.stagings)
+    @rule(index=which)
+    def discard(self, index):
+        staging, staged, _ = self.stagings.pop(index % len(self.stagings))
+        assert len(staging.discard()) == len(staged)
+        for name in staged:
+            del self.model.messages[name]
+
+    @precondition(lambda self: self.stagings)
+    @rule(index=which)
+    def die_in_doubt(self, index):
+        staging, staged, _ = self.stagings.pop(index % len(self.stagings))
+        forget(staging)
+        for name in staged:
+            self.model.messages[name].state = 'in doubt'
+
+    # --- claims
+
+    @rule()
+    def claim(self):
+        due = [
+            (message.due, name)
+            for name, message in self.model.messages.items()
+            if message.state == 'waiting' and message.due <= self.now
+        ]
+        claims = self.queue.claim_due(self.now)
+        claim = next(claims, None)
+        claims.close()
+        assert (claim is None) == (not due)
+        if claim is None:
+            return
+        message = self.model.messages[claim.id]
+        # Names of equal age are in the order of their names, which have the number of deaths behind them.
+        assert message.due == min(due)[0]
+        assert message.state == 'waiting'
+        assert (claim.attempts, claim.deaths) == (message.attempts, message.deaths)
+        assert claim.envelope == Envelope('s@x.example', message.recipients, CONTENT)
+        message.state = 'claimed'
+        self.claims.append(claim)
+
+    @precondition(lambda self: self.claims)
+    @rule(
+        index=which,
+        fates=st.lists(st.sampled_from(['accepted', 'deferred', 'refused', 'forbidden']), min_size=4, max_size=4),
+        due=st.none() | st.integers(-1000, 4000),
+        counted=st.booleans(),
+    )
+    def settle(self, index, fates, due, counted):
+        claim = self.claims.pop(index % len(self.claims))
+        message = self.model.messages[claim.id]
+        fate = dict(zip(message.recipients, fates, strict=False))
+        group = {word: tuple(who for who, is_ in fate.items() if is_ == word) for word in fates}
+        waiting = group.get('deferred', ())
+        burials = tuple(Burial(group[word], word) for word in ('refused', 'forbidden') if group.get(word))
+        due = None if due is None else self.now + due
+
+        claim.settle(Settlement(waiting, due=due, counted=counted, last_reply='451 later', burials=burials))
+
+        self.model.dead += [who for burial in burials for who in burial.recipients]
+        if not waiting:
+            del self.model.messages[claim.id]
+            return
+        if counted or due is not None or waiting != message.recipients:
+            message.deaths = 0
+        message.recipients = waiting
+        message.attempts += counted
+        message.due = message.due if due is None else due
+        message.state = 'waiting'
+
+    @precondition(lambda self: self.claims)
+    @rule(index=which)
+    def release(self, index):
+        claim = self.claims.pop(index % len(self.claims))
+        claim.release()
+        claim.settle(Settlement())
+        self.model.messages[claim.id].state = 'waiting'
+
+    @precondition(lambda self: self.claims)
+    @rule(index=which)
+    def die_while_delivering(self, index):
+        claim = self.claims.pop(index % len(self.claims))
+        forget(claim)
+        self.model.messages[claim.id].state = 'orphan'
+
+    @rule()
+    def recover(self):
+        recovery = self.queue.recover(self.now)
+
+        assert sorted(recovery.orphans + recovery.buried) == self.model.names('orphan')
+        for name in self.model.names('orphan'):
+            self.model.die(name)
+        in_doubt = self.model.names('in doubt')
+        found = {'hold': recovery.in_doubt, 'send': recovery.sent, 'discard': recovery.discarded}
+        assert sorted(found.pop(self.in_doubt)) == in_doubt
+        assert set(found.values()) == {()}
+        for name in in_doubt:
+            if self.in_doubt == 'send':
+                self.model.messages[name].state = 'waiting'
+            elif self.in_doubt == 'discard':
+                del self.model.messages[name]
+
+    # --- what holds at all times
+
+    @invariant()
+    def every_message_is_where_it_belongs(self):
+        others = set(FOLDERS) - {'dead'}
+        found = {folder: sorted(name.partition(',')[0] for name in names(self.queue, folder)) for folder in others}
+        assert found == {
+            'tmp': [],
+            'prepared': self.model.names('prepared', 'in doubt'),
+            'new': self.model.names('waiting'),
+            'cur': self.model.names('claimed', 'orphan'),
+            'corrupt': [],
+        }
+
+    @invariant()
+    def everybody_who_is_given_up_is_in_a_dead_letter(self):
+        assert dead_recipients(self.open()) == sorted(self.model.dead)
+
+    @invariant()
+    def nobody_else_can_have_what_is_held(self):
+        other = self.open()
+        held = [('cur', name) for name in self.model.names('claimed')]
+        held += [('prepared', name) for name in self.model.names('prepared')]
+        for folder, name in held:
+            (path,) = at(other, folder).glob(f'{name}*')
+            assert other.take(folder, path.name) is None
+        assert other.counts()['in doubt'] == len(self.model.names('in doubt'))
+
+
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=60, stateful_step_count=40)
