@@ -82,14 +82,16 @@ class IMailQueue(Interface):
         Yield a claim for each message whose due time has come, oldest due first.
 
         A generator; a message is claimed when it is asked for, not before.  Messages that others hold are passed over,
-        damaged ones are put aside and logged.  *now* is in seconds since the epoch.
+        damaged ones are put aside and logged.  *now* is in seconds since the epoch.  Raises
+        :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
     def recover(now: float) -> Recovery:
         """
         Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.
 
-        Called at the start of each run of ``mq-run``, never by a web process.
+        Called at the start of each run of ``mq-run``, never by a web process.  Raises
+        :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
     def flush() -> None:

@@ -14,23 +14,26 @@ The queue that is a directory: durable with what every machine has, readable wit
 How a message goes through it; each arrow is one ``rename``, and the file is locked while it moves::
 
     tmp --a--> prepared --b--> cur --d--> (gone)
-                   |            |  --e--> new
-                   +----c--> new --f--> cur
-                                |  --g--> dead
+                   |           | ^
+                   |           e f
+                   |           v |
+                   +-----c---> new
 
     a  MaildirStaging.prepare: the "yes" of the first phase
-    b  MaildirStaging.publish: the transaction has committed, this process will try the message
+    b  MaildirStaging.publish: the transaction has committed, and this process will try the message
     c  the same, for a later run; and what mq-run does with a message in doubt if told to send it
-    d  MaildirClaim.settle: everybody has it.  The one change that is an ``unlink``
+    d  MaildirClaim.settle: nobody is open any more.  The one change that is an ``unlink``
     e  MaildirClaim.settle: somebody is still open (a new version was renamed over the file first);
-       MaildirClaim.release: as it was; MaildirQueue.recover: its deliverer died
+       MaildirClaim.release: as it was; MaildirQueue.recover: its deliverer died, which is counted in its name
     f  MaildirQueue.claim_due
-    g  a dead letter is a new file, written for the recipients that are given up, before d or e happens
 
-What is durable when: a file's data before it is renamed to where it counts (a, and the new version of e); the folders
-before the commit returns (a, b, c).  While a queue is drained the changes d, e and g's counterpart are made durable in
-batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of one batch, and
-cannot lose one.
+A dead letter is a new file, and is written for the recipients that are given up before d or e happens.  A file in
+``cur/`` that cannot be parsed moves to ``corrupt/``.
+
+What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``cur/`` and
+``new/`` before the commit returns (b, c), ``dead/`` before the message changes.  While a queue is drained d and e are
+made durable in batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of
+one batch, and cannot lose one.
 """
 
 from __future__ import annotations
@@ -206,7 +209,7 @@ class MaildirQueue:
                 return None
             file.move(self.place('cur', name))
         except OSError as error:
-            log_trouble('cannot be claimed', file.path, error)
+            _log_trouble('cannot be claimed', file.path, error)
             file.close()
             return None
         claim = MaildirClaim(self, file)
@@ -217,7 +220,7 @@ class MaildirQueue:
         try:
             return self._holder.take(self.place(folder, name))
         except OSError as error:
-            log_trouble('cannot be opened', self.place(folder, name), error)
+            _log_trouble('cannot be opened', self.place(folder, name), error)
             return None
 
     # -- for staging and claims
@@ -260,7 +263,7 @@ class MaildirQueue:
         try:
             file.remove()
         except OSError as error:
-            log_trouble('must not be delivered, and cannot be removed', file.path, error, logging.CRITICAL)
+            _log_trouble('must not be delivered, and cannot be removed', file.path, error, logging.CRITICAL)
             return False
         finally:
             file.close()
@@ -327,7 +330,7 @@ class MaildirQueue:
         try:
             file.move(self.place('new', file.name))
         except OSError as error:
-            log_trouble('is in doubt, and cannot be sent', file.path, error)
+            _log_trouble('is in doubt, and cannot be sent', file.path, error)
             return False
         self.changed('new')
         return True
@@ -421,7 +424,7 @@ class MaildirStaging:
                 sync_folder(self._queue.place(folder))
             except OSError as error:
                 problem = 'holds messages that a power cut may lose'
-                log_trouble(problem, self._queue.place(folder), error, logging.CRITICAL)
+                _log_trouble(problem, self._queue.place(folder), error, logging.CRITICAL)
         return claims
 
     def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
@@ -433,7 +436,7 @@ class MaildirStaging:
         except OSError as error:
             # Only a person can help now.  Without a lock mq-run reports the message as in doubt.
             problem = 'is in doubt: its transaction has committed, and it cannot be published'
-            log_trouble(problem, file.path, error, logging.CRITICAL)
+            _log_trouble(problem, file.path, error, logging.CRITICAL)
             file.close()
             return None
         if claimed:
@@ -459,7 +462,7 @@ class MaildirStaging:
             sync_folder(self._queue.place('prepared'))
         except OSError as error:
             problem = 'may show dropped messages again after a power cut'
-            log_trouble(problem, self._queue.place('prepared'), error)
+            _log_trouble(problem, self._queue.place('prepared'), error)
 
 
 @implementer(IClaim)
@@ -507,7 +510,7 @@ class MaildirClaim:
             self._put_aside(error)
             return False
         except OSError as error:
-            log_trouble('cannot be read', self._file.path, error)
+            _log_trouble('cannot be read', self._file.path, error)
             self.release()
             return False
         return True
@@ -519,7 +522,7 @@ class MaildirClaim:
             queue.changed('corrupt')
             log_event(queue_log, logging.ERROR, status='corrupt', id=self.id, file=file.path, error=error)
         except OSError as move_error:
-            log_trouble(f'is damaged ({error}) and cannot be put aside', file.path, move_error)
+            _log_trouble(f'is damaged ({error}) and cannot be put aside', file.path, move_error)
         file.close()
 
     def release(self) -> None:
@@ -541,7 +544,7 @@ class MaildirClaim:
             self._file.move(self._queue.place('new', name))
             self._queue.changed('new')
         except OSError as error:
-            log_trouble('stays in progress until the next run', self._file.path, error)
+            _log_trouble('stays in progress until the next run', self._file.path, error)
             return False
         finally:
             self._file.close()
@@ -620,7 +623,7 @@ class MaildirClaim:
         try:
             os.utime(self._file.fd, (due, due))
         except OSError as error:
-            log_trouble('cannot be given its due time', self._file.path, error)
+            _log_trouble('cannot be given its due time', self._file.path, error)
         self._back_to_new(self._file.name)
 
 
@@ -653,7 +656,7 @@ class _UnsyncedChanges:
             try:
                 sync_folder(path)
             except OSError as error:
-                log_trouble('holds changes that a power cut may undo', path, error)
+                _log_trouble('holds changes that a power cut may undo', path, error)
 
 
 def _create_folder(path: str) -> bool:
@@ -675,7 +678,7 @@ def _modified(entry: os.DirEntry[str]) -> float | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        log_trouble('cannot be looked at', entry.path, error)
+        _log_trouble('cannot be looked at', entry.path, error)
         return None
 
 
@@ -703,6 +706,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, 'strerror', None) or str(error)
 
 
-def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:
+def _log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:
     """Log what a person should look at."""
     log_event(queue_log, level, status='trouble', file=path, problem=problem, error=_reason(error))
