@@ -1,8 +1,9 @@
 """
 Whoever wants to hear of deliveries: receivers of blinker signals, and plugins that bring them along.
 
-A plugin is an entry point of the group ``mailqueue.plugins``, written for the Puzzle Plugin System: a module or an
-object with ``initialize(context, registry)`` and ``terminate(context)``.  In ``initialize`` it connects its receivers::
+A plugin is an entry point of the group ``mailqueue.plugins``, written for the Puzzle Plugin System: a module with
+``initialize(context, registry)`` and ``terminate(context)``, or a class or function that returns an object with both.
+In ``initialize`` it connects its receivers::
 
     def initialize(context, registry):
         registry.connect(MQSignal.delivery_failed, on_failure)
@@ -18,9 +19,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-from schwarz.puzzle_plugins import PluginLoader, SignalRegistry
+from schwarz.puzzle_plugins import SignalRegistry
 
 from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.forks import call_in_children
@@ -51,7 +53,7 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
     def __init__(self) -> None:
         super().__init__()
         self._asked: set[str] = set()
-        self._loaders: dict[str, PluginLoader] = {}
+        self._loaded: dict[str, tuple[Any, dict[str, Any]]] = {}
         self._make_lock()
         call_in_children(self._make_lock)
 
@@ -63,36 +65,39 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         """
         Initialise the plugins of these *names*, ``'*'`` for every one that is installed, unless that is done already.
 
-        Returns when all of them can hear.  Each gets a loader of its own, so that one that is broken or missing is
-        logged by its name and stops no other.
+        Returns when all of them can hear.  One that is broken or missing is logged by its name and stops no other.
         """
         with self._lock:
             new = set(names) - self._asked
             if not new:
                 return
             self._asked |= new
-            installed = {entry_point.name for entry_point in entry_points(group=GROUP)}
-            for missing in sorted(new - installed - {'*'}):
+            installed = {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
+            for missing in sorted(new - installed.keys() - {'*'}):
                 log.error('The plugin %s is not installed: there is no such entry point in %s', missing, GROUP)
-            for name in sorted((installed if '*' in new else installed & new) - self._loaders.keys()):
-                self._load(name)
+            for name in sorted(installed.keys() if '*' in new else installed.keys() & new):
+                if name not in self._loaded:
+                    self._load(installed[name])
 
-    def _load(self, name: str) -> None:
-        loader = PluginLoader(GROUP, (name,), log)
+    def _load(self, entry_point: EntryPoint) -> None:
+        # Not by PluginLoader: on Python 3.10 and 3.11 that asks importlib in a deprecated way.
+        context: dict[str, Any] = {}
         try:
-            loader.initialize_plugins(self)
+            found = entry_point.load()
+            plugin = found() if callable(found) else found
+            plugin.initialize(context, self)
         except Exception:
-            log.exception('The plugin %s cannot be loaded', name)
+            log.exception('The plugin %s cannot be loaded', entry_point.name)
         else:
-            self._loaders[name] = loader
+            self._loaded[entry_point.name] = plugin, context
 
     def terminate(self) -> None:
         """Let the plugins write down what they have collected; who delivers after that loads them again."""
         with self._lock:
-            loaders, self._loaders, self._asked = self._loaders, {}, set()
-        for name, loader in loaders.items():
+            loaded, self._loaded, self._asked = self._loaded, {}, set()
+        for name, (plugin, context) in loaded.items():
             try:
-                loader.terminate_all_activated_plugins()
+                plugin.terminate(context)
             except Exception:
                 log.exception('The plugin %s failed at its end', name)
 

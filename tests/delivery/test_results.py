@@ -79,5 +79,7 @@ def test_of_two_attempts_what_was_said_later_holds():
     second = SendResult({'b': Reply(550)}, 'two')
 
     assert first.merged_with(second) == SendResult({'a': Reply(250), 'b': Reply(550)}, 'two', queued=True)
-    assert second.merged_with(first) == SendResult({'b': Reply(450), 'a': Reply(250)}, 'one', True, trouble)
+    assert second.merged_with(first) == SendResult(
+        {'b': Reply(450), 'a': Reply(250)}, 'one', queued=True, trouble=trouble
+    )
     assert first.merged_with(SendResult()).transport == 'one'
