@@ -156,6 +156,8 @@ class ScriptedSMTPServer:
         self._conversations: list[_Conversation] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket()
+        #: Chosen by the system when the server is entered.
+        self.port = 0
 
     def __enter__(self) -> ScriptedSMTPServer:
         if self._socket_buffer:
@@ -163,6 +165,7 @@ class ScriptedSMTPServer:
                 self._listener.setsockopt(socket.SOL_SOCKET, option, self._socket_buffer)
         self._listener.bind((self.host, 0))
         self._listener.listen()
+        self.port = self._listener.getsockname()[1]
         self._start(self._accept)
         return self
 
@@ -171,14 +174,10 @@ class ScriptedSMTPServer:
     ) -> None:
         self.close()
 
-    @property
-    def port(self) -> int:
-        """The port, chosen by the system."""
-        port: int = self._listener.getsockname()[1]
-        return port
-
     def close(self) -> None:
         """End all connections and stop serving; what was recorded stays."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         # Not every system wakes accept() when its socket is closed; all do for a visitor.
         socket.create_connection((self.host, self.port)).close()

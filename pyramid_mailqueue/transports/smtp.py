@@ -54,6 +54,10 @@ Connect = Callable[[tuple[str, int], float], socket.socket]
 #: How long a server may take to say goodbye, in seconds.
 QUIT_PATIENCE = 1.0
 
+#: How much goes into one record of TLS, at most (RFC 8446 section 5.1).
+TLS_RECORD = 16 * 1024
+
+# More than a record: nothing that was decrypted stays behind, where poll() would not see it.
 READ_SIZE = 64 * 1024
 
 _EHLO_ARGUMENT = re.compile(
@@ -129,6 +133,8 @@ class SMTPTransport:
             raise ConfigurationError('mailqueue.smtp_hostname is missing: name the mail server to send over.')
         if bool(username) != bool(password):
             raise ConfigurationError('Set both mailqueue.smtp_username and mailqueue.smtp_password, or neither.')
+        if max_recipients < 1:
+            raise ConfigurationError(f'mailqueue.max_recipients = {max_recipients}: must be 1 or more.')
         if local_hostname and not _EHLO_ARGUMENT.fullmatch(local_hostname):
             raise ConfigurationError(
                 f'mailqueue.smtp_local_hostname = {local_hostname!r}: must be a domain name, or an address such as '
@@ -235,7 +241,15 @@ class SMTPTransport:
                 f'{self._server} does not offer STARTTLS, and mailqueue.smtp_tls = {self._tls} requires it. If it '
                 'should, somebody on the way may have removed the offer; nothing was sent.'
             )
-        client.starttls(context=self._context)
+        try:
+            client.starttls(context=self._context)
+        except smtplib.SMTPResponseException as error:
+            raise ServerTrouble(
+                f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}. '
+                f'mailqueue.smtp_tls = {self._tls} requires it.',
+                code=error.smtp_code,
+            ) from error
+        # What was offered in clear text is forgotten by now.
         client.introduce(may_say_helo=False)
 
     @cached_property
@@ -349,7 +363,7 @@ class _Client(smtplib.SMTP):
     def introduce(self, *, may_say_helo: bool) -> None:
         """Say EHLO, and HELO if the server does not know that."""
         code, text = self.ehlo()
-        if code not in (250, 421) and may_say_helo:
+        if code not in {250, 421} and may_say_helo:
             code, text = self.helo()
         if code != 250:
             raise smtplib.SMTPHeloError(code, text)
@@ -427,17 +441,21 @@ class _Client(smtplib.SMTP):
                 f'{self._server} said more than it was asked for; somebody on the way may have added it.'
             )
         code, lines = reply
-        for line in lines:
-            log.debug('%s S: %d %s', self._server, code, shown or _text(line))
+        if log.isEnabledFor(logging.DEBUG):
+            for line in lines:
+                log.debug('%s S: %d %s', self._server, code, shown or _text(line))
         return code, b'\n'.join(lines)
 
     def _receive(self, deadline: float) -> bytes:
         assert self.sock
         remaining = deadline - self._server.clock()
-        if remaining <= 0:
+        data = None
+        with suppress(TimeoutError):
+            if remaining > 0:
+                self.sock.settimeout(remaining)
+                data = self.sock.recv(READ_SIZE)
+        if data is None:
             raise TimeoutError(f'no reply within {self._server.timeout:g} seconds')
-        self.sock.settimeout(remaining)
-        data = self.sock.recv(READ_SIZE)
         self.sock.settimeout(self._server.timeout)
         if not data:
             raise smtplib.SMTPServerDisconnected('it closed the connection')
@@ -469,6 +487,7 @@ class _Session:
         self._client = client
         self._sock = client.sock
         self._sock.settimeout(0)
+        self._is_encrypted = isinstance(client.sock, ssl.SSLSocket)
         self._poll = select.poll()
         self._poll.register(self._sock)
 
@@ -535,9 +554,6 @@ class _Session:
             raise self.dialogue.timed_out(limit)
 
     def _wait(self, mask: int, seconds: float) -> bool:
-        # What TLS has already taken off the socket, poll() does not see.
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True
         self._poll.modify(self._sock, mask)
         return bool(self._poll.poll(max(0, seconds) * 1000))
 
@@ -559,8 +575,10 @@ class _Session:
         """Return how much of *chunk* the network has taken."""
         if not chunk:
             return 0
+        # OpenSSL does not tell how many of several records have left when it has to wait; of one it is all or nothing.
+        size = TLS_RECORD if self._is_encrypted else len(chunk)
         try:
-            return self._sock.send(chunk)
+            return self._sock.send(chunk[:size])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except OSError as error:

@@ -322,8 +322,10 @@ class Dialogue:
         if self.trouble:
             raise RuntimeError(f'This session has ended: {self.trouble}')
         transaction = MailTransaction(sender, recipients, _with_crlf(content))
-        for address in filter(None, (sender, *transaction.recipients)):
-            check_address(address)
+        if sender:
+            check_address(sender)
+        for recipient in transaction.recipients:
+            check_address(recipient)
         if not transaction.recipients:
             raise NoRecipients('There is nobody to send this message to.')
         self._refuse_what_cannot_go(transaction)
