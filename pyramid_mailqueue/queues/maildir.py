@@ -595,7 +595,7 @@ class MaildirClaim:
 
     def _bury(self, burial: Burial, settlement: Settlement) -> None:
         header = self._next_header(burial.recipients, settlement, burial.reason)
-        names = hashlib.sha256('\0'.join(sorted(burial.recipients)).encode()).hexdigest()
+        names = hashlib.sha256('\0'.join(burial.recipients).encode()).hexdigest()
         path = self._queue.place('dead', f'{self.id}.{names[:8]}')
         self._queue.write(path, header, self.envelope.content).close()
 

@@ -305,6 +305,17 @@ def test_discard_leaves_nothing_and_may_be_repeated(queue):
     assert where(queue) == {}
 
 
+def test_what_is_discarded_does_not_come_back_after_a_power_cut(queue):
+    staging = stage(queue, (ENVELOPE, True), (OTHER, False))
+
+    with intercepted(Log()) as log:
+        staging.discard()
+
+    steps = [(call.name, Path(call.args[0]).parent) for call in log.calls if call.name in {'unlink', 'open'}]
+    assert steps == [('unlink', at(queue, 'prepared'))] * 2 + [('open', Path(queue.path))]
+    assert log.names.count('fsync') == 1
+
+
 def test_discard_is_blind_to_what_is_published(queue):
     staging = stage(queue, (ENVELOPE, True), (OTHER, False))
     taken, _ = staging.publish()
@@ -896,13 +907,16 @@ def test_a_message_that_is_given_back_stays_exactly_as_it_was(queue, settlement)
 def test_a_due_time_is_kept_unless_another_one_is_given(queue):
     put(queue, due=12345)
 
+    claim(queue).settle(Settlement(ENVELOPE.recipients))
+    assert claim(queue).attempts == 1
+    queue.recover(time.time())
     claim(queue).settle(Settlement(('b@x.example',)))
     assert at(queue, 'new', *names(queue, 'new')).stat().st_mtime == 12345
 
     taken = claim(queue)
     taken.settle(Settlement(('b@x.example',), due=23456, counted=False))
     assert at(queue, 'new', taken.id).stat().st_mtime == 23456
-    assert claim(queue).attempts == 1
+    assert claim(queue).attempts == 2
 
 
 def test_a_server_trouble_half_way_keeps_the_open_recipients_and_counts_no_attempt(queue):
@@ -1229,6 +1243,15 @@ def test_a_child_that_ends_leaves_its_parents_claims_alone(queue):
     assert recovery == type(recovery)()
     assert where(queue) == {'prepared': 1, 'cur': 1}
     taken.settle(Settlement())
+    assert staging.publish()[0].envelope == OTHER
+
+
+def test_a_child_that_aborts_leaves_its_parents_transaction_alone(queue):
+    staging = stage(queue, (OTHER, True))
+
+    assert run_in_child(staging.discard) == [OTHER]
+
+    assert where(queue) == {'prepared': 1}
     assert staging.publish()[0].envelope == OTHER
 
 
