@@ -1,7 +1,8 @@
 # From a fresh clone, with Python 3.10 or later, git and make:
 #
 #     make test     lint, types, all tests with branch coverage, and what a release would hold
-#     make demo     a small shop and its mail server, in your browser
+#     make demo     a sign-up page and its mail server, in your browser
+#     make bench    what things cost, beside other packages
 #
 # PYTHON=python3.13 chooses another Python.  Each command keeps a virtual environment of its own in this folder, and
 # installs again only if what it depends on has changed.
@@ -11,9 +12,10 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 
 TEST := .venv-test
 DEMO := .venv-demo
+PEERS := .venv-peers
 SOURCES := Makefile pyproject.toml requirements-test.txt setup.cfg setup.py
 
-.PHONY: test demo dist format clean check-python strace
+.PHONY: test demo bench dist format clean check-python strace
 .DELETE_ON_ERROR:
 
 test: $(TEST)/installed-$(VERSION) strace
@@ -24,6 +26,9 @@ test: $(TEST)/installed-$(VERSION) strace
 
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo
+
+bench: $(TEST)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
+	$(TEST)/bin/python -m benchmarks.request_time $(PEERS)/bin/python
 
 # What is uploaded for a release.
 dist: $(TEST)/installed-$(VERSION)
@@ -36,7 +41,7 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(TEST) $(DEMO) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(TEST) $(DEMO) $(PEERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # "|": checked before an installation, but no reason for one.
@@ -48,6 +53,11 @@ $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 $(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python
 	$(PYTHON) -m venv --clear $(DEMO)
 	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' --editable ./demo
+	@touch $@
+
+$(PEERS)/installed-$(VERSION): Makefile benchmarks/peers.txt | check-python
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt
 	@touch $@
 
 check-python:

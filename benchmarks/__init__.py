@@ -1,0 +1,1 @@
+"""What things cost, side by side with others.  ``make bench`` runs all of it; see RESULTS.rst."""
