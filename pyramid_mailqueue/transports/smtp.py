@@ -224,10 +224,12 @@ class SMTPTransport:
         return client
 
     def _greeted(self) -> _Client:
+        # Before connecting: finding out our own name may take longer than a server waits.
+        our_name = self._local_hostname
         client = _Client(self._server, self._context if self._tls == 'implicit' else None)
         try:
             client.greet()
-            client.local_hostname = self._local_hostname or client.address_literal
+            client.local_hostname = our_name or client.address_literal
             # Where TLS must come next nothing but EHLO is said in clear text.
             client.introduce(may_say_helo=self._tls != 'starttls')
         except BaseException:
@@ -245,8 +247,7 @@ class SMTPTransport:
             client.starttls(context=self._context)
         except smtplib.SMTPResponseException as error:
             raise ServerTrouble(
-                f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}. '
-                f'mailqueue.smtp_tls = {self._tls} requires it.',
+                f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}.',
                 code=error.smtp_code,
             ) from error
         # What was offered in clear text is forgotten by now.

@@ -921,7 +921,9 @@ def test_an_idle_session_that_is_not_due_when_the_timer_looks_is_closed_later():
         transport_to(server, idle_timeout=0.05, clock=lambda: now[0]) as transport,
     ):
         transport.send(SENDER, (A,), CONTENT)
-        transport._pool._timer.join()
+        with transport._pool._lock:
+            timer = transport._pool._timer
+        timer.join()
         assert not server.sessions[0].is_over
         now[0] = 0.06
         server.wait_for(lambda: server.sessions[0].is_over)
@@ -1044,14 +1046,14 @@ def test_a_new_session_that_is_refused_is_trouble():
 
 
 def test_whatever_interrupts_a_message_its_session_is_not_used_again(monkeypatch):
-    def interrupt(seconds):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         with monkeypatch.context() as patch:
             patch.setattr('pyramid_mailqueue.transports.smtp._Session._wait_until', interrupt)
-            with pytest.raises((KeyboardInterrupt, TypeError)):
+            with pytest.raises(KeyboardInterrupt):
                 transport.send(SENDER, (B,), CONTENT)
         transport.send(SENDER, (C,), CONTENT)
 
