@@ -93,6 +93,19 @@ def test_the_directory_and_its_parents_are_created(tmp_path):
     assert repr(queue) == f'<MaildirQueue {tmp_path}/not/yet/there>'
 
 
+def test_a_new_directory_outlives_a_power_cut(tmp_path):
+    with intercepted(Log()) as log:
+        MaildirQueue(tmp_path / 'queue')
+
+    steps = [(call.name, call.args[0]) for call in log.calls if call.name in {'makedirs', 'open'}]
+    assert steps[:2] == [('makedirs', f'{tmp_path}/queue'), ('open', str(tmp_path))]
+    assert steps[2:] == [
+        *(('makedirs', f'{tmp_path}/queue/{folder}') for folder in FOLDERS),
+        ('open', f'{tmp_path}/queue'),
+    ]
+    assert log.names.count('fsync') == 2
+
+
 def test_many_processes_may_create_the_directory_at_once(tmp_path):
     def create(connection):
         connection.recv()
@@ -928,6 +941,15 @@ def test_a_server_trouble_half_way_keeps_the_open_recipients_and_counts_no_attem
     again = claim(queue)
     assert again.envelope.recipients == ('b@x.example',)
     assert again.attempts == 0
+
+
+def test_the_last_reply_is_kept_until_there_is_another_one(queue):
+    put(queue)
+    claim(queue).settle(Settlement(ENVELOPE.recipients, due=1, last_reply='451 greylisted'))
+
+    claim(queue).settle(Settlement(('b@x.example',), counted=False))
+
+    assert b' (451 greylisted)\r\n' in at(queue, 'new', *names(queue, 'new')).read_bytes()
 
 
 def test_recipients_who_are_given_up_become_a_dead_letter(queue):
