@@ -11,9 +11,10 @@ import copy
 import re
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from email.utils import format_datetime, make_msgid
+from email.utils import format_datetime, make_msgid, mktime_tz, parsedate_tz
 from functools import cached_property
 from typing import Any
 
@@ -74,7 +75,7 @@ class Envelope:
             address in ``Sender``, else the first one in ``From``
         :param recipients: one address or several, also as ``Name <address>``.  By default all in ``To``, ``Cc`` and
             ``Bcc``.  For a message that was resent the defaults are taken from the ``Resent-`` fields of the latest
-            resending, which are the topmost ones (RFC 5322 section 3.6.6)
+            resending (RFC 5322 section 3.6.6)
         :param default_sender: the sender where the message has none
         :param max_size: how many octets the content may have
         :param local_hostname: the domain of a new ``Message-ID`` where the sender has none
@@ -168,17 +169,38 @@ def _addresses(fields: list[Field], name: str) -> list[str]:
 
 def _latest_resending(fields: list[Field]) -> list[Field]:
     """
-    Return the topmost block of ``Resent-`` fields: who resends a message puts a block above those of others.
+    Return the block of ``Resent-`` fields of the latest resending; the empty list if there was none.
 
-    A block has each of its fields once, and ends where any other field stands.
+    That is the one with the latest ``Resent-Date``.  Where a block has none that can be read it is the topmost one: RFC
+    5322 section 3.6.6 lets who resends a message put a block above those of others.
     """
-    block: dict[str, Field] = {}
+    blocks = _resendings(fields)
+    dates = [_resent_date(block) for block in blocks]
+    known = [date for date in dates if date is not None]
+    if not known or len(known) < len(blocks):
+        return blocks[0] if blocks else []
+    return blocks[dates.index(max(known))]
+
+
+def _resendings(fields: list[Field]) -> list[list[Field]]:
+    """A block has each of its fields once, and ends where any other field stands."""
+    blocks: list[dict[str, Field]] = [{}]
     for entry in fields:
-        if entry.name.startswith('resent-') and entry.name not in block:
-            block[entry.name] = entry
-        elif block:
-            break
-    return list(block.values())
+        is_resent = entry.name.startswith('resent-')
+        if blocks[-1] and (not is_resent or entry.name in blocks[-1]):
+            blocks.append({})
+        if is_resent:
+            blocks[-1][entry.name] = entry
+    return [list(block.values()) for block in blocks if block]
+
+
+def _resent_date(block: list[Field]) -> float | None:
+    for entry in block:
+        if entry.name == 'resent-date':
+            date = parsedate_tz(entry.value.decode('ascii', 'replace'))
+            with suppress(ValueError, OverflowError):
+                return mktime_tz(date) if date else None
+    return None
 
 
 def _unwrap(

@@ -248,6 +248,29 @@ def test_the_argument_overrules_the_recipients_in_the_header(argument, recipient
     assert Envelope.from_message(message, recipients=argument).recipients == tuple(recipients)
 
 
+EARLY = 'Resent-Date: Mon, 23 Nov 2026 23:30:00 -0800\nResent-To: early@x.example'
+LATE = 'Resent-Date: Tue, 24 Nov 2026 08:00:00 +0000\nResent-To: late@x.example'
+
+
+@pytest.mark.parametrize(
+    ('blocks', 'expected'),
+    [
+        ((LATE, EARLY), 'late@x.example'),
+        # As a program leaves it that adds fields at the end, such as Python's own email package.
+        ((EARLY, LATE), 'late@x.example'),
+        ((LATE, LATE.replace('late@', 'same@')), 'late@x.example'),
+        # A date that is missing or cannot be read compares with nothing.
+        ((EARLY, 'Resent-To: undated@x.example'), 'early@x.example'),
+        ((EARLY, LATE.replace('24 Nov', '99 Nov').replace('2026', '999999')), 'early@x.example'),
+        ((EARLY, 'Resent-Date: soon\nResent-To: soon@x.example'), 'early@x.example'),
+    ],
+)
+def test_the_latest_resending_counts_wherever_it_stands(blocks, expected):
+    message = header('From: a@x.example\n' + '\n'.join(blocks))
+
+    assert Envelope.from_message(message, sender='a@x.example').recipients == (expected,)
+
+
 @pytest.mark.parametrize(
     'fields', ['Subject: x', 'To: undisclosed-recipients:;', 'To: \nCc: ,', 'To: a@x.example\nResent-From: b@x.example']
 )
