@@ -946,10 +946,10 @@ def test_a_session_that_was_idle_for_too_long_is_not_used_again():
 
 def test_the_session_that_was_used_last_is_taken_first_so_that_others_can_grow_old():
     may_go_on = threading.Event()
-    with ScriptedSMTPServer({'.': [Wait(may_go_on)]}) as server, transport_to(server) as transport:
+    with ScriptedSMTPServer({f'RCPT TO:<{A}>': Wait(may_go_on)}) as server, transport_to(server) as transport:
         thread = threading.Thread(target=transport.send, args=(SENDER, (A,), CONTENT))
         thread.start()
-        server.wait_for(lambda: server.sessions and 'DATA' in server.sessions[0].commands)
+        server.wait_for(lambda: server.sessions and f'RCPT TO:<{A}>' in server.sessions[0].commands)
         transport.send(SENDER, (B,), CONTENT)
         may_go_on.set()
         thread.join()
