@@ -1,0 +1,493 @@
+"""After the commit: in the request's thread, or in one of our own, over forks, outages and the end of the process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from types import ModuleType
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from pyramid_mailqueue.delivery import dispatch
+from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.interfaces import IDispatcher
+from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
+from pyramid_mailqueue.transports.smtp import SMTPTransport
+
+# The simplest answers.
+YES, NO = True, False
+
+
+@pytest.fixture
+def server():
+    with ScriptedSMTPServer() as server:
+        yield server
+
+
+@pytest.fixture
+def held(server, make_event):
+    """A server that has the first message and does not say so until ``held.set()``."""
+    event = make_event()
+    server.script['.'] = [Wait(event)]
+    return event
+
+
+@pytest.fixture
+def handler(server):
+    handler = MessageHandler([SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')])
+    yield handler
+    handler.close()
+
+
+@pytest.fixture
+def make_background(queue):
+    dispatchers = []
+
+    def make_background(handler, **options):
+        dispatchers.append(BackgroundDispatcher(handler, queue, **options))
+        return dispatchers[-1]
+
+    yield make_background
+    for dispatcher in dispatchers:
+        dispatcher.close()
+
+
+@pytest.fixture
+def background(make_background, handler):
+    return make_background(handler)
+
+
+@pytest.fixture
+def claims(queue, envelope):
+    """Put some messages into the queue, claimed: ``claims(3)``."""
+
+    def claims(count):
+        return [queue.claim(envelope()) for _ in range(count)]
+
+    return claims
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == 'mailqueue-delivery']
+
+
+def has_begun(server):
+    """The first message is with the server, which has not replied to it."""
+    return any('DATA' in session.commands for session in server.sessions)
+
+
+# --- background -------------------------------------------------------------
+
+
+def test_the_dispatchers_are_what_they_say(background, handler, queue):
+    assert verifyObject(IDispatcher, background)
+    assert verifyObject(IDispatcher, InlineDispatcher(handler, queue))
+
+
+def test_the_request_does_not_wait_for_the_server(background, claims, queue, server, held, until):
+    background.dispatch(claims(1))
+    in_time = queue.state
+    held.set()
+    until(lambda: not queue.state)
+
+    assert in_time == {'in progress': 1}
+    assert len(server.messages) == 1
+
+
+def test_one_thread_and_one_session_serve_all_the_mail(background, claims, queue, server, until):
+    before = threads()
+    for _ in range(20):
+        background.dispatch(claims(2))
+        assert len(threads()) == 1
+    until(lambda: not queue.state)
+
+    assert before == []
+    assert threads()[0].daemon
+    assert (len(server.messages), len(server.sessions)) == (40, 1)
+
+
+def test_the_session_stays_warm_from_mail_to_mail(background, claims, queue, server, until):
+    for _ in range(5):
+        background.dispatch(claims(1))
+        until(lambda: not queue.state)
+
+    assert (len(server.messages), len(server.sessions)) == (5, 1)
+
+
+def test_nothing_to_dispatch_starts_no_thread(background):
+    background.dispatch([])
+
+    assert threads() == []
+
+
+def test_what_was_delivered_is_made_durable_when_there_is_no_more(background, claims, queue, until):
+    background.dispatch(claims(3))
+
+    until(lambda: queue.flushes)
+
+    assert queue.state == {}
+
+
+def test_beyond_256_messages_wait_for_mq_run(background, claims, queue, server, held, until):
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.dispatch(claims(260))
+    kept = queue.state
+    held.set()
+    until(lambda: queue.state == {'waiting': 4})
+
+    # One in hand, 256 behind it.
+    assert kept == {'in progress': 257, 'waiting': 4}
+    assert [header.attempts for header in queue.headers('new')] == [0] * 4
+
+
+def test_when_the_server_is_in_trouble_everything_is_released_at_once(
+    make_background, claims, queue, says, trouble, until, caplog
+):
+    transport = says(trouble)
+    background = make_background(MessageHandler([transport]))
+
+    background.dispatch(claims(5))
+    until(lambda: queue.state == {'waiting': 5})
+    background.dispatch(claims(2))
+
+    # No time limit: the last two never waited for the thread.
+    assert queue.state == {'waiting': 7}
+    assert len(transport.asked) == 1
+    assert [header.attempts for header in queue.headers('new')] == [0] * 7
+    assert caplog.messages == ['mail.example:25 is down Mail waits in the queue, for mq-run.']
+
+
+def test_a_pause_doubles_with_each_trouble_and_a_success_resets_it(
+    make_background, claims, queue, says, trouble, until
+):
+    handler = MessageHandler([says(trouble, trouble, YES, trouble)])
+    background = make_background(handler)
+    (route,) = handler._routes
+    lengths = []
+    for _ in range(4):
+        before = queue.counts()['waiting']
+        background.dispatch(claims(1))
+        until(lambda: not queue.counts()['in progress'])
+        lengths.append(route.pause._length if queue.counts()['waiting'] > before else 'sent')
+        route.pause._until = 0
+
+    assert lengths == [5, 10, 'sent', 5]
+
+
+def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
+    class Defect:
+        def decide(self, recipients, attempts, queued_at, result, now):
+            raise ZeroDivisionError('a defect')
+
+    background = make_background(MessageHandler([says(YES)], retry_policy=Defect()))
+
+    background.dispatch(claims(2))
+    until(lambda: queue.state == {'waiting': 2})
+
+    assert len(threads()) == 1
+    assert [record.levelname for record in caplog.records] == ['CRITICAL'] * 2
+    assert 'ZeroDivisionError: a defect' in caplog.text
+
+
+def test_where_no_thread_can_be_started_mail_waits(background, claims, queue, monkeypatch, caplog):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', start)
+        background.dispatch(claims(1))
+
+    assert queue.state == {'waiting': 1}
+    assert caplog.messages == [
+        "No delivery thread can be started (can't start new thread); mail waits in the queue, for mq-run"
+    ]
+
+
+# --- the end of the thread --------------------------------------------------
+
+
+def test_the_thread_ends_when_it_is_idle_and_the_next_mail_starts_another(
+    make_background, handler, claims, queue, server, until
+):
+    background = make_background(handler, idle=0.01)
+    for _ in range(3):
+        background.dispatch(claims(1))
+        until(lambda: not queue.state and not threads())
+
+    assert len(server.messages) == 3
+
+
+def test_no_mail_is_left_behind_by_a_thread_that_ends(make_background, claims, queue, says, until):
+    transport = says(YES)
+    background = make_background(MessageHandler([transport]), idle=0)
+    for _ in range(200):
+        background.dispatch(claims(1))
+    until(lambda: not queue.state)
+
+    assert len(transport.asked) == 200
+
+
+def test_a_dispatcher_that_nobody_needs_any_more_goes_away(queue, claims, says, until):
+    background = BackgroundDispatcher(MessageHandler([says(YES)]), queue, idle=0)
+    background.dispatch(claims(1))
+    reference = weakref.ref(background)
+    del background
+
+    until(lambda: not threads() and (gc.collect(), reference() is None)[1])
+
+
+def test_close_ends_the_thread_and_the_session(background, claims, queue, server, until):
+    background.dispatch(claims(1))
+    until(lambda: not queue.state)
+    background.close()
+    background.close()
+
+    assert threads() == []
+    server.wait_for(lambda: server.sessions[0].is_over)
+    assert server.sessions[0].commands[-1] == 'QUIT'
+
+
+def test_close_waits_for_the_message_in_hand_and_releases_the_others(background, claims, queue, server, held, until):
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.dispatch(claims(3))
+    closing = threading.Thread(target=background.close)
+    closing.start()
+    until(lambda: queue.state == {'in progress': 1, 'waiting': 3})
+    held.set()
+    closing.join()
+
+    assert queue.state == {'waiting': 3}
+    assert len(server.messages) == 1
+    assert threads() == []
+
+
+def test_close_does_not_wait_for_ever(make_background, handler, claims, queue, server, held, until):
+    background = make_background(handler, patience=0.01)
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.close()
+    during = queue.state
+    held.set()
+    until(lambda: not threads())
+
+    assert during == {'in progress': 1}
+    assert queue.state == {}
+
+
+def test_after_close_mail_waits(background, claims, queue):
+    background.close()
+    background.dispatch(claims(2))
+
+    assert queue.state == {'waiting': 2}
+    assert threads() == []
+
+
+# --- forks ------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
+def test_a_forked_child_delivers_its_own_mail_and_leaves_its_parents_alone(
+    background, queue, envelope, claims, server, held, until
+):
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.dispatch(claims(2))
+
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            assert threads() == []
+            background.dispatch([queue.claim(envelope('child'))])
+            until(lambda: queue.state == {'in progress': 3})
+            background.close()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    after_the_child = queue.state, [message.recipients for message in server.messages]
+    held.set()
+    until(lambda: not queue.state)
+
+    assert status == 0
+    # The child's is delivered, over a connection of its own; the three of the parent are still in its hands.
+    assert after_the_child == ({'in progress': 3}, [('child@x.example',)])
+    assert [len(server.messages), len(server.sessions)] == [4, 2]
+    assert len(threads()) == 1
+
+
+def run_python(code, *arguments, **options):
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], text=True, **options)
+
+
+def test_a_child_that_python_was_not_told_of_has_a_thread_of_its_own_too(
+    make_background, claims, queue, says, make_event, until
+):
+    """uWSGI forks without a word to Python: the parent's thread seems to live, and only the process id has changed."""
+    transport = says(YES)
+    background = make_background(MessageHandler([transport]))
+    background._thread = threading.Thread(target=make_event().wait)
+    background._thread.start()
+    background._claims.put(*claims(1))
+    background._pid = os.getppid()
+
+    background.dispatch(claims(1))
+    until(lambda: transport.asked and not background._claims.qsize())
+    background.close()
+
+    assert len(transport.asked) == 1
+    assert queue.state == {'in progress': 1}
+
+
+# --- the end of the process -------------------------------------------------
+
+LEAVE = """
+import atexit, sys
+from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.transports.smtp import SMTPTransport
+
+queue = MaildirQueue(sys.argv[1])
+handler = MessageHandler([SMTPTransport(hostname='127.0.0.1', port=int(sys.argv[2]), local_hostname='app.example')])
+dispatcher = BackgroundDispatcher(handler, queue, **eval(sys.argv[3]))
+# Called before the dispatcher is, which was registered earlier.
+atexit.register(print, 'leaving', flush=True)
+envelope = Envelope('', ('ada@x.example',), b'')
+dispatcher.dispatch([queue.put_claimed(envelope) for _ in range(4)])
+input()
+"""
+
+
+@pytest.fixture
+def leaving(queue, server):
+    """Start a process that dispatches four messages, and has it leave while the server holds the first of them."""
+    processes = []
+
+    def leaving(**options):
+        process = run_python(
+            LEAVE, queue.path, server.port, options, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        processes.append(process)
+        server.wait_for(lambda: has_begun(server), 30)
+        process.stdin.write('\n')
+        process.stdin.flush()
+        assert process.stdout.readline() == 'leaving\n'
+        return process
+
+    yield leaving
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_ends_finishes_the_message_in_hand(leaving, queue, server, held, until):
+    process = leaving()
+    until(lambda: queue.state == {'in progress': 1, 'waiting': 3})
+    held.set()
+    _, errors = process.communicate(timeout=30)
+
+    assert (process.returncode, errors) == (0, '')
+    assert queue.state == {'waiting': 3}
+    assert len(server.messages) == 1
+
+
+def test_a_process_ends_though_the_server_hangs(leaving, queue, server, held):
+    process = leaving(patience=0.1)
+    _, errors = process.communicate(timeout=30)
+    after = queue.state
+    recovery = queue.recover(time.time())
+
+    assert (process.returncode, errors) == (0, '')
+    assert after == {'in progress': 1, 'waiting': 3}
+    # The kernel has dropped its claim: the next mq-run takes it up at once.
+    assert len(recovery.orphans) == 1
+    assert queue.state == {'waiting': 4}
+
+
+def test_the_end_of_a_process_waits_five_seconds_at_most(background):
+    assert background._patience == dispatch.PATIENCE == 5
+
+
+# --- inline -----------------------------------------------------------------
+
+
+def test_inline_delivers_before_it_returns(handler, claims, queue, server):
+    inline = InlineDispatcher(handler, queue)
+
+    inline.dispatch(claims(3))
+
+    assert queue.state == {}
+    assert (len(server.messages), len(server.sessions)) == (3, 1)
+    assert queue.flushes == 1
+    assert threads() == []
+
+
+def test_inline_tries_once_while_the_server_is_in_trouble(claims, queue, says, trouble):
+    transport = says(trouble)
+
+    InlineDispatcher(MessageHandler([transport]), queue).dispatch(claims(3))
+
+    assert len(transport.asked) == 1
+    assert queue.state == {'waiting': 3}
+
+
+class CutShort(BaseException):
+    """As a server's time limit for a request is."""
+
+
+def test_a_request_that_is_cut_short_keeps_no_claim(claims, queue, says):
+    inline = InlineDispatcher(MessageHandler([says(YES, CutShort(), YES)]), queue)
+
+    with pytest.raises(CutShort):
+        inline.dispatch(claims(3))
+
+    assert queue.state == {'waiting': 2}
+
+
+def test_inline_closes_the_transports(says, queue):
+    transport = says(YES)
+
+    InlineDispatcher(MessageHandler([transport]), queue).close()
+
+    assert transport.closed == 1
+
+
+# --- uWSGI ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('attributes', 'expected'),
+    [
+        (None, True),
+        # Somebody else's module of that name.
+        ({}, True),
+        ({'opt': {}}, False),
+        ({'opt': {'http': b':8080', 'master': True}}, False),
+        ({'opt': {'enable-threads': True}}, True),
+        ({'opt': {b'enable-threads': b'true'}}, True),
+        ({'opt': {b'threads': b'4'}}, True),
+        # What uWSGI itself says of it goes before its options: since 2.0.28 threads are enabled by default.
+        ({'opt': {}, 'has_threads': 1}, True),
+        ({'opt': {'enable-threads': b'false'}, 'has_threads': 0}, False),
+    ],
+)
+def test_under_uwsgi_threads_run_only_if_it_says_so(monkeypatch, attributes, expected):
+    monkeypatch.delitem(sys.modules, 'uwsgi', raising=False)
+    if attributes is not None:
+        uwsgi = ModuleType('uwsgi')
+        vars(uwsgi).update(attributes)
+        monkeypatch.setitem(sys.modules, 'uwsgi', uwsgi)
+
+    assert threads_run_here() == expected
