@@ -118,7 +118,7 @@ class Holder:
         :param modified: the time of modification to give it, in seconds since the epoch; None is now
         :raises OSError: nothing is left behind
         """
-        file = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        file = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             # A umask may have taken away more than what 0600 leaves out.
             os.fchmod(file.fd, 0o600)
@@ -142,8 +142,7 @@ class Holder:
         """
         try:
             # O_RDWR: network file systems grant an exclusive lock only on a file that is open for writing.
-            # O_NONBLOCK: opening somebody's fifo must not wait for its other end.
-            file = self._open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = self._open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in _NOTHING_TO_TAKE:
                 return None
@@ -190,7 +189,7 @@ def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
 
 def sync_folder(path: str) -> None:
     """Make the names in a folder durable: what was renamed into it or removed from it.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:

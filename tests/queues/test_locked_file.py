@@ -221,6 +221,15 @@ def test_what_is_no_file_cannot_be_taken(path, holder, make):
         assert holder.take(path) is None
 
 
+def test_a_link_is_not_followed(path, holder):
+    make_link(path)
+
+    with intercepted(Log()) as log:
+        holder.take(path)
+
+    assert log.names == ['open']
+
+
 def test_a_file_that_may_not_be_opened_is_an_error(free_path, holder):
     def refuse(call):
         raise PermissionError(call.args[0])
