@@ -631,6 +631,30 @@ def test_a_message_that_is_removed_while_the_folder_is_read_is_passed_over(queue
     assert told() == []
 
 
+def test_a_message_that_cannot_be_looked_at_is_told_of_and_does_not_hide_the_others(queue, told):
+    wanted, unseen = put(queue, due=2), put(queue, due=1)
+
+    class Unseen:
+        name, path = unseen, queue.place('new', unseen)
+
+        def is_file(self, *, follow_symlinks):
+            return True
+
+        def stat(self, *, follow_symlinks):
+            raise OSError(errno.EIO, 'Input/output error')
+
+    def hide(call):
+        entries = call()
+        if call.name != 'scandir':
+            return entries
+        with entries:
+            return contextlib.nullcontext([entry if entry.name == wanted else Unseen() for entry in entries])
+
+    with intercepted(hide):
+        assert [taken.id for taken in queue.claim_due(LATER)] == [wanted]
+    assert told(level='ERROR', status='trouble', problem='cannot be looked at', file=Unseen.path)
+
+
 def test_a_message_is_read_with_few_system_calls(queue):
     put(queue)
 
