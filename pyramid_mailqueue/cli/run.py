@@ -13,6 +13,7 @@ import pwd
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
+from pyramid_mailqueue.delivery.dispatch import PATIENCE
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings
@@ -31,9 +33,6 @@ EX_OK = 0
 EX_SOFTWARE = 70
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
-
-#: How long the message in hand may take when the run is told to stop, in seconds.
-PATIENCE = 5
 
 _EPILOG = """\
 exit status:
@@ -51,7 +50,10 @@ Run it as the user that the application runs as: both must be able to read and w
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.app and arguments.queue_dir:
+        parser.error('with --app the queue is that of the application: leave out the queue directory')
     sys.exit(_run(arguments))
 
 
@@ -210,21 +212,25 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     settings = read_app_settings(arguments.ini, arguments.name, overrides)
     if settings.get('mailqueue.queue_dir'):
         _refuse_root(Path(settings['mailqueue.queue_dir']).absolute())
-    mailer: Any = _load_app(arguments, overrides).queryUtility(IMailer)
+    registry = _load_app(arguments, overrides)
+    mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
     return Runner(mailer.queue, mailer.handler)
 
 
 def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    """Load the application, and return its registry."""
+    """Load the application, and return its registry; None if it is not one of Pyramid."""
     import plaster
-    from pyramid.config import global_registries
 
     try:
         loader = plaster.get_loader(arguments.ini, protocols=['wsgi'])
         loader.setup_logging(overrides)
-        app = loader.get_wsgi_app(arguments.name, overrides)
+        with warnings.catch_warnings():
+            # What other packages tell developers on import is no reason for cron to send mail.
+            if not sys.warnoptions:
+                warnings.simplefilter('ignore')
+            app = loader.get_wsgi_app(arguments.name, overrides)
     except Exception as error:
         # Pyramid wraps what is raised while it executes a deferred action.
         cause = getattr(error, 'evalue', error)
@@ -232,6 +238,8 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
             traceback.print_exc()
             cause = ConfigurationError(f'the application cannot be loaded: {error}')
         raise cause from error
+    from pyramid.config import global_registries
+
     # Middleware around an application has no registry.
     return getattr(app, 'registry', None) or global_registries.last
 
