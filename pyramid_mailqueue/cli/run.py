@@ -163,8 +163,7 @@ def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     from pyramid_mailqueue.wiring import build_runner
 
     settings = _settings(arguments, overrides)
-    if settings.queue_dir is not None:
-        _refuse_root(settings.queue_dir)
+    _refuse_root(settings.queue_dir)
     setup_logging(arguments.ini, overrides, settings)
     return build_runner(settings, lookup=_look_up)
 
@@ -187,9 +186,9 @@ def _look_up(name: str) -> None:
         )
 
 
-def _refuse_root(queue_dir: Path) -> None:
+def _refuse_root(queue_dir: Path | None) -> None:
     """What root leaves in a queue, its owner could not open any more."""
-    if os.geteuid() != 0:
+    if queue_dir is None or os.geteuid() != 0:
         return
     owner = next(path for path in (queue_dir, *queue_dir.parents) if path.exists()).stat().st_uid
     if owner == 0:
@@ -208,10 +207,19 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     """The runner over the queue and the transports of the mailer that the application has registered."""
     from pyramid_mailqueue.interfaces import IMailer
 
-    # Mistakes in the file first: what PasteDeploy says of them may show a password.
+    # Mistakes in the file first: what PasteDeploy says of them may show a password.  Not checked here is what is in it:
+    # the application may set the rest in its code.
     settings = read_app_settings(arguments.ini, arguments.name, overrides)
-    if settings.get('mailqueue.queue_dir'):
-        _refuse_root(Path(settings['mailqueue.queue_dir']).absolute())
+
+    def path_of(key: str) -> Path | None:
+        value = settings.get(f'mailqueue.{key}')
+        return Path(value).expanduser().absolute() if value else None
+
+    _refuse_root(path_of('queue_dir'))
+    logs = Settings(
+        logging_conf=path_of('logging_conf'), delivery_log=path_of('delivery_log'), queue_log=path_of('queue_log')
+    )
+    setup_logging(arguments.ini, overrides, logs)
     registry = _load_app(arguments, overrides)
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
@@ -225,7 +233,6 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
 
     try:
         loader = plaster.get_loader(arguments.ini, protocols=['wsgi'])
-        loader.setup_logging(overrides)
         with warnings.catch_warnings():
             # What other packages tell developers on import is no reason for cron to send mail.
             if not sys.warnoptions:

@@ -591,13 +591,14 @@ def test_the_queue_of_an_application_is_its_own(mq_run, shop_ini, queue_dir):
 # --- what is logged ---------------------------------------------------------
 
 
-def test_the_logging_of_the_ini_file_is_respected(mq_run, app_ini, put, server, tmp_path):
+@pytest.mark.parametrize('option', [[], ['--app']])
+def test_the_logging_of_the_ini_file_is_respected(mq_run, shop_ini, put, server, tmp_path, option):
     put('eve@x.example')
     server.script['RCPT'] = '550 5.1.1 no such user'
+    path = shop_ini(transports='smtp', smtp_hostname='127.0.0.1', smtp_port=server.port)
+    path.write_text(path.read_text() + LOGGING)
 
-    status, out, err = mq_run(app_ini(server, more=LOGGING))
-
-    assert (status, out, err) == (0, 'mq-run: 1 refused; 0 waiting\n', '')
+    assert mq_run(path, *option) == (0, 'mq-run: 1 refused; 0 waiting\n', '')
     log = (tmp_path / 'app.log').read_text()
     assert 'INFO mailqueue.delivery_log status=refused' in log
     assert 'ERROR mailqueue.queue_log status=buried' in log
@@ -605,11 +606,20 @@ def test_the_logging_of_the_ini_file_is_respected(mq_run, app_ini, put, server, 
     assert '4711' not in log
 
 
-def test_the_two_logs_can_have_files_of_their_own(mq_run, app_ini, put, server, tmp_path):
+@pytest.mark.parametrize('option', [[], ['--app']])
+def test_the_two_logs_can_have_files_of_their_own(mq_run, shop_ini, put, server, tmp_path, option):
     put()
+    server.script['RCPT'] = '451 4.3.0 later'
+    logs = {f'{name}_log': f'%(here)s/{name}.log' for name in ('delivery', 'queue')}
+    path = shop_ini(transports='smtp', smtp_hostname='127.0.0.1', smtp_port=server.port, **logs)
 
-    assert mq_run(app_ini(server, delivery_log='%(here)s/delivery.log'))[2] == ''
-    assert 'INFO status=sent ' in (tmp_path / 'delivery.log').read_text()
+    assert mq_run(path, *option) == (0, 'mq-run: 1 deferred; 1 waiting\n', '')
+    assert [
+        (tmp_path / f'{name}.log').read_text().count(' INFO status=deferred ') for name in ('delivery', 'queue')
+    ] == [
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize('reply', ['235 2.7.0 welcome', '535 5.7.8 no', '454 4.7.0 not now'])
