@@ -190,7 +190,9 @@ def _refuse_root(queue_dir: Path | None) -> None:
     """What root leaves in a queue, its owner could not open any more."""
     if queue_dir is None or os.geteuid() != 0:
         return
-    owner = next(path for path in (queue_dir, *queue_dir.parents) if path.exists()).stat().st_uid
+    # The folders inside are made by the application, whoever owns the one around them.
+    places = (queue_dir / 'new', queue_dir, *queue_dir.parents)
+    owner = next(path for path in places if path.exists()).stat().st_uid
     if owner == 0:
         return
     try:

@@ -339,13 +339,13 @@ def as_root(monkeypatch):
     return as_root
 
 
-@pytest.mark.parametrize('exists', [True, False])
+@pytest.mark.parametrize('made', ['nothing', 'queue', 'queue/new'])
 @pytest.mark.parametrize('option', [[], ['--app']])
-def test_root_does_not_work_in_the_queue_of_another_user(app_ini, queue_dir, as_root, capsys, exists, option):
+def test_root_does_not_work_in_the_queue_of_another_user(app_ini, queue_dir, as_root, capsys, made, option):
     path = app_ini()
-    if exists:
-        queue_dir.mkdir()
-    owner = as_root(queue_dir if exists else queue_dir.parent)
+    innermost = queue_dir.parent if made == 'nothing' else queue_dir.parent / made
+    innermost.mkdir(parents=True, exist_ok=True)
+    owner = as_root(innermost)
 
     with pytest.raises(SystemExit) as exit_:
         run.main([str(path), *option])
@@ -354,7 +354,7 @@ def test_root_does_not_work_in_the_queue_of_another_user(app_ini, queue_dir, as_
     assert (exit_.value.code, out) == (78, '')
     assert f'mailqueue.queue_dir = {queue_dir} belongs to the user {owner}' in err
     assert f'sudo -u {owner} mq-run' in err
-    assert not exists or list(queue_dir.iterdir()) == []
+    assert list(innermost.iterdir()) == ([path] if made == 'nothing' else [])
 
 
 def test_an_owner_without_a_name_is_told_by_number(app_ini, queue_dir, as_root, capsys, monkeypatch):
