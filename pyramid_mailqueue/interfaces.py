@@ -86,6 +86,9 @@ class IMailQueue(Interface):
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
+    def claim(id: str) -> IClaim | None:
+        """Return the claim of one message; None if it is not waiting, not due, or held by somebody else."""
+
     def recover(now: float) -> Recovery:
         """
         Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.

@@ -11,7 +11,8 @@ Who tries the mail of a transaction that has just committed.
 ``queue``
     Nobody; there is no dispatcher for it.
 
-While the server is in trouble a message is released at once: it waits, as it was, where mq-run finds it.
+While the server is in trouble a message is released at once: it waits, as it was, where mq-run finds it.  The delivery
+thread comes back to it when the pause is over, if nobody else has taken it by then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import queue
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 from zope.interface import implementer
@@ -69,19 +71,25 @@ class InlineDispatcher:
         self._handler.close()
 
 
-def try_one(handler: MessageHandler, claim: IClaim) -> None:
-    """Deliver one claim, or release it while the server is in trouble.  Raises no Exception."""
+def try_one(handler: MessageHandler, claim: IClaim) -> bool:
+    """
+    Deliver one claim, or release it while the server is in trouble; return whether the trouble makes it wait.
+
+    Raises no Exception.
+    """
     try:
         if handler.is_paused:
-            return
+            return True
         result = handler.deliver(claim)
         if result.trouble is not None:
-            log.warning('%s Mail waits in the queue, for mq-run.', result.trouble)
+            log.warning('%s Mail waits in the queue.', result.trouble)
+            return True
     except Exception:
         log.critical('A defect of pyramid_mailqueue: %s could not be delivered', claim.id, exc_info=True)
     finally:
         # A settled claim has ended already, and does nothing.
         claim.release()
+    return False
 
 
 @implementer(IDispatcher)
@@ -121,6 +129,7 @@ class BackgroundDispatcher:
     def _start_anew(self) -> None:
         self._pid = os.getpid()
         self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
+        self._postponed: deque[str] = deque(maxlen=self._max_claims)
         self._thread: threading.Thread | None = None
 
     def _forget_parent(self) -> None:
@@ -135,15 +144,18 @@ class BackgroundDispatcher:
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
         for claim in claims:
-            if not self._take(claim):
-                claim.release()
+            if self._take(claim):
+                continue
+            claim.release()
+            if self._handler.is_paused:
+                self._postponed.append(claim.id)
 
     def _take(self, claim: IClaim) -> bool:
         with self._lock:
             self._forget_parent()
-            if self._closing or self._handler.is_paused or self._claims.qsize() >= self._max_claims:
+            if self._closing or self._claims.qsize() >= self._max_claims or not self._has_thread():
                 return False
-            if not self._has_thread():
+            if self._handler.is_paused:
                 return False
             self._claims.put(claim)
             return True
@@ -166,21 +178,32 @@ class BackgroundDispatcher:
 
     def _run(self) -> None:
         while (claim := self._next_claim()) is not None:
-            try_one(self._handler, claim)
+            if try_one(self._handler, claim):
+                self._postponed.append(claim.id)
             if self._claims.empty():
                 self._mail_queue.flush()
 
     def _next_claim(self) -> IClaim | None:
         """Return what is to be delivered next; None when the thread is to end."""
-        try:
-            return self._claims.get(timeout=self._idle)
-        except queue.Empty:
-            pass
-        with self._lock:
-            if self._claims.empty():
-                self._thread = None
-                return None
-        return self._claims.get()
+        while True:
+            if (claim := self._resumed_claim()) is not None:
+                return claim
+            try:
+                return self._claims.get(timeout=self._handler.rests_for if self._postponed else self._idle)
+            except queue.Empty:
+                pass
+            with self._lock:
+                if self._claims.empty() and not self._postponed:
+                    self._thread = None
+                    return None
+
+    def _resumed_claim(self) -> IClaim | None:
+        """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
+        while self._postponed and not self._closing and not self._handler.is_paused:
+            claim = self._mail_queue.claim(self._postponed.popleft())
+            if claim is not None:
+                return claim
+        return None
 
     def close(self) -> None:
         """

@@ -57,6 +57,11 @@ class MessageHandler:
         """Whether every transport is resting after its server's trouble: trying a message now would be in vain."""
         return all(route.pause.trouble for route in self._routes)
 
+    @property
+    def rests_for(self) -> float:
+        """In how many seconds a transport can be used again; 0 if one can be used now."""
+        return min((route.pause.remaining for route in self._routes), default=0.0)
+
     def deliver(self, claim: IClaim) -> SendResult:
         """
         Try the message of *claim* now, and settle the claim.

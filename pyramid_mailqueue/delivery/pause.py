@@ -45,6 +45,12 @@ class Pause:
         with self._lock:
             return self._trouble if self._clock() < self._until else None
 
+    @property
+    def remaining(self) -> float:
+        """How long it still rests, in seconds."""
+        with self._lock:
+            return max(0.0, self._until - self._clock())
+
     def begin(self, trouble: ServerTrouble) -> None:
         """Begin a pause, unless another thread has already begun one."""
         with self._lock:

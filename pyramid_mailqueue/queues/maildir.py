@@ -25,7 +25,7 @@ How a message goes through it; each arrow is one ``rename``, and the file is loc
     d  MaildirClaim.settle: nobody is open any more.  The one change that is an ``unlink``
     e  MaildirClaim.settle: somebody is still open (a new version was renamed over the file first);
        MaildirClaim.release: as it was; MaildirQueue.recover: its deliverer died, which is counted in its name
-    f  MaildirQueue.claim_due
+    f  MaildirQueue.claim_due; MaildirQueue.claim
 
 A dead letter is a new file, and is written for the recipients that are given up before d or e happens.  A file in
 ``cur/`` that cannot be parsed moves to ``corrupt/``.
@@ -158,6 +158,7 @@ class MaildirQueue:
                 sync_folder(self.place(folder))
         except OSError as error:
             raise self.refusal(error) from error
+        _tell_queued(file, envelope)
         return file
 
     # -- out of the queue
@@ -173,6 +174,10 @@ class MaildirQueue:
             if len(found) < SUPPLY:
                 return
             last = found[-1]
+
+    def claim(self, id: str) -> MaildirClaim | None:
+        """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
+        return self._claim(id, self.clock())
 
     def _due_after(self, last: tuple[float, str], now: float) -> list[tuple[float, str]]:
         """The due times and names in ``new/`` that are due and come after *last*; one ``stat`` for each message."""
@@ -417,9 +422,9 @@ class MaildirStaging:
         """See `IStaging`."""
         # From here on nothing may be discarded, even if something interrupts us half-way.
         files, self._files = self._files, []
-        ways, self._added = [claimed for _, claimed in self._added], []
-        claims = [self._publish(file, claimed) for file, claimed in zip(files, ways, strict=True)]
-        for folder in {'cur' if claimed else 'new' for claimed in ways}:
+        added, self._added = self._added, []
+        claims = [self._publish(file, *message) for file, message in zip(files, added, strict=True)]
+        for folder in {'cur' if claimed else 'new' for _, claimed in added}:
             try:
                 sync_folder(self._queue.place(folder))
             except OSError as error:
@@ -427,7 +432,7 @@ class MaildirStaging:
                 _log_trouble(problem, self._queue.place(folder), error, logging.CRITICAL)
         return claims
 
-    def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
+    def _publish(self, file: LockedFile, envelope: Envelope, claimed: bool) -> IClaim | None:
         if file.closed:
             # In a forked child: it is the parent's to publish.
             return None
@@ -439,6 +444,7 @@ class MaildirStaging:
             _log_trouble(problem, file.path, error, logging.CRITICAL)
             file.close()
             return None
+        _tell_queued(file, envelope)
         if claimed:
             return MaildirClaim(self._queue, file)
         file.close()
@@ -704,6 +710,11 @@ def _unused(path: str) -> str:
 def _reason(error: Exception) -> str:
     """What the operating system said, without the paths that are named beside it."""
     return getattr(error, 'strerror', None) or str(error)
+
+
+def _tell_queued(file: LockedFile, envelope: Envelope) -> None:
+    told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
+    log_event(queue_log, logging.INFO, status='queued', id=file.name, msgid=envelope.message_id, **told)
 
 
 def _log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:

@@ -20,7 +20,7 @@ LATER = 1 << 33
 
 
 class Told:
-    """What was told of messages: a dict for each event."""
+    """What was told of messages since they came in: a dict for each event."""
 
     def __init__(self, caplog):
         caplog.set_level(logging.INFO, 'mailqueue.queue_log')
@@ -35,7 +35,7 @@ class Told:
         return [
             {'level': record.levelname, **record.mailqueue}
             for record in self._caplog.records
-            if hasattr(record, 'mailqueue')
+            if hasattr(record, 'mailqueue') and record.mailqueue['status'] != 'queued'
         ]
 
     def clear(self):

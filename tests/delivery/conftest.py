@@ -70,7 +70,7 @@ class Queue(MaildirQueue):
         """How many messages there are in each state that has any."""
         return {state: number for state, number in self.counts().items() if number}
 
-    def claim(self, envelope):
+    def claimed(self, envelope):
         """A claim to a message of its own."""
         return self.put_claimed(envelope)
 
@@ -106,12 +106,14 @@ def envelope():
 
 @pytest.fixture
 def told(caplog):
-    """The events that were logged: ``told('status', 'to')`` has these of each, in their order."""
+    """What was told of messages since they came in: ``told('status', 'to')`` has these of each event, in order."""
     for name in ('delivery_log', 'queue_log', 'delivery'):
         caplog.set_level(logging.INFO, f'mailqueue.{name}')
 
     def told(*keys):
-        events = [record.mailqueue for record in caplog.records if hasattr(record, 'mailqueue')]
+        records = [record for record in caplog.records if hasattr(record, 'mailqueue')]
+        arrivals = ('mailqueue.queue_log', 'queued')
+        events = [it.mailqueue for it in records if (it.name, it.mailqueue['status']) != arrivals]
         return [tuple(event.get(key) for key in keys) for event in events]
 
     yield told

@@ -17,6 +17,8 @@ from zope.interface.verify import verifyObject
 from pyramid_mailqueue.delivery import dispatch
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.interfaces import IDispatcher
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -69,7 +71,7 @@ def claims(queue, envelope):
     """Put some messages into the queue, claimed: ``claims(3)``."""
 
     def claims(count):
-        return [queue.claim(envelope()) for _ in range(count)]
+        return [queue.claimed(envelope()) for _ in range(count)]
 
     return claims
 
@@ -162,24 +164,73 @@ def test_when_the_server_is_in_trouble_everything_is_released_at_once(
     assert queue.state == {'waiting': 7}
     assert len(transport.asked) == 1
     assert [header.attempts for header in queue.headers('new')] == [0] * 7
-    assert caplog.messages == ['mail.example:25 is down Mail waits in the queue, for mq-run.']
+    assert caplog.messages == ['mail.example:25 is down Mail waits in the queue.']
 
 
-def test_a_pause_doubles_with_each_trouble_and_a_success_resets_it(
-    make_background, claims, queue, says, trouble, until
-):
-    handler = MessageHandler([says(trouble, trouble, YES, trouble)])
-    background = make_background(handler)
-    (route,) = handler._routes
-    lengths = []
-    for _ in range(4):
-        before = queue.counts()['waiting']
-        background.dispatch(claims(1))
-        until(lambda: not queue.counts()['in progress'])
-        lengths.append(route.pause._length if queue.counts()['waiting'] > before else 'sent')
-        route.pause._until = 0
+@pytest.fixture
+def make_resting(make_background):
+    """A dispatcher over one transport that rests as *pause* says."""
 
-    assert lengths == [5, 10, 'sent', 5]
+    def make_resting(transport, pause):
+        handler = MessageHandler([transport])
+        (route,) = handler._routes
+        route.pause = pause
+        return make_background(handler)
+
+    return make_resting
+
+
+def test_what_waits_since_a_trouble_is_tried_again_after_the_pause(make_resting, claims, queue, says, trouble, until):
+    transport = says(trouble, trouble, YES)
+
+    make_resting(transport, Pause(first=0.01, longest=0.02)).dispatch(claims(3))
+    until(lambda: queue.state == {})
+
+    # Twice in vain, with a pause after each, and then one after the other.
+    assert len(transport.asked) == 5
+
+
+def test_what_is_sent_during_a_pause_is_tried_after_it(make_resting, claims, queue, says, trouble, until):
+    pause = Pause()
+    background = make_resting(says(YES), pause)
+    pause.begin(trouble)
+    background.dispatch(claims(2))
+    rested = queue.state
+
+    pause.end()
+    # Something that wakes the thread, as the end of the pause does.
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {})
+
+    assert rested == {'waiting': 2}
+
+
+def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, claims, queue, says, trouble, until):
+    transport, pause = says(YES), Pause()
+    background = make_resting(transport, pause)
+    pause.begin(trouble)
+    background.dispatch(claims(3))
+    taken, gone, left = queue.claim_due(time.time())
+    gone.settle(Settlement())
+    taken.settle(Settlement(taken.envelope.recipients, due=time.time() + 1000))
+    left.release()
+
+    pause.end()
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {'waiting': 1})
+
+    assert len(transport.asked) == 2
+
+
+def test_who_closes_during_a_pause_does_not_wait_for_its_end(make_resting, claims, queue, says, trouble, until):
+    background = make_resting(says(trouble), Pause(first=300))
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {'waiting': 1})
+
+    background.close()
+
+    assert threads() == []
+    assert queue.state == {'waiting': 1}
 
 
 def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
@@ -307,7 +358,7 @@ def test_a_forked_child_delivers_its_own_mail_and_leaves_its_parents_alone(
         status = 1
         try:
             assert threads() == []
-            background.dispatch([queue.claim(envelope('child'))])
+            background.dispatch([queue.claimed(envelope('child'))])
             until(lambda: queue.state == {'in progress': 3})
             background.close()
             status = 0
@@ -354,6 +405,8 @@ LEAVE = """
 import atexit, sys
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transports.smtp import SMTPTransport

@@ -66,7 +66,7 @@ def test_the_second_transport_is_asked_only_for_who_is_still_open(queue, envelop
     first = says(SendResult({ADA: OK, BOB: LATER, EVE: NEVER}))
     second = says(SendResult({BOB: OK}))
 
-    result = MessageHandler([first, second]).deliver(queue.claim(envelope('ada', 'bob', 'eve')))
+    result = MessageHandler([first, second]).deliver(queue.claimed(envelope('ada', 'bob', 'eve')))
 
     assert (first.asked, second.asked) == ([(ADA, BOB, EVE)], [(BOB,)])
     assert result.replies == {ADA: OK, BOB: OK, EVE: NEVER}
@@ -76,7 +76,7 @@ def test_the_second_transport_is_asked_only_for_who_is_still_open(queue, envelop
 def test_the_second_transport_is_not_asked_if_nobody_is_open(queue, envelope, says):
     second = says(YES)
 
-    MessageHandler([says(YES), second]).deliver(queue.claim(envelope()))
+    MessageHandler([says(YES), second]).deliver(queue.claimed(envelope()))
 
     assert second.asked == []
     assert queue.state == {}
@@ -86,7 +86,7 @@ def test_what_the_last_transport_said_holds(queue, envelope, says):
     busy = Reply(450, 'mailbox busy', '4.2.1')
 
     result = MessageHandler([says(SendResult({ADA: LATER})), says(SendResult({ADA: busy}))]).deliver(
-        queue.claim(envelope())
+        queue.claimed(envelope())
     )
 
     assert result.replies == {ADA: busy}
@@ -122,7 +122,7 @@ def test_an_envelope_can_be_offered_without_a_queue(envelope, says, trouble):
     ],
 )
 def test_any_object_with_a_send_method_is_a_transport(queue, envelope, answer, state):
-    result = MessageHandler([PlainTransport(answer)]).deliver(queue.claim(envelope()))
+    result = MessageHandler([PlainTransport(answer)]).deliver(queue.claimed(envelope()))
 
     assert queue.state == state
     assert bool(result) == (state != {'dead': 1})
@@ -130,7 +130,7 @@ def test_any_object_with_a_send_method_is_a_transport(queue, envelope, answer, s
 
 @pytest.mark.parametrize('answer', [False, SendResult(), SendResult({BOB: OK})])
 def test_each_attempt_that_got_an_answer_counts(queue, envelope, answer):
-    MessageHandler([PlainTransport(answer)]).deliver(queue.claim(envelope()))
+    MessageHandler([PlainTransport(answer)]).deliver(queue.claimed(envelope()))
 
     (header,) = queue.headers('new')
     assert (header.attempts, header.recipients) == (1, (ADA,))
@@ -139,7 +139,7 @@ def test_each_attempt_that_got_an_answer_counts(queue, envelope, answer):
 def test_a_message_that_a_transport_has_put_into_another_queue_is_told_as_queued(queue, envelope, tmp_path, says, told):
     other = MaildirBackend(tmp_path / 'other')
 
-    result = MessageHandler([says(SendResult({ADA: LATER})), other]).deliver(queue.claim(envelope()))
+    result = MessageHandler([says(SendResult({ADA: LATER})), other]).deliver(queue.claimed(envelope()))
 
     assert result.queued
     assert queue.state == {}
@@ -147,7 +147,7 @@ def test_a_message_that_a_transport_has_put_into_another_queue_is_told_as_queued
 
 
 def test_a_transport_that_raises_counts_as_an_attempt_and_shows_where_it_fell(queue, envelope, says, told, caplog):
-    result = MessageHandler([says(KeyError('no such region'))]).deliver(queue.claim(envelope()))
+    result = MessageHandler([says(KeyError('no such region'))]).deliver(queue.claimed(envelope()))
 
     (header,) = queue.headers('new')
     assert header.attempts == 1
@@ -160,14 +160,14 @@ def test_a_transport_that_raises_counts_as_an_attempt_and_shows_where_it_fell(qu
 def test_after_a_transport_that_raises_the_next_one_is_asked(queue, envelope, says):
     second = says(YES)
 
-    MessageHandler([says(RuntimeError('a defect')), second]).deliver(queue.claim(envelope()))
+    MessageHandler([says(RuntimeError('a defect')), second]).deliver(queue.claimed(envelope()))
 
     assert second.asked == [(ADA,)]
     assert queue.state == {}
 
 
 def test_a_name_of_its_own_is_not_required(queue, envelope, told):
-    MessageHandler([PlainTransport(YES)]).deliver(queue.claim(envelope()))
+    MessageHandler([PlainTransport(YES)]).deliver(queue.claimed(envelope()))
 
     assert told('via') == [('PlainTransport',)]
 
@@ -199,7 +199,7 @@ def test_while_all_rest_no_attempt_is_made(queue, envelope, says, trouble):
     transport = says(trouble, YES)
     handler = MessageHandler([transport])
 
-    results = [handler.deliver(queue.claim(envelope())) for _ in range(3)][-1:]
+    results = [handler.deliver(queue.claimed(envelope())) for _ in range(3)][-1:]
 
     assert handler.is_paused
     assert transport.asked == [(ADA,)]
@@ -227,7 +227,7 @@ def test_after_trouble_of_the_first_transport_the_second_is_asked_and_the_first_
     first, second = says(trouble, name='first'), says(YES)
     handler = MessageHandler([first, second])
 
-    results = [handler.deliver(queue.claim(envelope())) for _ in range(3)]
+    results = [handler.deliver(queue.claimed(envelope())) for _ in range(3)]
 
     assert (len(first.asked), len(second.asked)) == (1, 3)
     assert [result.trouble for result in results] == [None] * 3
@@ -240,7 +240,7 @@ def test_after_trouble_of_the_first_transport_the_second_is_asked_and_the_first_
 def test_trouble_of_a_fallback_is_no_reason_to_end_a_run(queue, envelope, says, trouble, caplog):
     handler = MessageHandler([says(SendResult({ADA: LATER})), says(trouble, name='fallback')])
 
-    result = handler.deliver(queue.claim(envelope()))
+    result = handler.deliver(queue.claimed(envelope()))
 
     assert result.trouble is None
     assert queue.headers('new')[0].attempts == 1
@@ -251,7 +251,7 @@ def test_if_every_transport_is_in_trouble_so_is_the_run(queue, envelope, says, t
     other = ServerTrouble('backup.example:25 is down too')
     handler = MessageHandler([says(trouble), says(other)])
 
-    results = [handler.deliver(queue.claim(envelope())) for _ in range(2)]
+    results = [handler.deliver(queue.claimed(envelope())) for _ in range(2)]
 
     assert [result.trouble for result in results] == [other, other]
     assert handler.is_paused
@@ -261,7 +261,7 @@ def test_if_every_transport_is_in_trouble_so_is_the_run(queue, envelope, says, t
 def test_a_message_waits_if_there_is_no_transport_at_all(queue, envelope):
     handler = MessageHandler([])
 
-    handler.deliver(queue.claim(envelope()))
+    handler.deliver(queue.claimed(envelope()))
 
     assert handler.is_paused
     assert queue.state == {'waiting': 1}
@@ -274,7 +274,7 @@ def test_partly_accepted_leaves_only_the_open_recipients_in_the_queue(queue, env
     script = {f'RCPT TO:<{BOB}>': '451 4.3.0 later', f'RCPT TO:<{EVE}>': '550 5.1.1 no such user'}
     sent = envelope('ada', 'bob', 'eve')
     with ScriptedSMTPServer(script) as server:
-        result = MessageHandler([smtp(server)]).deliver(queue.claim(sent))
+        result = MessageHandler([smtp(server)]).deliver(queue.claimed(sent))
 
     (waiting,) = queue.headers('new')
     (dead,) = queue.headers('dead')
@@ -288,7 +288,7 @@ def test_partly_accepted_leaves_only_the_open_recipients_in_the_queue(queue, env
 def test_who_has_accepted_is_not_asked_again(queue, envelope, smtp):
     with ScriptedSMTPServer({f'RCPT TO:<{BOB}>': ['451 4.3.0 later']}) as server:
         handler = MessageHandler([smtp(server)])
-        handler.deliver(queue.claim(envelope('ada', 'bob')))
+        handler.deliver(queue.claimed(envelope('ada', 'bob')))
         (claim,) = queue.claim_due(queue.clock() + 2 * FIVE_MINUTES)
         handler.deliver(claim)
 
@@ -299,7 +299,7 @@ def test_who_has_accepted_is_not_asked_again(queue, envelope, smtp):
 def test_a_connection_lost_after_the_final_dot_is_deferred(queue, envelope, smtp):
     with ScriptedSMTPServer({'.': [Close()]}) as server:
         handler = MessageHandler([smtp(server)])
-        result = handler.deliver(queue.claim(envelope()))
+        result = handler.deliver(queue.claimed(envelope()))
         (header,) = queue.headers('new')
         handler._routes[0].pause.end()
         (claim,) = queue.claim_due(queue.clock() + 2 * FIVE_MINUTES)
@@ -319,7 +319,7 @@ def test_the_due_time_of_a_deferred_message_is_the_policys(queue, envelope, says
     now = int(queue.clock()) + 100
     handler = MessageHandler([says(NO)], retry_policy=ExponentialBackoff(first=77, jitter=0), clock=lambda: now)
 
-    result = handler.deliver(queue.claim(envelope()))
+    result = handler.deliver(queue.claimed(envelope()))
 
     assert result.settlement.due == now + 77
     assert queue.files('new')[0].stat().st_mtime == now + 77
@@ -330,7 +330,7 @@ def test_a_policy_of_ones_own_decides(queue, envelope, says):
         def decide(self, recipients, attempts, queued_at, result, now):
             return Settlement(burials=(Burial(tuple(recipients), 'one attempt is enough'),))
 
-    MessageHandler([says(NO)], retry_policy=NeverAgain()).deliver(queue.claim(envelope()))
+    MessageHandler([says(NO)], retry_policy=NeverAgain()).deliver(queue.claimed(envelope()))
 
     assert [header.last_reply for header in queue.headers('dead')] == ['one attempt is enough']
 
@@ -436,7 +436,7 @@ def test_receivers_hear_of_success_and_of_failure(queue, envelope, says, listen,
 
     listen(MQSignal.delivery_successful, successful)
     listen(MQSignal.delivery_failed, failed)
-    claim = queue.claim(envelope('ada', 'bob'))
+    claim = queue.claimed(envelope('ada', 'bob'))
 
     result = MessageHandler([says(SendResult(replies))]).deliver(claim)
 
@@ -449,7 +449,7 @@ def test_receivers_hear_nothing_of_an_outage(queue, envelope, says, trouble, lis
 
     listen(MQSignal.delivery_failed, receive)
 
-    MessageHandler([says(trouble)]).deliver(queue.claim(envelope()))
+    MessageHandler([says(trouble)]).deliver(queue.claimed(envelope()))
 
 
 def test_a_receiver_can_read_the_message_it_hears_of(queue, envelope, says, listen):
@@ -461,7 +461,7 @@ def test_a_receiver_can_read_the_message_it_hears_of(queue, envelope, says, list
     listen(MQSignal.delivery_successful, receive)
     sent = envelope()
 
-    MessageHandler([says(YES)]).deliver(queue.claim(sent))
+    MessageHandler([says(YES)]).deliver(queue.claimed(sent))
 
     assert heard == [(sent, 0)]
 
@@ -476,7 +476,7 @@ def test_a_receiver_that_raises_changes_nothing(queue, envelope, says, listen, c
         heard.append(msg.id)
 
     transport = says(YES)
-    claim = queue.claim(envelope())
+    claim = queue.claimed(envelope())
     for receiver in (bad, good):
         listen(MQSignal.delivery_successful, receiver)
 
@@ -490,7 +490,7 @@ def test_a_receiver_that_raises_changes_nothing(queue, envelope, says, listen, c
 
 def test_each_result_for_a_recipient_is_one_event(queue, envelope, says, told):
     sent = envelope('ada', 'bob', 'eve')
-    claim = queue.claim(sent)
+    claim = queue.claimed(sent)
 
     MessageHandler([says(SendResult({ADA: OK, BOB: LATER, EVE: NEVER}, 'smtp:mx.example:25'))]).deliver(claim)
 
@@ -506,7 +506,7 @@ def test_each_result_for_a_recipient_is_one_event(queue, envelope, says, told):
 
 def test_an_event_is_a_line_of_pairs(queue, envelope, says, told, caplog):
     sent = envelope()
-    claim = queue.claim(sent)
+    claim = queue.claimed(sent)
 
     MessageHandler([says(SendResult({ADA: OK}))]).deliver(claim)
 
@@ -517,14 +517,14 @@ def test_an_event_is_a_line_of_pairs(queue, envelope, says, told, caplog):
 
 
 def test_what_a_server_did_not_say_is_not_told_as_its_reply(queue, envelope, says, told):
-    MessageHandler([says(YES)]).deliver(queue.claim(envelope()))
+    MessageHandler([says(YES)]).deliver(queue.claimed(envelope()))
 
     assert told('smtp', 'reply') == [(None, '250 sent')]
 
 
 def test_the_delay_is_counted_from_the_queue_and_never_negative(queue, envelope, says, told):
     for clock in (lambda: queue.clock() + 100.05, lambda: 0):
-        MessageHandler([says(YES)], clock=clock).deliver(queue.claim(envelope()))
+        MessageHandler([says(YES)], clock=clock).deliver(queue.claimed(envelope()))
 
     (late,), (negative,) = told('delay')
     assert 100 <= float(late) < 160
@@ -532,9 +532,10 @@ def test_the_delay_is_counted_from_the_queue_and_never_negative(queue, envelope,
 
 
 def test_a_dead_letter_is_an_error_in_the_log(queue, envelope, says, told, caplog):
-    MessageHandler([says(SendResult({ADA: NEVER}))]).deliver(queue.claim(envelope()))
+    MessageHandler([says(SendResult({ADA: NEVER}))]).deliver(queue.claimed(envelope()))
 
     assert [(record.name, record.levelname) for record in caplog.records] == [
+        ('mailqueue.queue_log', 'INFO'),
         ('mailqueue.delivery_log', 'INFO'),
         ('mailqueue.queue_log', 'ERROR'),
     ]

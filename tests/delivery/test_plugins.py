@@ -77,7 +77,7 @@ def test_a_plugin_is_loaded_with_the_first_message_and_hears_of_each(install, qu
     install('good', GOOD)
     handler = MessageHandler([says(YES)], plugins=['good'])
     before = 'plugin_good' in sys.modules
-    claims = [queue.claim(envelope()) for _ in range(2)]
+    claims = [queue.claimed(envelope()) for _ in range(2)]
 
     for claim in claims:
         handler.deliver(claim)
@@ -94,7 +94,7 @@ def test_a_plugin_is_terminated_when_the_handler_is_closed_and_comes_back_with_t
     handler = MessageHandler([says(YES)], plugins=['good'])
 
     for _ in range(2):
-        handler.deliver(queue.claim(envelope()))
+        handler.deliver(queue.claimed(envelope()))
         handler.close()
         handler.close()
 
@@ -106,7 +106,7 @@ def test_two_handlers_share_their_plugins(install, queue, envelope, says):
     install('good', GOOD)
 
     for names in (['good'], ['*'], ['good', '*']):
-        MessageHandler([says(YES)], plugins=names).deliver(queue.claim(envelope()))
+        MessageHandler([says(YES)], plugins=names).deliver(queue.claimed(envelope()))
 
     assert plugin('good').steps == ['initialized']
     assert len(plugin('good').heard) == 3
@@ -116,7 +116,7 @@ def test_without_plugins_none_is_looked_for(install, queue, envelope, says):
     install('bad', BAD_AT_IMPORT)
     handler = MessageHandler([says(YES)])
 
-    handler.deliver(queue.claim(envelope()))
+    handler.deliver(queue.claimed(envelope()))
     handler.close()
 
     assert 'plugin_bad' not in sys.modules
@@ -124,7 +124,7 @@ def test_without_plugins_none_is_looked_for(install, queue, envelope, says):
 
 def test_a_handler_that_never_had_a_message_ends_nobodys_plugins(install, queue, envelope, says):
     install('good', GOOD)
-    MessageHandler([says(YES)], plugins=['good']).deliver(queue.claim(envelope()))
+    MessageHandler([says(YES)], plugins=['good']).deliver(queue.claimed(envelope()))
 
     MessageHandler([says(YES)], plugins=['good']).close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import re
 import socket
@@ -548,6 +549,43 @@ def test_a_message_belongs_to_one_claim_only(queue):
     assert next(yours, None) is None
     first.release()
     assert claim(other, now=LATER)
+
+
+def test_one_message_can_be_claimed_by_its_id(queue):
+    put(queue)
+    wanted = put(queue)
+
+    found = queue.claim(wanted)
+
+    assert found.id == wanted
+    assert (names(queue, 'cur'), where(queue)) == ([wanted], {'new': 1, 'cur': 1})
+
+
+def test_what_is_gone_held_or_not_due_cannot_be_claimed_by_its_id(queue):
+    gone, held, later = put(queue), put(queue), put(queue, due=time.time() + HOUR)
+    queue.claim(gone).settle(Settlement())
+    holder = queue.claim(held)
+
+    assert [queue.claim(name) for name in (gone, held, later)] == [None] * 3
+    holder.release()
+    assert where(queue) == {'new': 2}
+
+
+def test_it_is_told_when_a_message_is_in_the_queue(queue, caplog):
+    caplog.set_level(logging.INFO, 'mailqueue.queue_log')
+    name = put(queue)
+    claimed = queue.put_claimed(ENVELOPE)
+    (published,) = stage(queue, (ENVELOPE, True)).publish()
+
+    queued = {
+        'status': 'queued',
+        'msgid': '<1@site.example>',
+        'from': '<sender@site.example>',
+        'to': 'a@x.example,b@x.example',
+    }
+    assert [record.mailqueue for record in caplog.records] == [
+        {**queued, 'id': id_} for id_ in (name, claimed.id, published.id)
+    ]
 
 
 def test_threads_never_share_a_message(queue):
