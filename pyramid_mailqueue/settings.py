@@ -22,7 +22,7 @@ from pyramid_mailqueue.addresses import check_address
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
 
-__all__ = ['Key', 'Settings', 'known_keys']
+__all__ = ['Key', 'Settings', 'default_tls', 'known_keys']
 
 T = TypeVar('T')
 Parser = Callable[[object], T]
@@ -298,7 +298,8 @@ class Settings:
     )
     smtp_tls: str | None = _optional(
         _choice('starttls', 'implicit', 'opportunistic', 'off'),
-        'How the connection is encrypted: implicit on port 465, opportunistic to this host, else starttls if not set.',
+        'How the connection is encrypted; if not set, implicit on port 465, opportunistic to this host without '
+        'smtp_tls_ca_file, else starttls.',
     )
     smtp_tls_ca_file: Path | None = _optional(
         _ca_file, "The certificates (PEM) that the mail server's must be signed by; the system's if not set."
@@ -368,11 +369,15 @@ class Settings:
     @property
     def effective_tls(self) -> str:
         """``smtp_tls``, or what it is if it was not set."""
-        if self.smtp_tls:
-            return self.smtp_tls
-        if self.smtp_port == IMPLICIT_TLS_PORT:
-            return 'implicit'
-        return 'opportunistic' if self.smtp_hostname and is_loopback(self.smtp_hostname) else 'starttls'
+        has_ca_file = self.smtp_tls_ca_file is not None
+        return self.smtp_tls or default_tls(self.smtp_hostname or '', self.smtp_port, has_ca_file=has_ca_file)
+
+
+def default_tls(hostname: str, port: int, *, has_ca_file: bool) -> str:
+    """Return what ``smtp_tls`` is if it was not set.  Who names certificates wants them to be verified."""
+    if port == IMPLICIT_TLS_PORT:
+        return 'implicit'
+    return 'opportunistic' if is_loopback(hostname) and not has_ca_file else 'starttls'
 
 
 def known_keys() -> Mapping[str, Key]:
@@ -471,10 +476,11 @@ def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[_Contrad
             f'{full("smtp_tls")} = off would send {full("smtp_password")} in clear text to {host}. '
             'Set it to starttls or implicit; off is for this host only.',
         )
-    if mode == 'off' and settings.smtp_tls_ca_file:
+    if mode in ('opportunistic', 'off') and settings.smtp_tls_ca_file:
         yield _Contradiction(
             {'smtp_tls', 'smtp_tls_ca_file'},
-            f'{full("smtp_tls_ca_file")} is of no use with {full("smtp_tls")} = off. Remove one of them.',
+            f'{full("smtp_tls_ca_file")} is of no use with {full("smtp_tls")} = {mode}, which verifies no certificate. '
+            'Remove one of them.',
         )
     # RFC 8314 section 3.3: on port 465 TLS begins with the first byte; the others begin in clear text.
     if port == IMPLICIT_TLS_PORT and mode not in (None, 'implicit'):

@@ -358,9 +358,33 @@ def test_a_file_of_certificates_is_read_at_once(tmp_path):
     assert problem_of(smtp_tls_ca_file='ca.pem').startswith(
         "mailqueue.smtp_tls_ca_file = 'ca.pem': must be an absolute path"
     )
-    assert problem_of(smtp_tls='off', smtp_tls_ca_file=str(certificates)) == (
-        'mailqueue.smtp_tls_ca_file is of no use with mailqueue.smtp_tls = off. Remove one of them.'
+
+
+@pytest.fixture
+def ca_file(tmp_path):
+    trustme.CA().cert_pem.write_to_path(tmp_path / 'ca.pem')
+    return tmp_path / 'ca.pem'
+
+
+@pytest.mark.parametrize('host', ['mail.example.org', 'localhost'])
+@pytest.mark.parametrize('mode', ['opportunistic', 'off'])
+def test_certificates_contradict_a_mode_that_verifies_none(ca_file, mode, host):
+    assert problem_of(smtp_tls=mode, smtp_tls_ca_file=str(ca_file), smtp_hostname=host) == (
+        f'mailqueue.smtp_tls_ca_file is of no use with mailqueue.smtp_tls = {mode}, which verifies no certificate. '
+        'Remove one of them.'
     )
+
+
+@pytest.mark.parametrize(
+    ('values', 'mode'),
+    [
+        ({'smtp_hostname': 'localhost'}, 'starttls'),
+        ({'smtp_hostname': 'localhost', 'smtp_port': '465'}, 'implicit'),
+        ({}, 'starttls'),
+    ],
+)
+def test_who_names_certificates_wants_them_verified_on_this_host_too(ca_file, values, mode):
+    assert read(smtp_tls_ca_file=str(ca_file), **values).effective_tls == mode
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.hosts import is_loopback
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.settings import default_tls
 from pyramid_mailqueue.transports.smtp_transaction import (
     Capabilities,
     Dialogue,
@@ -65,18 +66,24 @@ _EHLO_ARGUMENT = re.compile(
 )
 
 
-def tls_mode(tls: str | None, hostname: str, port: int, *, has_credentials: bool) -> str:
+def tls_mode(tls: str | None, hostname: str, port: int, *, has_credentials: bool, has_ca_file: bool) -> str:
     """
     Return what ``mailqueue.smtp_tls`` comes to: ``implicit``, ``starttls``, ``opportunistic`` or ``off``.
 
     TLS is required, and certificates are verified, with the first two.  Credentials never leave this host in clear
     text: with them *opportunistic* becomes ``starttls``, and *off* is a
-    :class:`~.exceptions.ConfigurationError`, unless the server is on this host.
+    :class:`~.exceptions.ConfigurationError`, unless the server is on this host.  So is a file of authorities with
+    a mode that verifies nothing.
     """
-    if tls in (None, '', 'auto'):
-        tls = 'implicit' if port == smtplib.SMTP_SSL_PORT else 'opportunistic' if is_loopback(hostname) else 'starttls'
+    if tls is None or tls in ('', 'auto'):
+        tls = default_tls(hostname, port, has_ca_file=has_ca_file)
     if tls not in ('implicit', 'starttls', 'opportunistic', 'off'):
         raise ConfigurationError(f'mailqueue.smtp_tls = {tls}: must be implicit, starttls, opportunistic or off.')
+    if has_ca_file and tls in ('opportunistic', 'off'):
+        raise ConfigurationError(
+            f'mailqueue.smtp_tls_ca_file is of no use with mailqueue.smtp_tls = {tls}, which verifies no certificate. '
+            'Remove one of them.'
+        )
     if not has_credentials or is_loopback(hostname):
         return tls
     if tls == 'off':
@@ -97,7 +104,7 @@ class SMTPTransport:
     :param username: with *password*, to log in (RFC 4954)
     :param local_hostname: the argument of EHLO; by default the fully qualified name of this host
     :param tls: ``implicit``, ``starttls``, ``opportunistic`` or ``off``; None or ``auto`` is implicit on port 465,
-        opportunistic on this host, and else starttls (see :func:`tls_mode`)
+        opportunistic on this host without *tls_ca_file*, and else starttls (see :func:`tls_mode`)
     :param tls_ca_file: the authorities (PEM) that certificates are checked against, instead of the system's
     :param connect_timeout: how long connecting to each address of the server may take, in seconds
     :param timeout: how long the reply to a command, or the way of 64 KiB of content, may take, in seconds in all
@@ -142,7 +149,7 @@ class SMTPTransport:
             )
         self._server = _Server(hostname, port, connect_timeout, timeout, data_timeout, clock, connect)
         self._credentials = (username, password) if username and password else None
-        self._tls = tls_mode(tls, hostname, port, has_credentials=bool(username))
+        self._tls = tls_mode(tls, hostname, port, has_credentials=bool(username), has_ca_file=tls_ca_file is not None)
         self._tls_ca_file = tls_ca_file
         self._given_local_hostname = local_hostname
         self._max_recipients = max_recipients

@@ -543,7 +543,27 @@ def test_a_long_group_of_commands_with_long_replies_does_not_hang_with_all_buffe
     ],
 )
 def test_what_the_setting_for_tls_comes_to(tls, hostname, port, has_credentials, mode):
-    assert tls_mode(tls, hostname, port, has_credentials=has_credentials) == mode
+    assert tls_mode(tls, hostname, port, has_credentials=has_credentials, has_ca_file=False) == mode
+
+
+@pytest.mark.parametrize('tls', ['opportunistic', 'off'])
+def test_authorities_contradict_a_mode_that_verifies_nothing(authority, tls):
+    with pytest.raises(ConfigurationError, match=rf'smtp_tls_ca_file is of no use with mailqueue\.smtp_tls = {tls}'):
+        SMTPTransport(hostname='localhost', tls=tls, tls_ca_file=authority.file)
+
+
+@pytest.mark.parametrize(
+    ('server_options', 'text'),
+    [({}, 'does not offer STARTTLS'), ({'tls': 'from another authority'}, 'does not hold')],
+)
+def test_with_authorities_this_host_is_verified_too(authority, server_options, text):
+    options = {key: authority.contexts[value] for key, value in server_options.items()}
+    with (
+        ScriptedSMTPServer(**options) as server,
+        transport_to(server, tls=None, tls_ca_file=authority.file) as transport,
+        pytest.raises(ServerTrouble, match=text),
+    ):
+        transport.send(SENDER, (A,), CONTENT)
 
 
 def test_starttls_and_implicit_tls_reach_a_real_server(authority):
