@@ -409,7 +409,7 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
     problems: dict[str, str] = {}
     for name, value in own.items():
         if name not in fields:
-            problems[name] = _unknown(name, full)
+            problems[name] = _unknown(name, value, full)
         elif not _is_unset(value):
             try:
                 values[name] = fields[name].metadata['parse'](value)
@@ -429,14 +429,22 @@ def _is_unset(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _unknown(name: str, full: FullName) -> str:
-    if name in _NOT_HERE:
-        return f'{full(name)}: {_NOT_HERE[name]}.'
+_SECRET_NAME = re.compile('pass|pw|secret|token|url', re.IGNORECASE)
+
+
+def _unknown(name: str, value: object, full: FullName) -> str:
     # Needed for a mistake only.
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), known_keys(), n=1)
-    return f'{full(name)}: there is no such key.' + (f' Did you mean {full(near[0])}?' if near else '')
+    keys = known_keys()
+    near = difflib.get_close_matches(name.lower(), keys, n=1)
+    # A slip in the name of a secret may leave none of the words by which it could be told.
+    is_secret = _SECRET_NAME.search(name) or any(keys[key].secret for key in near)
+    problem = f'{full(name)} = {"(not shown)" if is_secret else repr(value)}: '
+    if name in _NOT_HERE:
+        return f'{problem}{_NOT_HERE[name]}.'
+    hint = f'Did you mean {full(near[0])}?' if near else f'The keys are {", ".join(keys)}.'
+    return f'{problem}there is no such key. {hint}'
 
 
 def _contradictions(settings: Settings, full: FullName) -> Iterator[_Contradiction]:

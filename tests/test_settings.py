@@ -255,11 +255,24 @@ def test_blanks_around_a_password_set_in_code_belong_to_it():
     [('smtp_host', 'smtp_hostname'), ('SMTP_PORT', 'smtp_port'), ('hostname', 'smtp_hostname'), ('retry', 'retry_max')],
 )
 def test_an_unknown_key_is_an_error_that_names_the_one_which_was_meant(key, meant):
-    assert problem_of(**{key: '1'}) == f'mailqueue.{key}: there is no such key. Did you mean mailqueue.{meant}?'
+    assert problem_of(**{key: '1'}) == f"mailqueue.{key} = '1': there is no such key. Did you mean mailqueue.{meant}?"
 
 
-def test_a_key_like_no_other_is_just_unknown():
-    assert problem_of(colour='red') == 'mailqueue.colour: there is no such key.'
+def test_with_a_key_like_no_other_all_that_there_are_are_named():
+    assert problem_of(colour='red') == (
+        f"mailqueue.colour = 'red': there is no such key. The keys are {', '.join(known_keys())}."
+    )
+
+
+@pytest.mark.parametrize(
+    'key',
+    ['PASSWORD', 'smtp_pasword', 'smtp_passwd', 'smtp_pw', 'api_token', 'client_secret', 'database_url', 'sql_ulr'],
+)
+def test_the_value_of_an_unknown_key_is_not_shown_if_it_may_be_a_secret(key):
+    problem = problem_of(**{key: 'hush'})
+
+    assert problem.startswith(f'mailqueue.{key} = (not shown): there is no such key.')
+    assert 'hush' not in problem
 
 
 def test_the_keys_of_others_are_left_alone():
@@ -280,7 +293,7 @@ def test_the_prefix_can_be_another_one():
 def test_all_problems_are_told_at_once_and_each_only_once():
     assert [problem.split(' ')[0] for problem in problems_of(smtp_port='x', smtp_hostname='', lifetim='5d')] == [
         'mailqueue.smtp_port',
-        'mailqueue.lifetim:',
+        'mailqueue.lifetim',
         'mailqueue.smtp_hostname',
     ]
 
@@ -473,9 +486,15 @@ def test_mqrunner_may_leave_the_queue_directory_to_the_command_line():
     ('values', 'text'),
     [
         ({'smtp_port': 'x'}, "[mqrunner] smtp_port = 'x': must be a whole number from 1 to 65535."),
-        ({'logging_config': '/x'}, '[mqrunner] logging_config: there is no such key. Did you mean [mqrunner] logging_'),
+        (
+            {'logging_config': '/x'},
+            "[mqrunner] logging_config = '/x': there is no such key. Did you mean [mqrunner] logg",
+        ),
         ({'smtp_hostname': ''}, '[mqrunner] smtp_hostname is missing: [mqrunner] transports has smtp'),
-        ({'smtp_tls_verify': 'no'}, '[mqrunner] smtp_tls_verify: there is no such key, because certificates are veri'),
+        (
+            {'smtp_tls_verify': 'no'},
+            "[mqrunner] smtp_tls_verify = 'no': there is no such key, because certificates are ",
+        ),
         ({'smtp_tls': 'no'}, "[mqrunner] smtp_tls = 'no': must be starttls, implicit, opportunistic or off."),
     ],
 )

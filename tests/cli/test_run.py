@@ -559,7 +559,7 @@ def test_a_mistake_in_the_settings_of_an_application_is_no_traceback(mq_run, sho
     status, _, err = mq_run(path, '--app')
 
     assert status == 78
-    assert f'mq-run: {path}: mailqueue.smtp_prt: there is no such key' in err
+    assert f"mq-run: {path}: mailqueue.smtp_prt = '1': there is no such key" in err
     assert 'Traceback' not in err
 
 
