@@ -15,6 +15,9 @@ The traps, each of which has a test:
   both ``abort`` and ``tpc_abort`` may follow a failed commit.  So both only ever discard what is not yet published.
 * When a savepoint is rolled back that is older than our joining, the transaction aborts *and forgets* us.  ``abort``
   therefore leaves this manager ready to join again.
+* Another manager may fail in its ``tpc_finish`` before ours is called.  Everybody has voted yes by then, and a database
+  may have committed: the mail is not dropped any more, but stays prepared, in doubt.  ``abort`` and ``tpc_abort``
+  cannot see that by themselves; a resource that finishes before all others tells (:class:`_FirstToFinish`).
 * After-commit hooks run with ``False`` after a failed commit.  Mail can have been published nevertheless, if another
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
 * After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
@@ -68,6 +71,7 @@ class MailDataManager:
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
         self._committing = False
+        self._decided = False
 
     def add(self, envelope: Envelope, delivery: str) -> None:
         """
@@ -85,6 +89,7 @@ class MailDataManager:
 
     def _join(self) -> None:
         try:
+            self._txn.join(_FirstToFinish(self))
             self._txn.join(self)
         except (ValueError, transaction.interfaces.TransactionError) as error:
             raise NoActiveTransaction(_too_late(self._txn)) from error
@@ -111,6 +116,10 @@ class MailDataManager:
         """See `transaction.interfaces.IDataManager`.  Raises QueueError if the queue cannot take the mail."""
         self._staging.prepare()
 
+    def decide(self) -> None:
+        """The second phase has begun: from here on the mail may not be dropped, whatever happens."""
+        self._decided = True
+
     def tpc_finish(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Never raises."""
         deliveries, self._deliveries = self._deliveries, []
@@ -120,6 +129,7 @@ class MailDataManager:
         except Exception:
             # The queue broke its promise; but the others have committed, and must not be told that this failed.
             log.critical('Mail of a committed transaction could not be published', exc_info=True)
+            self._staging.leave_in_doubt()
 
     def tpc_abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
@@ -133,7 +143,10 @@ class MailDataManager:
     def _discard(self) -> None:
         self._joined = False
         self._deliveries = []
-        _log_discarded(self._staging.discard())
+        if self._decided:
+            self._staging.leave_in_doubt()
+        else:
+            _log_discarded(self._staging.discard())
 
     def savepoint(self) -> _Savepoint:
         """See `transaction.interfaces.ISavepointDataManager`."""
@@ -157,6 +170,32 @@ class MailDataManager:
             # Taken out first: if this one is interrupted (Ctrl-C), the abort after the hooks goes on with the others.
             self._claims = [(delivery, claim) for delivery, claim in self._claims if delivery != way]
             self._dispatchers[way].dispatch(claims)
+
+
+@implementer(transaction.interfaces.ISavepointDataManager)
+class _FirstToFinish:
+    """See `transaction.interfaces.ISavepointDataManager`.  Tells the data manager that the second phase has begun."""
+
+    def __init__(self, data_manager: MailDataManager) -> None:
+        self.transaction_manager = data_manager.transaction_manager
+        self._data_manager = data_manager
+
+    def sortKey(self) -> str:
+        """See `transaction.interfaces.IDataManager`.  Before everybody."""
+        return ''
+
+    def tpc_finish(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+        self._data_manager.decide()
+
+    def _nothing_to_do(self, txn: Any) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+
+    tpc_begin = commit = tpc_vote = tpc_abort = abort = _nothing_to_do
+
+    def savepoint(self) -> _Savepoint:
+        """See `transaction.interfaces.ISavepointDataManager`.  The same as that of the data manager, or a later one."""
+        return _Savepoint(self._data_manager)
 
 
 @implementer(transaction.interfaces.IDataManagerSavepoint)

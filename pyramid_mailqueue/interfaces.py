@@ -144,6 +144,13 @@ class IStaging(Interface):
     def discard() -> Sequence[Envelope]:
         """Drop what is not published, if there is anything; return the dropped envelopes.  Never raises."""
 
+    def leave_in_doubt() -> None:
+        """
+        Let go of what is prepared and not published: a person has to decide about it.  Never raises.
+
+        Called instead of ``discard`` when the second phase has begun and could not be ended.
+        """
+
 
 class IClaim(Interface):
     """

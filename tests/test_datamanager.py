@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transaction.interfaces import (
 from zope.interface import implementer
 from zope.interface.verify import verifyClass, verifyObject
 
-from pyramid_mailqueue.datamanager import MailDataManager
+from pyramid_mailqueue.datamanager import MailDataManager, _FirstToFinish
 from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.envelope import Envelope
@@ -241,14 +242,36 @@ def test_a_no_of_somebody_else_drops_the_mail(tm, post, discarded, key, step):
     assert (post.sent, files, post.files, discarded()) == ([], {}, {}, [message_id])
 
 
-def test_a_finish_that_failed_before_ours_drops_the_mail(tm, post, discarded):
+@pytest.mark.parametrize('error', [Trouble, SystemExit])
+def test_after_a_finish_that_failed_before_ours_the_mail_is_in_doubt(tm, post, discarded, caplog, error):
+    def fail():
+        raise error
+
     Other(tm, BEFORE, tpc_finish=fail)
-    message_id = post.send('dropped')
+    post.send('perhaps')
+    post.send('perhaps later', delivery='queue')
+
+    with pytest.raises(error):
+        tm.commit()
+    tm.abort()
+
+    # Others, such as a database that commits in its vote, may have committed.
+    assert (post.sent, post.files, discarded()) == ([], {'prepared': 2}, [])
+    assert [record.levelname for record in caplog.records if 'status=in_doubt' in record.message] == ['CRITICAL'] * 2
+    assert len(post.queue.recover(time.time()).in_doubt) == 2
+
+
+def test_mail_that_joined_again_after_a_savepoint_is_in_doubt_too(tm, post):
+    savepoint = tm.savepoint()
+    post.send('rolled back')
+    savepoint.rollback()
+    Other(tm, BEFORE, tpc_finish=fail)
+    post.send('perhaps')
 
     with pytest.raises(Trouble):
         tm.commit()
 
-    assert (post.sent, post.files, discarded()) == ([], {}, [message_id])
+    assert (post.sent, post.files) == ([], {'prepared': 1})
 
 
 def test_a_finish_that_failed_after_ours_cannot_take_published_mail_back(tm, post, discarded):
@@ -298,8 +321,21 @@ def test_the_mail_votes_after_others_but_before_a_session_that_commits_in_its_vo
     assert sorted(keys)[-2:] == [ours.sortKey(), '~sqlalchemy:140']
 
 
+def test_mail_that_cannot_be_claimed_waits(tm, post, queue_dir, caplog):
+    Other(tm, AFTER, tpc_vote=(queue_dir / 'cur').rmdir)
+    post.send('waiting')
+    tm.commit()
+
+    assert (post.sent, post.files) == ([], {'new': 1})
+    assert 'ERROR' in [record.levelname for record in caplog.records]
+
+
 def test_mail_that_cannot_be_published_stays_in_doubt_and_the_commit_goes_on(tm, post, queue_dir, caplog):
-    other = Other(tm, AFTER, tpc_vote=(queue_dir / 'cur').rmdir)
+    def vote():
+        (queue_dir / 'cur').rmdir()
+        (queue_dir / 'new').rmdir()
+
+    other = Other(tm, AFTER, tpc_vote=vote)
     post.send('in doubt')
     tm.commit()
 
@@ -316,8 +352,8 @@ def test_a_queue_that_breaks_its_promise_to_publish_is_no_trouble_for_others(tm,
     tm.commit()
 
     assert other.steps[-2:] == ['tpc_finish', 'abort']
-    assert [record.levelname for record in caplog.records] == ['CRITICAL']
-    assert post.sent == []
+    assert {record.levelname for record in caplog.records} == {'CRITICAL'}
+    assert (post.sent, post.files) == ([], {'prepared': 1})
 
 
 # --- hooks and synchronizers ------------------------------------------------
@@ -613,7 +649,8 @@ def test_all_mail_of_a_transaction_is_one_resource(tm, post):
     post.send('one')
     post.send('two')
 
-    assert len(tm.get()._resources) == 1
+    # And one before everybody, which notes that the second phase has begun.
+    assert [type(resource) for resource in tm.get()._resources] == [_FirstToFinish, MailDataManager]
 
 
 class Noted:

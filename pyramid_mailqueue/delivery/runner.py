@@ -105,7 +105,7 @@ def _log_recovery(recovery: Recovery) -> None:
     told = (
         (recovery.orphans, logging.INFO, 'recovered', 'its deliverer died'),
         (recovery.buried, logging.ERROR, 'buried', 'too many deliverers died'),
-        (recovery.in_doubt, logging.CRITICAL, 'in_doubt', 'its process died while it committed; a person must decide'),
+        (recovery.in_doubt, logging.CRITICAL, 'in_doubt', 'its commit did not come to an end; a person must decide'),
         (recovery.sent, logging.WARNING, 'released', 'it was in doubt, and mailqueue.in_doubt = send'),
         (recovery.discarded, logging.WARNING, 'discarded', 'it was in doubt, and mailqueue.in_doubt = discard'),
         (recovery.swept, logging.INFO, 'swept', 'nobody had voted for it'),

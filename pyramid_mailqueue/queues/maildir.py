@@ -424,31 +424,43 @@ class MaildirStaging:
         files, self._files = self._files, []
         added, self._added = self._added, []
         claims = [self._publish(file, *message) for file, message in zip(files, added, strict=True)]
-        for folder in {'cur' if claimed else 'new' for _, claimed in added}:
+        for folder in {os.path.dirname(file.path) for file in files}:
             try:
-                sync_folder(self._queue.place(folder))
+                sync_folder(folder)
             except OSError as error:
-                problem = 'holds messages that a power cut may lose'
-                _log_trouble(problem, self._queue.place(folder), error, logging.CRITICAL)
+                _log_trouble('holds messages that a power cut may lose', folder, error, logging.CRITICAL)
         return claims
 
     def _publish(self, file: LockedFile, envelope: Envelope, claimed: bool) -> IClaim | None:
         if file.closed:
             # In a forked child: it is the parent's to publish.
             return None
-        try:
-            file.move(self._queue.place('cur' if claimed else 'new', file.name))
-        except OSError as error:
-            # Only a person can help now.  Without a lock mq-run reports the message as in doubt.
-            problem = 'is in doubt: its transaction has committed, and it cannot be published'
-            _log_trouble(problem, file.path, error, logging.CRITICAL)
-            file.close()
-            return None
-        _tell_queued(file, envelope)
-        if claimed:
+        if claimed and self._moved(file, 'cur', 'cannot be claimed, and has to wait', logging.ERROR):
+            _tell_queued(file, envelope)
             return MaildirClaim(self._queue, file)
+        # Only a person can help if that fails too.  Without a lock mq-run reports the message as in doubt.
+        problem = 'is in doubt: its transaction has committed, and it cannot be published'
+        if self._moved(file, 'new', problem, logging.CRITICAL):
+            _tell_queued(file, envelope)
         file.close()
         return None
+
+    def _moved(self, file: LockedFile, folder: str, problem: str, level: int) -> bool:
+        try:
+            file.move(self._queue.place(folder, file.name))
+        except OSError as error:
+            _log_trouble(problem, file.path, error, level)
+            return False
+        return True
+
+    def leave_in_doubt(self) -> None:
+        """See `IStaging`."""
+        files, self._files = self._files, []
+        self._added = []
+        for file in files:
+            reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
+            log_event(queue_log, logging.CRITICAL, status='in_doubt', id=file.name, reason=reason)
+            file.close()
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
