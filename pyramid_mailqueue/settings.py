@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,18 @@ def _path(value: object) -> Path:
             'a relative one would be another place for a cron job than for the web process'
         )
     return expanded
+
+
+def _readable_file(value: object) -> Path:
+    path = _path(value)
+    try:
+        # A named pipe is not opened: that would wait for somebody to write.
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open('rb').close()
+            return path
+    except OSError as exc:
+        raise ValueError(f'must be a file that can be read ({exc.strerror})') from exc
+    raise ValueError('must be a file that can be read (it is no regular file)')
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -333,7 +346,9 @@ class Settings:
     sql_notify: bool = _key(_flag, 'false', 'Whether a new message wakes mq-run --watch (PostgreSQL).')
 
     plugins: tuple[str, ...] = _key(_plugins, '*', 'The plugins to load: names, * for all, or none.')
-    logging_conf: Path | None = _optional(_path, "The logging configuration of mq-run, instead of the ini file's own.")
+    logging_conf: Path | None = _optional(
+        _readable_file, "The logging configuration of mq-run, instead of the ini file's own."
+    )
     delivery_log: Path | None = _optional(_path, 'The file in which mq-run logs each result for a recipient.')
     queue_log: Path | None = _optional(_path, 'The file in which mq-run logs what happens to messages in the queue.')
 

@@ -225,6 +225,9 @@ BAD = [
     ('sql_notify', 'perhaps', 'must be true or false'),
     ('delivery_log', 'delivery.log', 'must be an absolute path, such as %(here)s/delivery.log'),
     ('logging_conf', './etc/logging.ini', 'must be an absolute path, such as %(here)s/etc/logging.ini'),
+    ('logging_conf', '/nowhere/logging.ini', 'must be a file that can be read (No such file or directory)'),
+    ('logging_conf', '/dev', 'must be a file that can be read (it is no regular file)'),
+    ('logging_conf', '/dev/null', 'must be a file that can be read (it is no regular file)'),
     ('smtp_tls_ca_file', '/nowhere/ca.pem', 'must be a file that can be read (No such file or directory)'),
 ]
 
@@ -235,6 +238,13 @@ def test_an_error_names_the_key_the_value_and_what_is_allowed(name, value, allow
 
     assert problem.startswith(f'mailqueue.{name} = {value!r}: must be')
     assert allowed in problem
+
+
+def test_a_logging_configuration_that_is_there_is_accepted(tmp_path):
+    path = tmp_path / 'logging.ini'
+    path.touch()
+
+    assert read(logging_conf=str(path)).logging_conf == path
 
 
 @pytest.mark.parametrize('name', sorted(known_keys().keys() - {'queue_dir', 'smtp_hostname'}))
@@ -439,7 +449,7 @@ def test_the_database_is_that_of_the_app_unless_another_is_named(own, of_the_app
 
 # --- [mqrunner] -------------------------------------------------------------
 
-# A configuration of mailqueue-runner 1.0, with all of its documented keys but smtp_tls_verify.
+# A configuration of mailqueue-runner 1.0, with all of its documented keys but smtp_tls_verify and logging_conf.
 MQRUNNER = {
     'smtp_hostname': 'mail.example.org',
     'smtp_port': '587',
@@ -449,7 +459,6 @@ MQRUNNER = {
     'queue_dir': '/path/to/mailqueue',
     'from': 'user@host.example',
     'plugins': '*',
-    'logging_conf': '/path/to/logging.conf',
     'delivery_log': '/path/to/delivery.log',
     'queue_log': '/path/to/queue.log',
     'here': '/path/to',
@@ -457,15 +466,18 @@ MQRUNNER = {
 }
 
 
-def test_a_configuration_of_mailqueue_runner_is_read():
-    assert Settings.from_mqrunner_section(MQRUNNER) == Settings(
+def test_a_configuration_of_mailqueue_runner_is_read(tmp_path):
+    logging_conf = tmp_path / 'logging.conf'
+    logging_conf.touch()
+
+    assert Settings.from_mqrunner_section({**MQRUNNER, 'logging_conf': str(logging_conf)}) == Settings(
         smtp_hostname='mail.example.org',
         smtp_port=587,
         smtp_username='someuser@site.example',
         smtp_password='secret',
         smtp_tls='starttls',
         queue_dir=Path('/path/to/mailqueue'),
-        logging_conf=Path('/path/to/logging.conf'),
+        logging_conf=logging_conf,
         delivery_log=Path('/path/to/delivery.log'),
         queue_log=Path('/path/to/queue.log'),
     )
