@@ -12,7 +12,8 @@ is not enough that there is a transaction; somebody must have taken it upon hims
 
 And nobody must have decided already that it will not be committed:
 
-* pyramid_tm aborts after an exception view, unless a commit veto is there to look at the response.
+* After an exception view pyramid_tm aborts, unless a commit veto looks at the response and lets it pass.  What that will
+  say nobody knows yet, so mail is refused in either case.
 * If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
   it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.
 
@@ -41,8 +42,8 @@ _NOBODY_COMMITS = (
     'transactions yourself, use an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
 )
 _WILL_ABORT = (
-    'send() needs a transaction that is going to be committed, and this one is not: after an exception view pyramid_tm '
-    f'aborts it, because there is no tm.commit_veto to look at the response. {_INSTEAD}'
+    'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
+    f'pyramid_tm usually aborts it. {_INSTEAD}'
 )
 
 
@@ -103,10 +104,8 @@ class RequestTransaction:
         return txn
 
     def _is_given_up(self) -> bool:
-        """Whether pyramid_tm will abort because an exception view has answered, or is about to."""
-        settings = self._request.registry.settings
-        veto = settings.get('tm.commit_veto', settings.get('pyramid_tm.commit_veto'))
-        return not veto and getattr(self._request, 'exc_info', None) is not None
+        """Whether an exception view has answered, or is about to."""
+        return getattr(self._request, 'exc_info', None) is not None
 
 
 class ThreadTransaction:
