@@ -24,7 +24,12 @@ from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooL
 
 __all__ = ['Envelope']
 
-_MESSAGE_ID = re.compile(rb'^message-id[ \t]*:\s*(<[^<>\s]+>)', re.IGNORECASE | re.MULTILINE)
+_MESSAGE_ID = re.compile(
+    rb'^message-id[ \t]*:(?:[ \t]|\r\n[ \t])*([^ \t\r\n][^\r\n]*(?:\r\n[ \t][^\r\n]*)*)',
+    re.IGNORECASE | re.MULTILINE,
+)
+_ORDINARY_ID = re.compile(rb'<[^<>\s]+>')
+_CONTROL = re.compile(r'[\x00-\x1f\x7f]')
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,22 @@ class Envelope:
 
     @cached_property
     def message_id(self) -> str:
-        """The ``Message-ID`` with its angle brackets; ``''`` if there is none."""
+        """
+        The ``Message-ID`` with its angle brackets; ``''`` if there is none.
+
+        Where it is not one as in RFC 5322 section 3.6.4 it is told as it stands.  In any case it is one line of ASCII;
+        other bytes are escaped.
+        """
         if self.content.startswith(b'\r\n'):
             return ''
         header_end = self.content.find(b'\r\n\r\n')
         match = _MESSAGE_ID.search(self.content, 0, header_end if header_end >= 0 else len(self.content))
-        return match.group(1).decode('ascii', 'backslashreplace') if match else ''
+        if not match:
+            return ''
+        value = match[1].replace(b'\r\n', b'').rstrip(b' \t')
+        ordinary = _ORDINARY_ID.match(value)
+        text = (ordinary[0] if ordinary else value).decode('ascii', 'backslashreplace')
+        return _CONTROL.sub(lambda control: f'\\x{ord(control[0]):02x}', text)
 
 
 def _checked_recipients(recipients: Iterable[str]) -> tuple[str, ...]:
