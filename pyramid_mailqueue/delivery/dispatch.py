@@ -128,6 +128,7 @@ class BackgroundDispatcher:
 
     def _start_anew(self) -> None:
         self._pid = os.getpid()
+        # None wakes the thread, to look at what has changed.
         self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
         self._postponed: deque[str] = deque(maxlen=self._max_claims)
         self._thread: threading.Thread | None = None
@@ -144,21 +145,27 @@ class BackgroundDispatcher:
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
         for claim in claims:
-            if self._take(claim):
-                continue
-            claim.release()
-            if self._handler.is_paused:
-                self._postponed.append(claim.id)
+            if not self._take(claim):
+                claim.release()
+                self._postpone(claim)
 
     def _take(self, claim: IClaim) -> bool:
         with self._lock:
             self._forget_parent()
-            if self._closing or self._claims.qsize() >= self._max_claims or not self._has_thread():
+            if self._closing or self._handler.is_paused or self._claims.qsize() >= self._max_claims:
                 return False
-            if self._handler.is_paused:
+            if not self._has_thread():
                 return False
             self._claims.put(claim)
             return True
+
+    def _postpone(self, claim: IClaim) -> None:
+        """Have the thread come back to a released claim after the pause, if it is a pause that made it wait."""
+        with self._lock:
+            if not self._closing and self._handler.is_paused and self._has_thread():
+                self._postponed.append(claim.id)
+                # The thread may be waiting for something new, and for longer than the pause.
+                self._claims.put(None)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none; False if that cannot be."""
@@ -185,21 +192,29 @@ class BackgroundDispatcher:
 
     def _next_claim(self) -> IClaim | None:
         """Return what is to be delivered next; None when the thread is to end."""
-        while True:
+        while not self._closing:
             if (claim := self._resumed_claim()) is not None:
                 return claim
             try:
-                return self._claims.get(timeout=self._handler.rests_for if self._postponed else self._idle)
+                claim = self._claims.get(timeout=self._handler.rests_for if self._postponed else self._idle)
             except queue.Empty:
-                pass
-            with self._lock:
-                if self._claims.empty() and not self._postponed:
-                    self._thread = None
+                if self._is_idle():
                     return None
+            if claim is not None:
+                return claim
+        return None
+
+    def _is_idle(self) -> bool:
+        """Whether the thread may end; then the next mail starts another one."""
+        with self._lock:
+            if not self._claims.empty() or self._postponed:
+                return False
+            self._thread = None
+            return True
 
     def _resumed_claim(self) -> IClaim | None:
         """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
-        while self._postponed and not self._closing and not self._handler.is_paused:
+        while self._postponed and not self._handler.is_paused:
             claim = self._mail_queue.claim(self._postponed.popleft())
             if claim is not None:
                 return claim

@@ -184,25 +184,24 @@ def test_what_waits_since_a_trouble_is_tried_again_after_the_pause(make_resting,
     transport = says(trouble, trouble, YES)
 
     make_resting(transport, Pause(first=0.01, longest=0.02)).dispatch(claims(3))
-    until(lambda: queue.state == {})
 
     # Twice in vain, with a pause after each, and then one after the other.
-    assert len(transport.asked) == 5
+    until(lambda: len(transport.asked) == 5)
+    until(lambda: queue.state == {})
 
 
 def test_what_is_sent_during_a_pause_is_tried_after_it(make_resting, claims, queue, says, trouble, until):
-    pause = Pause()
+    pause = Pause(first=0.2)
     background = make_resting(says(YES), pause)
-    pause.begin(trouble)
-    background.dispatch(claims(2))
-    rested = queue.state
-
-    pause.end()
-    # Something that wakes the thread, as the end of the pause does.
     background.dispatch(claims(1))
     until(lambda: queue.state == {})
 
-    assert rested == {'waiting': 2}
+    # Not the thread has seen the trouble, so it waits for new mail.
+    pause.begin(trouble)
+    background.dispatch(claims(2))
+    until(lambda: queue.state == {})
+
+    assert background._idle == 60, 'longer than until() waits: it is the pause that has ended, not the waiting'
 
 
 def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, claims, queue, says, trouble, until):
@@ -405,8 +404,6 @@ LEAVE = """
 import atexit, sys
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transports.smtp import SMTPTransport

@@ -171,6 +171,21 @@ def test_one_that_is_broken_stops_no_other(install, plugins, caplog, code, text)
     assert plugin('good').steps == ['initialized']
 
 
+def test_one_that_is_missing_or_broken_is_reported_once_and_not_with_each_message(
+    install, queue, envelope, says, caplog
+):
+    install('bad', BAD_AT_START)
+    handler = MessageHandler([says(YES)], plugins=['bad', 'missing'])
+
+    for _ in range(3):
+        handler.deliver(queue.claimed(envelope()))
+
+    assert caplog.messages == [
+        'The plugin missing is not installed: there is no such entry point in mailqueue.plugins',
+        'The plugin bad cannot be loaded',
+    ]
+
+
 def test_one_that_fails_at_its_end_stops_no_other(install, plugins, caplog):
     install('a_bad_one', BAD_AT_END)
     install('good', GOOD)
