@@ -26,6 +26,7 @@ from pyramid_mailqueue.exceptions import (
     QueueError,
     QueueFileError,
     ServerTrouble,
+    TooManyRecipients,
 )
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
@@ -45,6 +46,7 @@ __all__ = [
     'QueueError',
     'QueueFileError',
     'ServerTrouble',
+    'TooManyRecipients',
     'get_mailer',
     'includeme',
     'mailer_from_settings',

@@ -20,9 +20,13 @@ from typing import Any
 
 from pyramid_mailqueue.addresses import check_address, parse_header_addresses, parse_mailbox
 from pyramid_mailqueue.content import Field, message_bytes, normalize_line_ends, split_content
-from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients
+from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
 
-__all__ = ['Envelope']
+__all__ = ['MAX_RECIPIENTS_OCTETS', 'Envelope']
+
+#: How many octets the recipients of a new message may have, with a comma between two.  The header of a queue file has
+#: room for a little more.
+MAX_RECIPIENTS_OCTETS = 1_000_000
 
 _MESSAGE_ID = re.compile(
     rb'^message-id[ \t]*:(?:[ \t]|\r\n[ \t])*([^ \t\r\n][^\r\n]*(?:\r\n[ \t][^\r\n]*)*)',
@@ -87,6 +91,7 @@ class Envelope:
         :param now: the ``Date`` of a message without one; by default the present time
         :raises AddressError: the header or an argument cannot be read reliably, or there is no sender
         :raises NoRecipients: there is nobody to send to
+        :raises TooManyRecipients: they have more than :data:`MAX_RECIPIENTS_OCTETS` octets
         :raises MessageTooLarge: the content has more than *max_size* octets
         :raises MessageError: *message* cannot be made into bytes
         """
@@ -97,6 +102,8 @@ class Envelope:
         put = object.__setattr__
         put(envelope, 'sender', _find_sender(sender, fields, default_sender))
         put(envelope, 'recipients', _find_recipients(recipients, fields))
+        # Not wherever an envelope is made: a queue file of another program may name a few more, and is sent.
+        _check_fit(envelope.recipients)
         put(envelope, 'content', _outgoing(fields, body, envelope.sender, local_hostname, now))
         if max_size is not None and len(envelope.content) > max_size:
             raise MessageTooLarge(
@@ -174,6 +181,15 @@ def _at_least_one(recipients: Iterable[str]) -> tuple[str, ...]:
     if not unique:
         raise NoRecipients('There is nobody to send the message to: give it a To, Cc or Bcc, or pass recipients=.')
     return unique
+
+
+def _check_fit(recipients: tuple[str, ...]) -> None:
+    octets = len(','.join(recipients).encode())
+    if octets > MAX_RECIPIENTS_OCTETS:
+        raise TooManyRecipients(
+            f'The message has {len(recipients)} recipients with {octets} octets; one message can have '
+            f'{MAX_RECIPIENTS_OCTETS}. Send it as several messages, each to some of them.'
+        )
 
 
 def _addresses(fields: list[Field], name: str) -> list[str]:

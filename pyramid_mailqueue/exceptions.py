@@ -9,6 +9,7 @@ The tree, with the standard exception that a branch also is::
         + AddressError                              an address that must not reach an SMTP server
         + NoRecipients
         + MessageTooLarge
+        + TooManyRecipients
       x NoActiveTransaction         (RuntimeError)  ``send()`` where nothing will ever commit
       x QueueError                                  the queue said no; nothing was changed
         + QueueFileError            (ValueError)    a queue file that cannot be read
@@ -32,6 +33,7 @@ __all__ = [
     'QueueError',
     'QueueFileError',
     'ServerTrouble',
+    'TooManyRecipients',
 ]
 
 
@@ -59,6 +61,10 @@ class MessageTooLarge(MessageError):
     """The message is larger than ``mailqueue.max_message_size``."""
 
 
+class TooManyRecipients(MessageError):
+    """The recipients are more than one message in a queue can have; several messages can."""
+
+
 class NoActiveTransaction(MailqueueError, RuntimeError):
     """
     ``send()`` was called where no transaction will ever commit.
@@ -84,8 +90,11 @@ class ServerTrouble(MailqueueError):
 
     :param text: what happened, for a person: which server, what it said, what to check
     :param code: the reply code where the server gave one, e.g. ``421``
+    :param in_message: it came in the midst of a message: the server had been willing to take mail, and may be so for
+        the next one
     """
 
-    def __init__(self, text: str, *, code: int | None = None) -> None:
+    def __init__(self, text: str, *, code: int | None = None, in_message: bool = False) -> None:
         super().__init__(text)
         self.code = code
+        self.in_message = in_message

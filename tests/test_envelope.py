@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients
+from pyramid_mailqueue.envelope import MAX_RECIPIENTS_OCTETS, Envelope
+from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
+from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 from tests.strategies import addresses
 
 NOW = datetime(2026, 11, 24, 8, 28, 11, tzinfo=timezone(timedelta(hours=1)))
@@ -283,6 +284,30 @@ def test_the_latest_resending_counts_wherever_it_stands(blocks, expected):
 def test_a_header_without_recipients_is_an_error(fields):
     with pytest.raises(NoRecipients, match='recipients='):
         Envelope.from_message(header(fields), 's@x.example')
+
+
+# Each has 10 octets, with the comma behind it; the character that is not ASCII counts two.
+AS_MANY_AS_FIT = [f'ü{number:x}@x' for number in range(0x10000, 0x10000 + (MAX_RECIPIENTS_OCTETS + 1) // 10)]
+
+
+def test_the_most_recipients_of_a_message_fit_into_a_queue_file():
+    envelope = Envelope.from_message(make(), recipients=AS_MANY_AS_FIT)
+
+    header = serialize_header(QueueHeader(envelope.sender, envelope.recipients, 0))
+    assert len(header) > MAX_RECIPIENTS_OCTETS - 10
+
+
+@pytest.mark.parametrize('where', ['argument', 'header'])
+def test_more_recipients_than_one_message_can_have_are_refused_at_once(where):
+    too_many = [*AS_MANY_AS_FIT, 'ada@x.example']
+    message, recipients = (
+        (make(), too_many)
+        if where == 'argument'
+        else (header(f'From: shop@site.example\nBcc: {", ".join(too_many)}'), None)
+    )
+
+    with pytest.raises(TooManyRecipients, match=r'has 100001 recipients with 1000013 octets.* several messages'):
+        Envelope.from_message(message, recipients=recipients)
 
 
 @pytest.mark.parametrize('nobody', [[], (), iter([])])
