@@ -603,13 +603,21 @@ def _dot_stuffed(content: bytes) -> Iterator[bytes]:
 
 
 def _needs_smtputf8(sender: str, content: bytes) -> bool:
-    """RFC 6531: needed for a local part, or for a header, that is not ASCII."""
+    """
+    RFC 6531: needed for a local part that is not ASCII, or for a header in UTF-8 that is not ASCII.
+
+    A header with other 8-bit bytes is in no encoding that SMTPUTF8 could announce.
+    """
     if needs_smtputf8(sender):
         return True
     if content.isascii():
         return False
     end_of_header = content.find(b'\r\n\r\n')
-    return not content[: end_of_header if end_of_header >= 0 else len(content)].isascii()
+    header = content[: end_of_header if end_of_header >= 0 else len(content)]
+    try:
+        return not header.decode().isascii()
+    except UnicodeDecodeError:
+        return False
 
 
 def _own(code: int, enhanced: str, text: str) -> Reply:

@@ -414,6 +414,29 @@ def test_without_smtputf8_a_sender_or_header_that_needs_it_is_refused_unsaid(sen
     assert not transaction.replies[A].from_server
 
 
+@pytest.mark.parametrize('smtputf8', [True, False])
+@pytest.mark.parametrize('content', ['Subject: Grüße\r\n\r\nu\r\n', 'Subject: Grüße', 'To: ü\r\n\r\nü\r\n'])
+def test_a_header_in_another_encoding_than_utf8_goes_as_it_is(content, smtputf8):
+    latin = content.encode('latin-1')
+    dialogue = Dialogue(Capabilities(eight_bit_mime=True, smtputf8=smtputf8))
+    transaction = dialogue.submit(SENDER, [A], latin)
+    sent = said(dialogue)
+    for reply in (OK, OK, GO, OK):
+        dialogue.receive_data(reply)
+        sent += said(dialogue)
+
+    assert sent.startswith(MAIL[:-2] + b' BODY=8BITMIME\r\n')
+    assert latin in sent
+    assert codes(transaction) == {A: 250}
+
+
+def test_the_encoding_of_the_body_does_not_matter_to_the_header():
+    dialogue = Dialogue(Capabilities(smtputf8=True))
+    dialogue.submit(SENDER, [A], 'Subject: ü\r\n\r\n'.encode() + b'\xfc')
+
+    assert said(dialogue) == MAIL[:-2] + b' SMTPUTF8\r\n'
+
+
 def test_without_smtputf8_only_the_recipients_that_need_it_are_refused():
     dialogue = Dialogue(PIPELINING)
     transaction = dialogue.submit(SENDER, [A, 'ü@x.example', B], CONTENT)
