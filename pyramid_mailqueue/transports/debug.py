@@ -21,9 +21,9 @@ class DebugInbox:
     """
     See `ITransport`.  Each message becomes a file that mail programs open (``.eml``); nothing leaves this machine.
 
-    The envelope, which is not in the message, is written on top of it.
+    The envelope, which is not in the message, is written on top of it.  Its owner can read the file, and nobody else.
 
-    :param path: the folder to write to; it is created with the first message
+    :param path: the folder to write to; if it is missing it is created with the first message, for its owner only
     """
 
     name = 'inbox'
@@ -33,7 +33,7 @@ class DebugInbox:
 
     def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult:
         """See `ITransport`."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_folder()
         lines = (
             f'Return-Path: <{sender}>',
             *(f'X-Envelope-To: {recipient}' for recipient in recipients),
@@ -43,10 +43,20 @@ class DebugInbox:
         # The hidden name keeps readers away until the message is whole.
         name = f'{time.time_ns()}-{secrets.token_hex(4)}.eml'
         hidden = self.path / f'.{name}'
+        hidden.touch(mode=0o600, exist_ok=False)
+        # The umask may have taken away what its owner needs.
+        hidden.chmod(0o600)
         hidden.write_bytes('\r\n'.join(lines).encode() + content)
         hidden.rename(self.path / name)
         reply = Reply(250, f'kept in {self.path / name}', '2.0.0', from_server=False)
         return SendResult(dict.fromkeys(recipients, reply), self.name)
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            return
+        self.path.chmod(0o700)
 
     def close(self) -> None:
         """See `ITransport`."""

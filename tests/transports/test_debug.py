@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from email import message_from_bytes, policy
 from email.utils import parsedate_to_datetime
@@ -31,12 +33,28 @@ def test_it_is_a_transport(inbox):
     assert verifyObject(ITransport, inbox)
 
 
-def test_the_folder_is_created_with_the_first_message_and_is_private(inbox):
+@pytest.mark.parametrize('umask', [0, 0o022, 0o077, 0o777])
+def test_the_folder_is_created_with_the_first_message_and_all_is_private_whatever_the_umask(tmp_path, umask):
+    inbox = DebugInbox(tmp_path / 'inbox')
     before = inbox.path.exists()
+    umask = os.umask(umask)
+    try:
+        inbox.send('shop@site.example', RECIPIENTS, CONTENT)
+    finally:
+        os.umask(umask)
+
+    (mail,) = inbox.path.iterdir()
+    assert not before
+    assert stat.S_IMODE(inbox.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(mail.stat().st_mode) == 0o600
+
+
+def test_a_folder_that_is_there_keeps_its_mode(inbox):
+    inbox.path.mkdir(parents=True)
+    inbox.path.chmod(0o750)
     inbox.send('shop@site.example', RECIPIENTS, CONTENT)
 
-    assert not before
-    assert inbox.path.stat().st_mode & 0o777 == 0o700
+    assert stat.S_IMODE(inbox.path.stat().st_mode) == 0o750
 
 
 def test_everybody_is_accepted_and_the_reply_names_the_file(inbox):
