@@ -12,7 +12,7 @@ is not enough that there is a transaction; somebody must have taken it upon hims
 
 And nobody must have decided already that it will not be committed:
 
-* After an exception view pyramid_tm aborts, unless a commit veto looks at the response and lets it pass.  What that will
+* After an exception view pyramid_tm aborts, unless a commit veto looks at the response and lets it pass.  What it will
   say nobody knows yet, so mail is refused in either case.
 * If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
   it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.

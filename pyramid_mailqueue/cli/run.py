@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
 from pyramid_mailqueue.delivery.dispatch import PATIENCE
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
@@ -38,7 +38,7 @@ _EPILOG = """\
 exit status:
   0   the run is complete; messages that were deferred wait for a later one
   70  a defect of pyramid_mailqueue
-  75  the mail server cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
+  75  the mail server or the queue cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
   78  the configuration cannot be used
 
 from cron, every minute:
@@ -95,6 +95,9 @@ def _run(arguments: argparse.Namespace) -> int:
         for line in str(error).splitlines():
             _complain(line)
         return EX_CONFIG
+    except QueueError as error:
+        _complain(str(error))
+        return EX_TEMPFAIL
     except KeyboardInterrupt:
         _complain('stopped; what was not delivered waits for the next run')
         return EX_TEMPFAIL
@@ -271,7 +274,12 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         '0 sent' if report.trouble else 'nothing to do'
     ]
     waiting = runner.queue.counts().get('waiting', 0)
-    print(f'mq-run: {", ".join(told)}; {waiting} waiting')
+    try:
+        print(f'mq-run: {", ".join(told)}; {waiting} waiting', flush=True)
+    except OSError:
+        # Nobody hears it (a full disk, a pager that was left).  The mail is where it should be, and that is what the
+        # exit status tells; but the interpreter would try once more when it ends, and then say otherwise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':

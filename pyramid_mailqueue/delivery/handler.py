@@ -135,10 +135,16 @@ def _merged(answers: Sequence[SendResult]) -> SendResult:
 _SILENCE = Reply(451, 'the transport said nothing of this recipient', '4.3.0', from_server=False)
 
 
+#: So often in a row a server may break off in the midst of a message before its transport rests.  One message that it
+#: cannot stand must not keep all others from it.
+MAX_STUMBLES = 2
+
+
 class _Route:
     """A transport, and its rest after a server's trouble."""
 
     def __init__(self, transport: ITransport, pause: Pause) -> None:
+        self._stumbles = 0
         self.transport = transport
         self.name: str = getattr(transport, 'name', None) or type(transport).__name__
         self.pause = pause
@@ -153,11 +159,17 @@ class _Route:
             # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
             log.exception('The transport %s failed', self.name)
             result = self._deferred(recipients, f'the transport failed: {type(error).__name__}: {error}')
-        if result.trouble is None:
-            self.pause.end()
-        else:
-            self.pause.begin(result.trouble)
+        self._note(result.trouble)
         return result
+
+    def _note(self, trouble: ServerTrouble | None) -> None:
+        if trouble is None:
+            self._stumbles = 0
+            self.pause.end()
+        elif trouble.in_message and self._stumbles < MAX_STUMBLES:
+            self._stumbles += 1
+        else:
+            self.pause.begin(trouble)
 
     def _read(self, answer: SendResult | bool | Any, recipients: tuple[str, ...]) -> SendResult:
         """A transport may also answer with a plain bool, or with any object that is true if the message was sent."""

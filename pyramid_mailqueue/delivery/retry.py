@@ -54,11 +54,13 @@ class ExponentialBackoff:
         if not still_open:
             return Settlement(burials=burials)
         replies = [str(reply) for recipient in still_open if (reply := result.replies.get(recipient))]
-        if not replies:
+        is_over = now - queued_at >= self.lifetime
+        if not replies and not (is_over and result.trouble and result.trouble.in_message):
             # The server's trouble ended it before anything was said of these.
             return Settlement(waiting=still_open, counted=False, burials=burials)
-        if now - queued_at >= self.lifetime:
-            reason = f'given up after {_in_words(self.lifetime)}; the last reply was: {replies[-1]}'
+        if is_over:
+            last = f'reply was: {replies[-1]}' if replies else f'trouble was: {result.trouble}'
+            reason = f'given up after {_in_words(self.lifetime)}; the last {last}'
             return Settlement(burials=(*burials, Burial(still_open, reason)))
         due = now + self.wait_after(attempts + 1, seed=f'{queued_at}:{attempts}:{still_open[0]}')
         return Settlement(waiting=still_open, due=due, last_reply=replies[-1], burials=burials)

@@ -2,7 +2,7 @@
 One run over a queue: take care of what dead processes left, then try whatever is due, oldest first.
 
 The run ends when nothing is due any more, or when the server is in trouble: what is left then waits as it is, because
-the next message would fare no better.
+the next message would fare no better.  A server that breaks off in the midst of a message is given a few others first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['RunReport', 'Runner']
 
+log = logging.getLogger('mailqueue.delivery')
+
 
 @dataclass
 class RunReport:
@@ -29,7 +31,7 @@ class RunReport:
     :param sent: every recipient that was open has it
     :param deferred: at least one recipient waits because of this attempt
     :param refused: at least one recipient is given up, and in a dead letter
-    :param trouble: why the run ended early, if the server could not be used
+    :param trouble: why the last message could not be tried, if the server could not be used
     :param stopped: the run ended early because it was told to
     :param recovery: what dead processes had left
     """
@@ -84,9 +86,11 @@ class Runner:
                 result = self._deliver(claim)
                 if result.settlement is not None:
                     report.count(result.settlement)
-                if result.trouble is not None:
                     report.trouble = result.trouble
+                if self.handler.is_paused:
                     break
+                if result.trouble is not None:
+                    log.warning('%s The message %s waits.', result.trouble, claim.id)
         finally:
             self.queue.flush()
             self.handler.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import hmac
 import logging
+import os
 import re
 import select
 import smtplib
@@ -188,7 +189,8 @@ class SMTPTransport:
                 transaction = session.dialogue.submit(sender, batch, content)
                 try:
                     session.run(transaction)
-                except ServerTrouble:
+                except ServerTrouble as trouble:
+                    trouble.in_message = transaction.begun
                     if not session.was_stale(transaction):
                         raise
                     self._pool.discard(session)
@@ -610,6 +612,7 @@ class _Pool:
         call_in_children(self._drop_inherited)
 
     def _start_anew(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open: set[_Session] = set()
         self._idle: list[_Session] = []
@@ -629,6 +632,9 @@ class _Pool:
 
     def take(self) -> _Session | None:
         """Return a session that was idle and is alive, if there is one."""
+        if self._pid != os.getpid():
+            # Not every server that forks tells Python of it (uWSGI does not).
+            self._drop_inherited()
         self._close_expired()
         while True:
             with self._lock:

@@ -175,6 +175,7 @@ class MailTransaction:
     :ivar replies: recipient to reply; who is missing here has no outcome
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
     :ivar answered: the server has replied to at least one command of this transaction
+    :ivar begun: the server has accepted the sender
     """
 
     def __init__(self, sender: str, recipients: Iterable[str], content: bytes) -> None:
@@ -184,6 +185,7 @@ class MailTransaction:
         self.replies: dict[str, Reply] = {}
         self.done = False
         self.answered = False
+        self.begun = False
         self._taken: list[str] = []
         self._too_many: dict[str, Reply] = {}
 
@@ -491,6 +493,7 @@ class Dialogue:
             )
         if reply.accepted:
             self._needs_reset = True
+            awaited.transaction.begun = True
         else:
             # What was said already, RCPT and DATA, will be answered too: with "MAIL first".
             awaited.transaction.refuse(reply)

@@ -389,6 +389,32 @@ def test_a_defect_is_status_70_and_shows_where_it_is(mq_run, app_ini, tmp_path):
     assert 'ZeroDivisionError: a defect' in err
 
 
+def test_a_queue_that_cannot_be_read_is_status_75_and_is_named(mq_run, app_ini, tmp_path):
+    (tmp_path / 'sick_queue.py').write_text(
+        'from pyramid_mailqueue import QueueError\n'
+        'class Queue:\n'
+        '    def __init__(self, settings): pass\n'
+        '    def recover(self, now): raise QueueError("The folder /srv/queue/cur cannot be read: Input/output error")\n'
+        '    def flush(self): pass\n'
+    )
+
+    status, out, err = mq_run(app_ini(queue='sick_queue.Queue'))
+
+    assert (status, out) == (75, '')
+    assert err == 'mq-run: The folder /srv/queue/cur cannot be read: Input/output error\n'
+
+
+def test_a_summary_that_cannot_be_written_changes_nothing(app_ini, put, state, server):
+    put()
+
+    with Path('/dev/full').open('w') as full:
+        command = [sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(app_ini(server))]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (0, '')
+    assert (len(server.messages), state()) == (1, {})
+
+
 @pytest.mark.parametrize('arguments', [[], ['app.ini', 'queue', 'more'], ['app.ini', '--nonsense']])
 def test_wrong_usage_is_status_2(mq_run, arguments):
     status, out, err = mq_run(*arguments)

@@ -168,6 +168,21 @@ def test_trouble_alone_is_no_attempt_and_leaves_the_due_time_alone():
     assert decide(EXACT, SendResult(trouble=TROUBLE)) == Settlement((ADA,), due=None, counted=False)
 
 
+def test_who_always_makes_the_server_hang_up_is_given_up_after_the_lifetime():
+    trouble = ServerTrouble('mail.example:25 hung up.', in_message=True)
+
+    young, old = (decide(EXACT, SendResult(trouble=trouble), age=days * DAY) for days in (4, 6))
+
+    assert young == Settlement((ADA,), counted=False)
+    assert old == Settlement(
+        burials=(Burial((ADA,), 'given up after 5 days; the last trouble was: mail.example:25 hung up.'),)
+    )
+
+
+def test_an_outage_that_lasts_longer_than_the_lifetime_buries_nobody():
+    assert decide(EXACT, SendResult(trouble=TROUBLE), age=6 * DAY) == Settlement((ADA,), counted=False)
+
+
 def test_trouble_half_way_keeps_those_who_were_not_reached():
     result = SendResult({ADA: OK, EVE: NEVER}, trouble=TROUBLE)
 

@@ -10,6 +10,7 @@ import pytest
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
+from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.queues.maildir import MAX_DEATHS, STALE_AFTER
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -144,6 +145,54 @@ def test_a_session_that_is_closed_in_the_middle_of_a_run_ends_it(queue, wait_sin
     assert report.sent == len(server.messages) == 1
     assert report.trouble is not None
     assert [header.attempts for header in queue.headers('new')] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    'script',
+    [
+        {'RCPT TO:<eve@x.example>': Close()},
+        {'RCPT TO:<eve@x.example>': Close('421 4.7.0 not her')},
+        {'.': [Close('421 4.7.0 not this')]},
+    ],
+)
+def test_a_message_that_makes_the_server_hang_up_does_not_keep_the_others_from_it(queue, wait_since, script, caplog):
+    bad = wait_since(100, 'eve')
+    for seconds in range(3):
+        wait_since(seconds)
+    with ScriptedSMTPServer(script) as server:
+        transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
+        report = Runner(queue, MessageHandler([transport])).run()
+
+    assert report == RunReport(sent=3)
+    assert [file.name for file in queue.files('new')] == [bad]
+    assert [header.attempts for header in queue.headers('new')] == [0]
+    assert [record.levelname for record in caplog.records if bad in record.message and 'waits' in record.message] == [
+        'WARNING'
+    ]
+
+
+def test_a_server_that_hangs_up_on_everything_ends_the_run(run, queue, wait_since, says):
+    for seconds in range(10):
+        wait_since(seconds)
+    trouble = ServerTrouble('mail.example:25 hung up', in_message=True)
+    transport = says(trouble)
+
+    report = run(transport)
+
+    assert report == RunReport(trouble=trouble)
+    assert len(transport.asked) == 3
+    assert [header.attempts for header in queue.headers('new')] == [0] * 10
+
+
+def test_a_success_in_between_forgives_a_server_that_hung_up(run, queue, wait_since, says):
+    for seconds in range(7):
+        wait_since(seconds)
+    trouble = ServerTrouble('mail.example:25 hung up', in_message=True)
+
+    report = run(says(trouble, trouble, YES, trouble, trouble, YES, trouble))
+
+    assert report == RunReport(sent=2, trouble=trouble)
+    assert queue.state == {'waiting': 5}
 
 
 def test_a_fallback_in_trouble_does_not_end_a_run(run, queue, wait_since, says, trouble):

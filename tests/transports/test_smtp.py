@@ -334,6 +334,8 @@ def test_what_is_not_the_fault_of_the_message_is_trouble(script, text, code):
 
         assert str(server.port) in str(caught.value)
         assert caught.value.code == code
+        # It was willing to take mail, and stumbled over this one.
+        assert caught.value.in_message == bool({'RCPT', 'DATA', 'content', '.'} & script.keys())
         assert server.messages == []
         server.wait_for(lambda: server.sessions[0].is_over)
 
@@ -1111,6 +1113,18 @@ def test_threads_send_at_once_over_sessions_of_their_own():
         message.content == f'Subject: {message.recipients[0][1]}\r\n\r\n'.encode() for message in server.messages
     )
     assert len(server.sessions) == 8
+
+
+def test_a_process_that_was_forked_without_pythons_knowledge_uses_no_session_of_its_parent():
+    with ScriptedSMTPServer() as server, transport_to(server) as transport:
+        transport.send(SENDER, (A,), CONTENT)
+        # What such a child sees: a pool of another process.
+        transport._pool._pid = os.getppid()
+        transport.send(SENDER, (A,), CONTENT)
+        transport.send(SENDER, (A,), CONTENT)
+
+        said = [sum(line.startswith('MAIL') for line in session.commands) for session in server.sessions]
+        assert said == [1, 2]
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no fork() here')
