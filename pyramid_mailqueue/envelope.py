@@ -157,12 +157,12 @@ def _find_sender(sender: str | None, fields: list[Field], default_sender: str | 
             return address
     if default_sender:
         return parse_mailbox(default_sender)
-    raise _no_sender()
+    raise _no_sender('Resent-From header (it has other Resent- fields)' if resending else 'From header')
 
 
-def _no_sender() -> AddressError:
+def _no_sender(what_it_needs: str) -> AddressError:
     return AddressError(
-        'The message has no sender: give it a From header, pass sender=, or set mailqueue.default_sender.'
+        f'The message has no sender: give it a {what_it_needs}, pass sender=, or set mailqueue.default_sender.'
     )
 
 
@@ -246,7 +246,7 @@ def _unwrap(
     twin = copy.copy(message)
     twin.sender = message.sender or (sender if sender not in _NULL_SENDER else None) or default_sender
     if not twin.sender:
-        raise _no_sender()
+        raise _no_sender('From header')
     try:
         return twin.to_message(), twin.sender if sender is None else sender, recipients
     except Exception as exc:

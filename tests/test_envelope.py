@@ -199,6 +199,12 @@ def test_without_any_sender_the_error_names_the_setting(default_sender):
         Envelope.from_message(header('To: r@x.example'), default_sender=default_sender)
 
 
+@pytest.mark.parametrize('field', ['Resent-To: r@x.example', 'Resent-Bcc: r@x.example'])
+def test_without_a_sender_of_the_resending_the_error_names_the_header_that_is_missing(field):
+    with pytest.raises(AddressError, match=r'Resent-From.*mailqueue\.default_sender'):
+        Envelope.from_message(header(f'From: a@x.example\n{field}'))
+
+
 @pytest.mark.parametrize('value', ['root', '<>', 'a@x.example)b@x.example', 'A, B <a@x.example>', 'a@x..example'])
 def test_a_sender_in_the_header_is_never_guessed(value):
     message = header(f'From: {value}\nTo: r@x.example')
