@@ -166,6 +166,8 @@ _VISIBLE_ADDRESS_FIELDS = frozenset(
 )
 _ESCAPED_BYTE = re.compile('[\udc80-\udcff]')
 _LINE_END = re.compile(r'\r\n|\r|\n')
+# Nothing to encode, and nothing that a reader would take for encoded.
+_PLAIN = re.compile(r'(?!.*=\?)[!-~](?:[ -~]*[!-~])?')
 _parse_field = HeaderRegistry()
 
 
@@ -196,8 +198,10 @@ class _WirePolicy(Compat32):
     header_policy = SMTP
 
     def fold_binary(self, name: str, value: object) -> bytes:
+        if not _FIELD_NAME.fullmatch(name):
+            raise _not_one_field(name)
         field = self._fold_any(name, value)
-        if not (_FIELD_NAME.fullmatch(name) and _FIELD.fullmatch(field)):
+        if not _FIELD.fullmatch(field):
             raise _not_one_field(name)
         return field
 
@@ -225,6 +229,9 @@ class _WirePolicy(Compat32):
             # Inside of multipart/signed: any other form than the one that was signed breaks the signature.
             return str(value.fold(policy=self.header_policy.clone(max_line_length=0)))
         if not hasattr(value, 'groups'):
+            if len(name) + 2 + len(value) <= LINE_SHOULD and _PLAIN.fullmatch(value):
+                # Most fields.  The library writes the same, but takes much longer to find that out.
+                return f'{name}: {value}\r\n'
             return str(value.fold(policy=self.header_policy))
         try:
             return _fold_addresses(name, value, utf8=self.header_policy.utf8)

@@ -444,6 +444,13 @@ def test_a_display_name_never_becomes_an_address(name, kind, form):
     assert parse_header_addresses([header.decode('ascii').removeprefix('To:')]) == ['ada@x.example']
 
 
+@given(st.sampled_from(['Subject', 'X-Thing', 'Comments']), st.text(st.sampled_from(' ab=?"\\<>@,;:()é'), max_size=80))
+def test_a_short_field_goes_out_as_the_library_would_write_it(name, text):
+    message = with_header(name, text.strip() or 'x')
+
+    assert header_of(message) + b'\r\n' == message[name].fold(policy=email.policy.SMTP).encode('ascii')
+
+
 @given(st.text(st.characters(exclude_categories=['Cs', 'Cc', 'Zl', 'Zp'])))
 def test_a_display_name_is_the_same_after_the_way(name):
     lines = header_of(with_header('To', Address(name, 'ada', 'x.example'))).decode('ascii').split('\r\n')
