@@ -57,7 +57,7 @@ $(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python
 
 $(PEERS)/installed-$(VERSION): Makefile benchmarks/peers.txt | check-python
 	$(PYTHON) -m venv --clear $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt --editable .
 	@touch $@
 
 check-python:

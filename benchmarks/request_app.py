@@ -1,10 +1,9 @@
 """
 The application whose requests are timed: one view, which sends one mail in a transaction.
 
-    python request_app.py ours|pyramid_mailer SETTINGS_JSON REQUESTS
+    python request_app.py nothing|ours|ours-same|pyramid_mailer SETTINGS_JSON REQUESTS
 
-Prints the seconds of each request, one a line.  It imports nothing of this checkout, so that it runs in the virtual
-environment of the peers as well.
+Prints the seconds of each request, one a line.  ``ours-same`` sends the message object of pyramid_mailer.
 """
 
 from __future__ import annotations
@@ -30,12 +29,20 @@ def send_ours(request):
     return Response('sent')
 
 
-def send_with_pyramid_mailer(request):
+def their_message():
     from pyramid_mailer.message import Message
 
-    message = Message('Your order', ['someone@site.example'], BODY, sender='shop@site.example')
+    return Message('Your order', ['someone@site.example'], BODY, sender='shop@site.example')
+
+
+def send_theirs_with_ours(request):
+    request.mailer.send(their_message())
+    return Response('sent')
+
+
+def send_with_pyramid_mailer(request):
     send = request.mailer.send_to_queue if 'mail.queue_path' in request.registry.settings else request.mailer.send
-    send(message)
+    send(their_message())
     return Response('sent')
 
 
@@ -43,14 +50,20 @@ def send_nothing(request):
     return Response('sent')
 
 
+WAYS = {
+    'nothing': (send_nothing, None),
+    'ours': (send_ours, 'pyramid_mailqueue'),
+    'ours-same': (send_theirs_with_ours, 'pyramid_mailqueue'),
+    'pyramid_mailer': (send_with_pyramid_mailer, 'pyramid_mailer'),
+}
+
+
 def make_app(which, settings):
     with Configurator(settings=settings) as config:
         config.include('pyramid_tm')
-        view = {'ours': send_ours, 'pyramid_mailer': send_with_pyramid_mailer, 'nothing': send_nothing}[which]
-        if which == 'ours':
-            config.include('pyramid_mailqueue')
-        elif which == 'pyramid_mailer':
-            config.include('pyramid_mailer')
+        view, package = WAYS[which]
+        if package:
+            config.include(package)
         config.add_route('send', '/')
         config.add_view(view, route_name='send')
     return config.make_wsgi_app()
