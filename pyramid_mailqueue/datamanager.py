@@ -128,8 +128,8 @@ class MailDataManager:
             self._claims = [(delivery, claim) for delivery, claim in claims if claim is not None]
         except Exception:
             # The queue broke its promise; but the others have committed, and must not be told that this failed.
-            log.critical('Mail of a committed transaction could not be published', exc_info=True)
             self._staging.leave_in_doubt()
+            log.critical('Mail of a committed transaction could not be published', exc_info=True)
 
     def tpc_abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
@@ -181,7 +181,7 @@ class _FirstToFinish:
         self._data_manager = data_manager
 
     def sortKey(self) -> str:
-        """See `transaction.interfaces.IDataManager`.  Before everybody."""
+        """See `transaction.interfaces.IDataManager`.  Nobody can be before this, only beside it."""
         return ''
 
     def tpc_finish(self, txn: Any) -> None:

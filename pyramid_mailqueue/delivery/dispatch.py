@@ -37,7 +37,7 @@ __all__ = ['BackgroundDispatcher', 'InlineDispatcher', 'threads_run_here']
 
 log = logging.getLogger('mailqueue.delivery')
 
-#: How many claims may wait for the delivery thread.
+#: How many claims may wait for the delivery thread, and how many messages it remembers over a pause.
 MAX_CLAIMS = 256
 
 #: How long the end of the process may wait for the message in hand, in seconds.
@@ -84,7 +84,7 @@ def try_one(handler: MessageHandler, claim: IClaim) -> bool:
         if result.trouble is not None:
             log.warning('%s Mail waits in the queue.', result.trouble)
             return True
-    except Exception:
+    except (Exception, SystemExit):
         log.critical('A defect of pyramid_mailqueue: %s could not be delivered', claim.id, exc_info=True)
     finally:
         # A settled claim has ended already, and does nothing.
@@ -130,7 +130,7 @@ class BackgroundDispatcher:
         self._pid = os.getpid()
         # None wakes the thread, to look at what has changed.
         self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
-        self._postponed: deque[str] = deque(maxlen=self._max_claims)
+        self._postponed: deque[str] = deque()
         self._thread: threading.Thread | None = None
 
     def _forget_parent(self) -> None:
@@ -163,9 +163,14 @@ class BackgroundDispatcher:
         """Have the thread come back to a released claim after the pause, if it is a pause that made it wait."""
         with self._lock:
             if not self._closing and self._handler.is_paused and self._has_thread():
-                self._postponed.append(claim.id)
+                self._remember(claim)
                 # The thread may be waiting for something new, and for longer than the pause.
                 self._claims.put(None)
+
+    def _remember(self, claim: IClaim) -> None:
+        # Beyond that the first ones are kept: they have waited longest.
+        if len(self._postponed) < self._max_claims:
+            self._postponed.append(claim.id)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none; False if that cannot be."""
@@ -184,11 +189,16 @@ class BackgroundDispatcher:
         return True
 
     def _run(self) -> None:
-        while (claim := self._next_claim()) is not None:
-            if try_one(self._handler, claim):
-                self._postponed.append(claim.id)
-            if self._claims.empty():
-                self._mail_queue.flush()
+        try:
+            while (claim := self._next_claim()) is not None:
+                if try_one(self._handler, claim):
+                    self._remember(claim)
+                if self._claims.empty():
+                    self._mail_queue.flush()
+        except BaseException:
+            # A thread that does not end by its own decision must not take along what waits for it.
+            self._release_waiting()
+            raise
 
     def _next_claim(self) -> IClaim | None:
         """Return what is to be delivered next; None when the thread is to end."""

@@ -97,7 +97,7 @@ class MessageHandler:
             if not still_open:
                 break
             resting = route.pause.trouble
-            answer = SendResult(transport=route.name, trouble=resting) if resting else route.offer(envelope, still_open)
+            answer = route.still_resting(resting) if resting else route.offer(envelope, still_open)
             # If this is the only transport, whoever called us tells of its trouble.
             if answer.trouble is not None and not resting and len(self._routes) > 1:
                 log.warning('The transport %s rests: %s', route.name, answer.trouble)
@@ -162,12 +162,20 @@ class _Route:
         self._note(result.trouble)
         return result
 
+    def still_resting(self, trouble: ServerTrouble) -> SendResult:
+        """The answer of a transport that is not asked."""
+        if trouble.in_message:
+            # In the midst of another one.
+            trouble = ServerTrouble(str(trouble), code=trouble.code)
+        return SendResult(transport=self.name, trouble=trouble)
+
     def _note(self, trouble: ServerTrouble | None) -> None:
-        if trouble is None:
-            self._stumbles = 0
-            self.pause.end()
-        elif trouble.in_message and self._stumbles < MAX_STUMBLES:
+        if trouble is not None and trouble.in_message and self._stumbles < MAX_STUMBLES:
             self._stumbles += 1
+            return
+        self._stumbles = 0
+        if trouble is None:
+            self.pause.end()
         else:
             self.pause.begin(trouble)
 

@@ -111,5 +111,5 @@ def notify(signal: str, msg: IClaim, send_result: SendResult) -> None:
     for receiver in registry.signal(signal).receivers_for(None):
         try:
             receiver(None, msg=msg, send_result=send_result)
-        except Exception:
+        except (Exception, SystemExit):
             log.exception('A receiver of %s failed: %r', signal, receiver)

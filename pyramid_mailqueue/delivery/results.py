@@ -132,6 +132,7 @@ class Settlement:
     :param waiting: the recipients that are still open
     :param due: when they may be tried again, in seconds since the epoch; None keeps the present due time
     :param counted: whether this was an attempt; a server's trouble is not
+    :param stumbled: the server's trouble came in the midst of this message, which is to wait behind the innocent ones
     :param last_reply: what the server said, for the queue file and for people
     :param burials: the recipients that are given up
     """
@@ -139,6 +140,7 @@ class Settlement:
     waiting: tuple[str, ...] = ()
     due: float | None = None
     counted: bool = True
+    stumbled: bool = False
     last_reply: str = ''
     burials: tuple[Burial, ...] = ()
 

@@ -55,9 +55,10 @@ class ExponentialBackoff:
             return Settlement(burials=burials)
         replies = [str(reply) for recipient in still_open if (reply := result.replies.get(recipient))]
         is_over = now - queued_at >= self.lifetime
-        if not replies and not (is_over and result.trouble and result.trouble.in_message):
+        stumbled = result.trouble is not None and result.trouble.in_message
+        if not replies and not (is_over and stumbled):
             # The server's trouble ended it before anything was said of these.
-            return Settlement(waiting=still_open, counted=False, burials=burials)
+            return Settlement(waiting=still_open, counted=False, stumbled=stumbled, burials=burials)
         if is_over:
             last = f'reply was: {replies[-1]}' if replies else f'trouble was: {result.trouble}'
             reason = f'given up after {_in_words(self.lifetime)}; the last {last}'

@@ -31,7 +31,7 @@ class RunReport:
     :param sent: every recipient that was open has it
     :param deferred: at least one recipient waits because of this attempt
     :param refused: at least one recipient is given up, and in a dead letter
-    :param trouble: why the last message could not be tried, if the server could not be used
+    :param trouble: why the run ended early, or did nothing, if the server could not be used
     :param stopped: the run ended early because it was told to
     :param recovery: what dead processes had left
     """
@@ -86,11 +86,15 @@ class Runner:
                 result = self._deliver(claim)
                 if result.settlement is not None:
                     report.count(result.settlement)
+                if result.trouble is not None:
                     report.trouble = result.trouble
                 if self.handler.is_paused:
-                    break
+                    return report
                 if result.trouble is not None:
                     log.warning('%s The message %s waits.', result.trouble, claim.id)
+            if report.sent or report.deferred or report.refused:
+                # The server could be used; what it stumbled over has been told of.
+                report.trouble = None
         finally:
             self.queue.flush()
             self.handler.close()

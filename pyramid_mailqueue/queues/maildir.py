@@ -47,11 +47,13 @@ import itertools
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from zope.interface import implementer
 
@@ -165,9 +167,9 @@ class MaildirQueue:
 
     def claim_due(self, now: float) -> Iterator[MaildirClaim]:
         """See `IMailQueue`."""
-        last = (-math.inf, '')
+        last = (0, -math.inf, '')
         while found := self._due_after(last, now):
-            for _, name in found:
+            for _, _, name in found:
                 claim = self._claim(name, now)
                 if claim is not None:
                     yield claim
@@ -179,14 +181,21 @@ class MaildirQueue:
         """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
         return self._claim(id, self.clock())
 
-    def _due_after(self, last: tuple[float, str], now: float) -> list[tuple[float, str]]:
-        """The due times and names in ``new/`` that are due and come after *last*; one ``stat`` for each message."""
+    def _due_after(self, last: tuple[int, float, str], now: float) -> list[tuple[int, float, str]]:
+        """
+        What is due in ``new/`` and comes after *last*, as stumbles, due time and name; one ``stat`` for each message.
 
-        def due() -> Iterator[tuple[float, str]]:
+        What a server has stumbled over comes last: it must not keep the others from it, run after run.
+        """
+
+        def due() -> Iterator[tuple[int, float, str]]:
             for entry in self._files('new'):
                 modified = _modified(entry)
-                if modified is not None and self._is_due(modified, now) and (modified, entry.name) > last:
-                    yield modified, entry.name
+                if modified is None or not self._is_due(modified, now):
+                    continue
+                stumbles = _Name.parse(entry.name).stumbles if _STUMBLES in entry.name else 0
+                if (stumbles, modified, entry.name) > last:
+                    yield stumbles, modified, entry.name
 
         return heapq.nsmallest(SUPPLY, due())
 
@@ -423,25 +432,27 @@ class MaildirStaging:
         # From here on nothing may be discarded, even if something interrupts us half-way.
         files, self._files = self._files, []
         added, self._added = self._added, []
-        claims = [self._publish(file, *message) for file, message in zip(files, added, strict=True)]
+        claims = [self._publish(file, claimed) for file, (_, claimed) in zip(files, added, strict=True)]
         for folder in {os.path.dirname(file.path) for file in files}:
             try:
                 sync_folder(folder)
             except OSError as error:
                 _log_trouble('holds messages that a power cut may lose', folder, error, logging.CRITICAL)
+        for file, (envelope, _) in zip(files, added, strict=True):
+            if not file.path.startswith(self._queue.place('prepared')):
+                _tell_queued(file, envelope)
         return claims
 
-    def _publish(self, file: LockedFile, envelope: Envelope, claimed: bool) -> IClaim | None:
+    def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
         if file.closed:
             # In a forked child: it is the parent's to publish.
             return None
         if claimed and self._moved(file, 'cur', 'cannot be claimed, and has to wait', logging.ERROR):
-            _tell_queued(file, envelope)
             return MaildirClaim(self._queue, file)
         # Only a person can help if that fails too.  Without a lock mq-run reports the message as in doubt.
-        problem = 'is in doubt: its transaction has committed, and it cannot be published'
-        if self._moved(file, 'new', problem, logging.CRITICAL):
-            _tell_queued(file, envelope)
+        self._moved(
+            file, 'new', 'is in doubt: its transaction has committed, and it cannot be published', logging.CRITICAL
+        )
         file.close()
         return None
 
@@ -457,10 +468,13 @@ class MaildirStaging:
         """See `IStaging`."""
         files, self._files = self._files, []
         self._added = []
-        for file in files:
+        # In a forked child they are closed, and are its parent's.
+        held = [file for file in files if not file.closed]
+        for file in held:
+            file.close()
+        for file in held:
             reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
             log_event(queue_log, logging.CRITICAL, status='in_doubt', id=file.name, reason=reason)
-            file.close()
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
@@ -491,10 +505,16 @@ class MaildirClaim:
         self._queue = queue
         self._file = file
         self._parsed: tuple[QueueHeader, Envelope] | None = None
-        self.id, self.deaths = _split_name(file.name)
+        self._name = _Name.parse(file.name)
+        self.id = self._name.id
 
     def __repr__(self) -> str:
         return f'<MaildirClaim {self._file.name}>'
+
+    @property
+    def deaths(self) -> int:
+        """How many deliverers the message has outlived."""
+        return self._name.deaths
 
     @property
     def attempts(self) -> int:
@@ -550,7 +570,7 @@ class MaildirClaim:
 
     def orphaned(self) -> bool:
         """Let an orphan wait again, with one more death counted in its name.  False if that failed (logged)."""
-        return self._back_to_new(f'{self.id}{_DEATHS}{self.deaths + 1}')
+        return self._back_to_new(str(self._name._replace(deaths=self.deaths + 1)))
 
     def given_up(self) -> bool:
         """Bury an orphan.  False if that failed (logged)."""
@@ -606,7 +626,7 @@ class MaildirClaim:
             # Its deliverer has lived, so the deaths before do not count any more.
             self._back_to_new(self.id)
         else:
-            self.release()
+            self._back_to_new(str(self._name._replace(stumbles=self._name.stumbles + settlement.stumbled)))
 
     def _is_changed_by(self, settlement: Settlement) -> bool:
         return settlement.counted or settlement.due is not None or settlement.waiting != self._header.recipients
@@ -700,13 +720,32 @@ def _modified(entry: os.DirEntry[str]) -> float | None:
         return None
 
 
-_DEATHS = ',deaths='
+_STUMBLES = ',stumbles='
+_FILE_NAME = re.compile(r'(.*?)(?:,stumbles=([0-9]{1,9}))?(?:,deaths=([0-9]{1,9}))?', re.DOTALL)
 
 
-def _split_name(name: str) -> tuple[str, int]:
-    """Return the id of a message and how many deliverers it has outlived."""
-    id_, _, deaths = name.partition(_DEATHS)
-    return id_, int(deaths) if deaths.isascii() and deaths.isdigit() else 0
+class _Name(NamedTuple):
+    """
+    The name of a file, ``ID[,stumbles=N][,deaths=N]``.
+
+    :param id: the name of the message
+    :param stumbles: how often a server broke off in the midst of it
+    :param deaths: how many deliverers it has outlived; both are counted since its last attempt
+    """
+
+    id: str
+    stumbles: int = 0
+    deaths: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> _Name:
+        match = _FILE_NAME.fullmatch(name)
+        assert match
+        return cls(match[1], int(match[2] or 0), int(match[3] or 0))
+
+    def __str__(self) -> str:
+        stumbles = f'{_STUMBLES}{self.stumbles}' if self.stumbles else ''
+        return f'{self.id}{stumbles},deaths={self.deaths}' if self.deaths else f'{self.id}{stumbles}'
 
 
 def _in_file_name(host: str) -> str:
@@ -726,7 +765,9 @@ def _reason(error: Exception) -> str:
 
 def _tell_queued(file: LockedFile, envelope: Envelope) -> None:
     told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
-    log_event(queue_log, logging.INFO, status='queued', id=file.name, msgid=envelope.message_id, **told)
+    # What is in the queue is in the queue: somebody's log handler that raises must not tell a commit otherwise.
+    with contextlib.suppress(Exception):
+        log_event(queue_log, logging.INFO, status='queued', id=file.name, msgid=envelope.message_id, **told)
 
 
 def _log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:

@@ -20,7 +20,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.interfaces import IDispatcher
-from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
+from pyramid_mailqueue.testing import Close, ScriptedSMTPServer, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 # The simplest answers.
@@ -219,6 +219,60 @@ def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, cl
     until(lambda: queue.state == {'waiting': 1})
 
     assert len(transport.asked) == 2
+
+
+def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_resting, claims, queue, until):
+    with ScriptedSMTPServer({'RCPT': [Close()]}) as server:
+        transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
+        make_resting(transport, Pause(first=300)).dispatch(claims(3))
+        until(lambda: len(server.messages) == 2 and queue.state == {'waiting': 1})
+
+        # It is not tried again and again, but left to mq-run.
+        assert len(server.sessions) == 2
+        transport.close()
+
+
+def test_over_a_pause_the_first_messages_are_remembered(make_background, claims, queue, says, trouble, until):
+    handler = MessageHandler([says(trouble, YES)])
+    (route,) = handler._routes
+    route.pause = Pause(first=0.05)
+    background = make_background(handler, max_claims=2)
+    waiting = claims(4)
+    first = [claim.id for claim in waiting[:2]]
+    for claim in waiting:
+        background.dispatch([claim])
+    until(lambda: queue.state.get('waiting', 0) + queue.state.get('in progress', 0) <= 2)
+
+    assert not set(first) & {file.name for file in queue.files('new')}
+
+
+class Sick(BaseException):
+    pass
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_thread_that_is_killed_takes_no_claims_along(background, claims, queue, until, monkeypatch):
+    def flush():
+        raise Sick
+
+    monkeypatch.setattr(queue, 'flush', flush)
+    waiting = claims(3)
+    monkeypatch.setattr(dispatch, 'try_one', lambda handler, claim: flush())
+    background.dispatch(waiting)
+    until(lambda: threads() == [] and len(queue.files('cur')) <= 1)
+
+    assert len(queue.files('new')) == 2
+
+
+def test_a_receiver_that_wants_to_exit_ends_nothing(background, claims, queue, server, until, listen):
+    def receiver(sender, msg, send_result):
+        raise SystemExit
+
+    listen('mq:delivery_successful', receiver)
+    background.dispatch(claims(3))
+    until(lambda: queue.state == {})
+
+    assert len(server.messages) == 3
 
 
 def test_who_closes_during_a_pause_does_not_wait_for_its_end(make_resting, claims, queue, says, trouble, until):

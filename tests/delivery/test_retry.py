@@ -173,7 +173,7 @@ def test_who_always_makes_the_server_hang_up_is_given_up_after_the_lifetime():
 
     young, old = (decide(EXACT, SendResult(trouble=trouble), age=days * DAY) for days in (4, 6))
 
-    assert young == Settlement((ADA,), counted=False)
+    assert young == Settlement((ADA,), counted=False, stumbled=True)
     assert old == Settlement(
         burials=(Burial((ADA,), 'given up after 5 days; the last trouble was: mail.example:25 hung up.'),)
     )

@@ -164,7 +164,7 @@ def test_a_message_that_makes_the_server_hang_up_does_not_keep_the_others_from_i
         report = Runner(queue, MessageHandler([transport])).run()
 
     assert report == RunReport(sent=3)
-    assert [file.name for file in queue.files('new')] == [bad]
+    assert [file.name for file in queue.files('new')] == [f'{bad},stumbles=1']
     assert [header.attempts for header in queue.headers('new')] == [0]
     assert [record.levelname for record in caplog.records if bad in record.message and 'waits' in record.message] == [
         'WARNING'
@@ -191,8 +191,41 @@ def test_a_success_in_between_forgives_a_server_that_hung_up(run, queue, wait_si
 
     report = run(says(trouble, trouble, YES, trouble, trouble, YES, trouble))
 
-    assert report == RunReport(sent=2, trouble=trouble)
+    assert report == RunReport(sent=2)
     assert queue.state == {'waiting': 5}
+
+
+def test_those_that_the_server_stumbled_over_do_not_lead_the_next_run(queue, wait_since):
+    for seconds in (100, 99, 98, 97):
+        wait_since(seconds, 'eve')
+    wait_since(2, 'ada')
+    wait_since(1, 'bob')
+    before = {file.name: file.read_bytes() for file in queue.files('new')}
+    with ScriptedSMTPServer({'RCPT TO:<eve@x.example>': Close()}) as server:
+        transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
+        reports = [Runner(queue, MessageHandler([transport])).run() for _ in range(2)]
+
+    # The fourth had not been tried: it leads the second run, which the first three end after all others.
+    assert [(report.sent, report.trouble is None) for report in reports] == [(0, False), (2, False)]
+    assert {file.name.partition(',')[0]: file.read_bytes() for file in queue.files('new')}.items() < before.items()
+
+
+def test_the_status_of_a_run_does_not_depend_on_who_was_first(run, wait_since, says):
+    trouble = ServerTrouble('mail.example:25 hung up', in_message=True)
+    reports = []
+    for answers in ((trouble, YES), (YES, trouble)):
+        wait_since(2)
+        wait_since(1)
+        reports.append(run(says(*answers)))
+
+    assert reports == [RunReport(sent=1)] * 2
+
+
+def test_a_run_that_could_do_nothing_says_why(run, wait_since, says):
+    wait_since(1)
+    trouble = ServerTrouble('mail.example:25 hung up', in_message=True)
+
+    assert run(says(trouble)) == RunReport(trouble=trouble)
 
 
 def test_a_fallback_in_trouble_does_not_end_a_run(run, queue, wait_since, says, trouble):

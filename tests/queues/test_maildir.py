@@ -588,6 +588,26 @@ def test_it_is_told_when_a_message_is_in_the_queue(queue, caplog):
     ]
 
 
+def test_somebodys_log_handler_that_raises_tells_a_commit_nothing(queue):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise RuntimeError('a defect of somebody else')
+
+    logger, broken = logging.getLogger('mailqueue.queue_log'), Broken()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(broken)
+    try:
+        put(queue)
+        claims = stage(queue, (ENVELOPE, True), (OTHER, False)).publish()
+    finally:
+        logger.removeHandler(broken)
+        logger.setLevel(level)
+
+    assert where(queue) == {'new': 2, 'cur': 1}
+    claims[0].release()
+
+
 def test_threads_never_share_a_message(queue):
     put_names = sorted(put(queue) for _ in range(60))
     ready = threading.Barrier(4)
@@ -1211,13 +1231,40 @@ def test_giving_a_message_back_says_nothing_about_the_deaths_before(queue):
     assert names(queue, 'new') == [f'{name},deaths=1']
 
 
-@pytest.mark.parametrize('name', ['x,deaths=', 'x,deaths=many', 'x,deaths=-1', 'x,deaths=²'])
-def test_a_number_of_deaths_that_is_none_counts_as_none(queue, name):
+@pytest.mark.parametrize('name', ['x,deaths=', 'x,deaths=many', 'x,deaths=-1', 'x,deaths=²', 'x,y'])
+def test_what_is_no_count_belongs_to_the_name(queue, name):
     at(queue, 'cur', name).write_bytes(HEADER)
 
-    assert queue.recover(time.time()).orphans == ('x',)
+    assert queue.recover(time.time()).orphans == (name,)
+    assert names(queue, 'new') == [f'{name},deaths=1']
 
-    assert names(queue, 'new') == ['x,deaths=1']
+
+def test_both_counts_stand_in_the_name(queue):
+    at(queue, 'cur', 'x,stumbles=2,deaths=1').write_bytes(HEADER)
+
+    assert queue.recover(time.time()).orphans == ('x',)
+    assert names(queue, 'new') == ['x,stumbles=2,deaths=2']
+    taken = claim(queue, now=LATER)
+    taken.settle(Settlement(taken.envelope.recipients, counted=False, stumbled=True))
+    assert names(queue, 'new') == ['x,stumbles=3,deaths=2']
+    taken = claim(queue, now=LATER)
+    taken.settle(Settlement(taken.envelope.recipients, due=1))
+    assert names(queue, 'new') == ['x']
+
+
+def test_what_a_server_stumbled_over_is_claimed_after_all_others(queue):
+    first, second, third = (put(queue, due=due) for due in (1, 2, 3))
+
+    def run(*stumbling):
+        order = []
+        for found in queue.claim_due(LATER):
+            order.append(found.id)
+            found.settle(Settlement(found.envelope.recipients, counted=False, stumbled=found.id in stumbling))
+        return order
+
+    assert run(first, second) == [first, second, third]
+    assert run(first) == [third, first, second]
+    assert run() == [third, second, first]
 
 
 def test_a_burial_that_fails_is_not_reported_as_one(queue, told):
