@@ -25,7 +25,7 @@ WELCOME = """
   1. Sign up.  The row and the welcome mail are committed together, and the mail arrives.
   2. Press "Sign up, but fail afterwards".  The view raises after the mail was sent: no row, no mail.
   3. Turn the SMTP server off on the page, and sign up.  The page is as fast as before, and one mail waits.
-  4. Turn the server on again, and deliver what waits, in another terminal:
+  4. Turn the server on again.  What waits leaves by itself in a few seconds, or at once with this, in another terminal:
 
        {mq_run}
 

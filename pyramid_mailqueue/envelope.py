@@ -111,12 +111,6 @@ class Envelope:
             )
         return envelope
 
-    def with_recipients(self, recipients: Iterable[str]) -> Envelope:
-        """Return an envelope with the same sender and content for other *recipients*."""
-        envelope = copy.copy(self)
-        object.__setattr__(envelope, 'recipients', _checked_recipients(recipients))
-        return envelope
-
     @cached_property
     def message_id(self) -> str:
         """

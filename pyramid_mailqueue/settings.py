@@ -381,12 +381,6 @@ class Settings:
             own['smtp_tls'] = 'implicit' if str(own.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 'starttls'
         return _read(own, lambda name: f'[mqrunner] {name}', _smtp_contradictions)
 
-    @property
-    def effective_tls(self) -> str:
-        """``smtp_tls``, or what it is if it was not set."""
-        has_ca_file = self.smtp_tls_ca_file is not None
-        return self.smtp_tls or default_tls(self.smtp_hostname or '', self.smtp_port, has_ca_file=has_ca_file)
-
 
 def default_tls(hostname: str, port: int, *, has_ca_file: bool) -> str:
     """Return what ``smtp_tls`` is if it was not set.  Who names certificates wants them to be verified."""

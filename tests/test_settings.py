@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pyramid_mailqueue.exceptions import ConfigurationError
-from pyramid_mailqueue.settings import Settings, known_keys
+from pyramid_mailqueue.settings import Settings, default_tls, known_keys
 
 ENOUGH = {'queue_dir': '/srv/mailqueue', 'smtp_hostname': 'mail.example.org'}
 
@@ -399,33 +399,27 @@ def test_certificates_contradict_a_mode_that_verifies_none(ca_file, mode, host):
 
 
 @pytest.mark.parametrize(
-    ('values', 'mode'),
-    [
-        ({'smtp_hostname': 'localhost'}, 'starttls'),
-        ({'smtp_hostname': 'localhost', 'smtp_port': '465'}, 'implicit'),
-        ({}, 'starttls'),
-    ],
+    ('hostname', 'port', 'mode'),
+    [('localhost', 25, 'starttls'), ('localhost', 465, 'implicit'), ('mail.site.example', 25, 'starttls')],
 )
-def test_who_names_certificates_wants_them_verified_on_this_host_too(ca_file, values, mode):
-    assert read(smtp_tls_ca_file=str(ca_file), **values).effective_tls == mode
+def test_who_names_certificates_wants_them_verified_on_this_host_too(hostname, port, mode):
+    assert default_tls(hostname, port, has_ca_file=True) == mode
 
 
 @pytest.mark.parametrize(
-    ('values', 'mode'),
+    ('hostname', 'port', 'mode'),
     [
-        ({}, 'starttls'),
-        ({'smtp_port': '465'}, 'implicit'),
-        ({'smtp_port': '465', 'smtp_hostname': 'localhost'}, 'implicit'),
-        ({'smtp_port': '587'}, 'starttls'),
-        ({'smtp_hostname': 'localhost'}, 'opportunistic'),
-        ({'smtp_hostname': '[::1]'}, 'opportunistic'),
-        ({'smtp_hostname': '127.0.0.2', 'smtp_tls': 'starttls'}, 'starttls'),
-        ({'smtp_tls': 'off'}, 'off'),
-        ({'smtp_hostname': '', 'transports': 'inbox'}, 'starttls'),
+        ('mail.site.example', 25, 'starttls'),
+        ('mail.site.example', 465, 'implicit'),
+        ('localhost', 465, 'implicit'),
+        ('mail.site.example', 587, 'starttls'),
+        ('localhost', 25, 'opportunistic'),
+        ('::1', 25, 'opportunistic'),
+        ('127.0.0.2', 25, 'opportunistic'),
     ],
 )
-def test_tls_is_required_unless_the_server_is_this_host_or_the_setting_says_so(values, mode):
-    assert read(**values).effective_tls == mode
+def test_tls_is_required_unless_the_server_is_this_host(hostname, port, mode):
+    assert default_tls(hostname, port, has_ca_file=False) == mode
 
 
 # --- the database -----------------------------------------------------------

@@ -46,6 +46,7 @@ from enum import Enum
 from typing import ClassVar
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8
+from pyramid_mailqueue.content import normalize_line_ends
 from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.exceptions import NoRecipients, ServerTrouble
 
@@ -66,7 +67,6 @@ OUTCOME_UNKNOWN = Reply(
 )
 
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
-_LINE_END = re.compile(rb'\r\n|\r|\n')
 
 # The server wants authentication or encryption first (RFC 4954 section 6, RFC 3207 section 4).
 _NOT_BEFORE_LOGIN = frozenset({530, 534, 535, 538})
@@ -323,7 +323,9 @@ class Dialogue:
         """
         if self.trouble:
             raise RuntimeError(f'This session has ended: {self.trouble}')
-        transaction = MailTransaction(sender, recipients, _with_crlf(content))
+        # Envelopes are so already, and then this only counts.  But a bare CR or LF on the wire is a line end to some
+        # servers and not to others, and between the two a second message can be smuggled.
+        transaction = MailTransaction(sender, recipients, normalize_line_ends(content))
         if sender:
             check_address(sender)
         for recipient in transaction.recipients:
@@ -570,18 +572,6 @@ class Dialogue:
 
 
 # --- content ---
-
-
-def _with_crlf(content: bytes) -> bytes:
-    """
-    Return *content* with CRLF line ends and no CR or LF besides.
-
-    Envelopes are built so, and then this only counts.  A bare CR or LF on the wire is a line end to some servers and
-    not to others, and between the two a second message can be smuggled.
-    """
-    if content.count(b'\r\n') == content.count(b'\r') == content.count(b'\n'):
-        return content
-    return _LINE_END.sub(b'\r\n', content)
 
 
 def _size(content: bytes) -> int:

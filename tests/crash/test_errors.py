@@ -6,6 +6,7 @@ Whatever happens, nothing is lost, no file stays open, no lock is kept, and some
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import time
@@ -249,7 +250,7 @@ def test_a_settlement_that_cannot_be_written_loses_nobody(rounds, told, settleme
     buried = [recipient for burial in settlement.burials for recipient in burial.recipients]
     for fault, queue in rounds:
         with no_open_files_are_left():
-            taken = claimed(queue, ENVELOPE.with_recipients([A, B, C, D]))
+            taken = claimed(queue, dataclasses.replace(ENVELOPE, recipients=(A, B, C, D)))
             with intercepted(fault):
                 taken.settle(settlement)
 

@@ -171,11 +171,11 @@ def test_when_the_server_is_in_trouble_everything_is_released_at_once(
 def make_resting(make_background):
     """A dispatcher over one transport that rests as *pause* says."""
 
-    def make_resting(transport, pause):
+    def make_resting(transport, pause, **options):
         handler = MessageHandler([transport])
         (route,) = handler._routes
         route.pause = pause
-        return make_background(handler)
+        return make_background(handler, **options)
 
     return make_resting
 
@@ -232,18 +232,18 @@ def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_restin
         transport.close()
 
 
-def test_over_a_pause_the_first_messages_are_remembered(make_background, claims, queue, says, trouble, until):
-    handler = MessageHandler([says(trouble, YES)])
-    (route,) = handler._routes
-    route.pause = Pause(first=0.05)
-    background = make_background(handler, max_claims=2)
+def test_over_a_pause_the_first_messages_are_remembered(make_resting, claims, queue, says, trouble, until):
+    pause = Pause()
+    background = make_resting(says(YES), pause, max_claims=2)
+    pause.begin(trouble)
     waiting = claims(4)
-    first = [claim.id for claim in waiting[:2]]
-    for claim in waiting:
-        background.dispatch([claim])
-    until(lambda: queue.state.get('waiting', 0) + queue.state.get('in progress', 0) <= 2)
+    background.dispatch(waiting)
 
-    assert not set(first) & {file.name for file in queue.files('new')}
+    pause.end()
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {'waiting': 2})
+
+    assert {file.name for file in queue.files('new')} == {claim.id for claim in waiting[2:]}
 
 
 class Sick(BaseException):
