@@ -55,7 +55,7 @@ class MessageHandler:
     @property
     def is_paused(self) -> bool:
         """Whether every transport is resting after its server's trouble: trying a message now would be in vain."""
-        return all(route.pause.trouble for route in self._routes)
+        return bool(self._routes) and all(route.pause.trouble for route in self._routes)
 
     @property
     def rests_for(self) -> float:
