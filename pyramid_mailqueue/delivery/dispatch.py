@@ -165,7 +165,8 @@ class BackgroundDispatcher:
             if not self._closing and self._handler.is_paused and self._has_thread():
                 self._remember(claim)
                 # The thread may be waiting for something new, and for longer than the pause.
-                self._claims.put(None)
+                if self._claims.empty():
+                    self._claims.put(None)
 
     def _remember(self, claim: IClaim) -> None:
         # Beyond that the first ones are kept: they have waited longest.
