@@ -174,6 +174,14 @@ class IClaim(Interface):
         If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
         """
 
+    def keep(recipients: tuple[str, ...]) -> None:
+        """
+        Write down that only *recipients* are open, and keep the claim: the others have the message.
+
+        Called between two transactions of one message, so that nobody gets it twice if the process dies.  If it cannot
+        be written the message stays as it was; that is logged, not raised.
+        """
+
     def release() -> None:
         """Give the message back exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
 

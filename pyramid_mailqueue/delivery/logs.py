@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ['delivery_log', 'log_event', 'queue_log']
+__all__ = ['delivery_log', 'log_event', 'log_trouble', 'queue_log', 'why']
 
 delivery_log = logging.getLogger('mailqueue.delivery_log')
 queue_log = logging.getLogger('mailqueue.queue_log')
@@ -35,3 +35,13 @@ def _quoted(value: str) -> str:
         return value
     escaped = value.replace('\\', '\\\\').replace('"', '\\"')
     return '"' + ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in escaped) + '"'
+
+
+def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:
+    """Log what a person should look at: a file of the queue, and what cannot be done with it."""
+    log_event(queue_log, level, status='trouble', file=path, problem=problem, error=why(error))
+
+
+def why(error: Exception) -> str:
+    """What the operating system said, without the paths that are named beside it."""
+    return getattr(error, 'strerror', None) or str(error)

@@ -13,13 +13,16 @@ import fcntl
 import os
 import signal
 
-from pyramid_mailqueue.queues import locked_file, maildir
+from pyramid_mailqueue.queues import locked_file, maildir, maildir_claim, maildir_folders
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
     'access', 'chmod', 'close', 'fchmod', 'flock', 'fstat', 'fsync', 'makedirs', 'open', 'pread', 'rename', 'scandir',
     'stat', 'unlink', 'utime', 'writev',
 })  # fmt: skip
+
+#: The modules that make them.
+MODULES = (locked_file, maildir, maildir_claim, maildir_folders)
 
 #: Those that change something.
 CHANGES = frozenset({'chmod', 'fchmod', 'makedirs', 'rename', 'unlink', 'utime', 'writev'})
@@ -33,11 +36,13 @@ def intercepted(around):
     *around* is any callable that takes a :class:`Call`; what it returns or raises is the outcome.
     """
     try:
-        locked_file.os = maildir.os = _Module(os, around)
+        for module in MODULES:
+            module.os = _Module(os, around)
         locked_file.fcntl = _Module(fcntl, around)
         yield around
     finally:
-        locked_file.os = maildir.os = os
+        for module in MODULES:
+            module.os = os
         locked_file.fcntl = fcntl
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues.maildir import FOLDERS
+from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from pyramid_mailqueue.queues.queue_file import read_envelope
 
 CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'

@@ -11,7 +11,8 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.queues.maildir import MAX_DEATHS, STALE_AFTER
+from pyramid_mailqueue.queues.maildir import STALE_AFTER
+from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

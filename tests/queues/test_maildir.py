@@ -23,8 +23,9 @@ from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
-from pyramid_mailqueue.queues import maildir
-from pyramid_mailqueue.queues.maildir import FOLDERS, MaildirQueue
+from pyramid_mailqueue.queues import maildir, maildir_folders
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
 from tests.crash.faults import Fault, Log, intercepted
 from tests.crash.queue_parts import (
@@ -1476,8 +1477,8 @@ def test_a_commit_makes_three_syncs_and_two_more_for_each_further_message(queue)
 
 
 def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatch):
-    monkeypatch.setattr(maildir, 'SYNC_SECONDS', 1000)
-    claims = [queue.put_claimed(ENVELOPE) for _ in range(maildir.SYNC_EVERY * 2 + 1)]
+    monkeypatch.setattr(maildir_folders, 'SYNC_SECONDS', 1000)
+    claims = [queue.put_claimed(ENVELOPE) for _ in range(maildir_folders.SYNC_EVERY * 2 + 1)]
 
     syncs = []
     for taken in claims:
@@ -1494,7 +1495,7 @@ def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatc
 
 def test_settled_messages_are_made_durable_twice_a_second(queue, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(maildir.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(maildir_folders.time, 'monotonic', lambda: now[0])
     claims = [queue.put_claimed(ENVELOPE) for _ in range(5)]
 
     syncs = []

@@ -13,7 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues.maildir import FOLDERS, MAX_DEATHS, MaildirQueue
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
+from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from tests.crash.faults import intercepted, without_sync
 from tests.crash.queue_parts import CONTENT, at, dead_recipients, forget, names, stage
 

@@ -1,0 +1,204 @@
+"""
+The folders of a queue directory, and what is done to the files in them.
+
+What the folders mean, and when a file goes from one to another, is told in :mod:`~.maildir`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from pyramid_mailqueue.delivery.logs import log_trouble, why
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import QueueError
+from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, sync_folder
+from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+
+__all__ = ['FOLDERS', 'MaildirFolders', 'modified_time']
+
+FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'dead', 'corrupt')
+
+#: Settled claims are made durable together: after this many changes, or this many seconds after the first of them.
+SYNC_EVERY = 100
+SYNC_SECONDS = 0.5
+
+
+class MaildirFolders:
+    """
+    The folders at *path*; they are created if they are missing.
+
+    :param path: the queue directory
+    :param clock: seconds since the epoch
+    :raises QueueError: the directory cannot be created or used
+    """
+
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.clock = clock
+        self._host = _in_file_name(socket.gethostname())
+        self._numbers = itertools.count(1)
+        self._holder = Holder()
+        self._create_folders()
+        self._forget_changes()
+        call_in_children(self._forget_changes)
+
+    def _create_folders(self) -> None:
+        try:
+            if _create_folder(self.path):
+                sync_folder(os.path.dirname(self.path))
+            created = [folder for folder in map(self.place, FOLDERS) if _create_folder(folder)]
+            if created:
+                sync_folder(self.path)
+        except OSError as error:
+            raise QueueError(f'The queue directory {self.path} cannot be created or used: {why(error)}') from error
+
+    def place(self, folder: str, name: str = '') -> str:
+        """Return the path of a folder of this queue, or of a file in it."""
+        return f'{self.path}/{folder}/{name}' if name else f'{self.path}/{folder}'
+
+    def files(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        """The regular files of a folder; what starts with a dot is none of ours.  Raises QueueError."""
+        try:
+            with os.scandir(self.place(folder)) as entries:
+                for entry in entries:
+                    if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False):
+                        yield entry
+        except OSError as error:
+            raise QueueError(f'The folder {self.place(folder)} cannot be read: {why(error)}') from error
+
+    def take(self, folder: str, name: str) -> LockedFile | None:
+        """Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged)."""
+        try:
+            return self._holder.take(self.place(folder, name))
+        except OSError as error:
+            log_trouble('cannot be opened', self.place(folder, name), error)
+            return None
+
+    def create(self, envelope: Envelope) -> LockedFile:
+        """Write a new message to ``tmp/``, durably, and hold it.  Raises OSError."""
+        return self._write(QueueHeader(envelope.sender, envelope.recipients, queued_at=self.clock()), envelope.content)
+
+    def write(self, path: str, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
+        """Write a version of a message, durably, put it at *path* and hold it.  Raises OSError."""
+        file = self._write(header, content, due)
+        with self.dropped_on_error(file):
+            file.move(path)
+        return file
+
+    def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
+        return self._holder.create(self.place('tmp', self._new_name()), (serialize_header(header), content), due)
+
+    def _new_name(self) -> str:
+        """
+        Return a name as a maildir has them (https://cr.yp.to/proto/maildir.html), sorted by time.
+
+        The random part keeps forked children, and machines that share a name, apart.
+        """
+        seconds, microseconds = divmod(int(self.clock() * 1_000_000), 1_000_000)
+        number = next(self._numbers)
+        return f'{seconds}.M{microseconds:06}P{os.getpid()}Q{number}R{secrets.token_hex(4)}.{self._host}'
+
+    @contextlib.contextmanager
+    def dropped_on_error(self, file: LockedFile) -> Iterator[None]:
+        """Nothing is left behind of *file* if what is done with it fails."""
+        try:
+            yield
+        except BaseException:
+            self.drop(file)
+            raise
+
+    def drop(self, file: LockedFile) -> bool:
+        """Remove a file and let go of it.  Never raises: False if it cannot be removed, which is logged."""
+        try:
+            file.remove()
+        except OSError as error:
+            log_trouble('must not be delivered, and cannot be removed', file.path, error, logging.CRITICAL)
+            return False
+        finally:
+            file.close()
+        return True
+
+    def refusal(self, error: OSError) -> QueueError:
+        """The "no" of this queue, for a person."""
+        return QueueError(f'The queue {self.path} cannot take the message: {why(error)}')
+
+    def changed(self, folder: str) -> None:
+        """Note a change of a folder that is to be made durable with the next batch."""
+        self._changes.note(folder)
+
+    def flush(self) -> None:
+        """See `IMailQueue`."""
+        self._changes.flush()
+
+    def _forget_changes(self) -> None:
+        """At first, and in a forked child: what its parent has yet to make durable is the parent's business."""
+        self._changes = _UnsyncedChanges(self.path)
+
+
+class _UnsyncedChanges:
+    """The folders that were changed since they were last made durable."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._folders: set[str] = set()
+        self._count = 0
+        self._since = 0.0
+
+    def note(self, folder: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if not self._folders:
+                self._since = now
+            self._folders.add(folder)
+            self._count += 1
+            if self._count < SYNC_EVERY and now - self._since < SYNC_SECONDS:
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            folders, self._folders, self._count = self._folders, set(), 0
+        for folder in folders:
+            path = os.path.join(self._path, folder)
+            try:
+                sync_folder(path)
+            except OSError as error:
+                log_trouble('holds changes that a power cut may undo', path, error)
+
+
+def _create_folder(path: str) -> bool:
+    """Return whether the folder had to be created.  Raises OSError, also if it is there and cannot be used."""
+    if not os.path.isdir(path):
+        # Two processes may start at once; and a umask may have taken away more than what 0700 leaves out.
+        os.makedirs(path, 0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+        return True
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f'user {os.geteuid()} may not read and write {path}')
+    return False
+
+
+def modified_time(entry: os.DirEntry[str]) -> float | None:
+    """Return the time of modification of a file; None if it is gone, or cannot be looked at (that is logged)."""
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log_trouble('cannot be looked at', entry.path, error)
+        return None
+
+
+def _in_file_name(host: str) -> str:
+    return host.replace('/', '\\057').replace(':', '\\072').replace(',', '\\054') or 'localhost'
