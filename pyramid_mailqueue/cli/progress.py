@@ -1,0 +1,228 @@
+"""
+What a person sees while ``mq-run`` works.
+
+On a terminal: a bar if rich is there (the extra ``cli``), else a line every two seconds.  Cron and systemd see nothing.
+A thread of its own paints; those who deliver only leave their numbers for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO, cast
+
+from pyramid_mailqueue.cli.service import all_handlers
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = ['Progress', 'open_progress']
+
+# Seconds.  A run that is over before anybody could read of it shows nothing, and does not import rich.
+_PATIENCE = 0.5
+_BETWEEN_BARS = 0.2
+_BETWEEN_LINES = 2
+# What the rate is the mean of.
+_WINDOW = 10
+
+# Columns.  What is left of a bar below the smaller one tells nothing.
+_SMALLEST_BAR = 10
+_LARGEST_BAR = 40
+
+
+class Progress:
+    """
+    How far a run is, in messages.
+
+    :param total: how many are due; None if nobody knows.  It may be set later, too
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.counts = (0, 0, 0, 0)
+
+    def update(self, done: int, sent: int, deferred: int, refused: int) -> None:
+        """Say how many were tried until now, and what became of them; from any thread, as often as you like."""
+        self.counts = done, sent, deferred, refused
+
+
+@contextmanager
+def open_progress(
+    stream: TextIO, *, total: int | None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
+    """
+    Show the progress of a run on *stream* until the end of the ``with`` block, if that is a terminal.
+
+    What is logged to the terminal meanwhile appears above the bar, and the bar is gone before the block is left.
+    Without rich there are lines, which stay.
+
+    :param stream: where it is shown: stderr, for stdout is the summary's
+    :param total: how many messages are due; None if nobody knows.  It does no harm if it is too small
+    :param clock: seconds, from any beginning
+    """
+    progress = Progress(total)
+    if not _is_terminal(stream):
+        yield progress
+        return
+    over = threading.Event()
+    painter = threading.Thread(target=_paint, args=(stream, progress, clock, over.wait), name='mq-run progress')
+    try:
+        painter.start()
+        yield progress
+    finally:
+        over.set()
+        # It is not, if somebody has interrupted its start.
+        if painter.is_alive():
+            painter.join()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except ValueError:
+        # It is closed.
+        return False
+
+
+def _paint(stream: TextIO, progress: Progress, clock: Callable[[], float], is_over: Callable[[float], bool]) -> None:
+    """
+    Paint until it is over.
+
+    :param is_over: waits so many seconds, and returns True as soon as the run has ended
+    """
+    rate = _Rate(clock())
+    while True:
+        if is_over(_PATIENCE):
+            return
+        if progress.total or progress.counts[0]:
+            break
+    # A terminal that has gone away does not end the delivery.
+    with suppress(OSError), _display(stream) as (show, pause):
+        while not is_over(pause):
+            counts = progress.counts
+            rate.add(clock(), counts[0])
+            show(_State(*counts, progress.total, rate.per_second))
+
+
+class _Rate:
+    """Messages for each second, within the last few: a run that has come to a standstill shows it."""
+
+    def __init__(self, now: float) -> None:
+        self._samples = deque([(now, 0)])
+
+    def add(self, now: float, done: int) -> None:
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
+            self._samples.popleft()
+
+    @property
+    def per_second(self) -> float:
+        (then, done_then), (now, done) = self._samples[0], self._samples[-1]
+        return (done - done_then) / (now - then) if now > then else 0
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is shown at one moment."""
+
+    done: int
+    sent: int
+    deferred: int
+    refused: int
+    counted: int | None
+    per_second: float
+
+    @property
+    def total(self) -> int | None:
+        """None as well if there have been more: they became due meanwhile, and nobody has counted them."""
+        return None if self.counted is None or self.counted < self.done else self.counted
+
+    @property
+    def words(self) -> str:
+        """``1200 of 4000, 310/s, about 9 s left; 1190 sent, 8 deferred, 2 refused``, as far as it is known."""
+        told = [str(self.done) if self.total is None else f'{self.done} of {self.total}']
+        told.append(f'{self.per_second:.0f}/s' if self.per_second >= 10 else f'{self.per_second:.1f}/s')
+        if self.total is not None and self.per_second:
+            told.append(f'about {_span((self.total - self.done) / self.per_second)} left')
+        return f'{", ".join(told)}; {self.sent} sent, {self.deferred} deferred, {self.refused} refused'
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    if seconds < 90 * 60:
+        return f'{seconds / 60:.0f} min'
+    return f'{seconds / 3600:.0f} h'
+
+
+# --- the display ------------------------------------------------------------
+
+
+@contextmanager
+def _display(stream: TextIO) -> Iterator[tuple[Callable[[_State], None], float]]:
+    """Give the function that shows how far the run is, and the seconds between two calls of it."""
+    console = _console(stream)
+    if console is None:
+        yield lambda state: print(f'mq-run: {state.words}', file=stream, flush=True), _BETWEEN_LINES
+        return
+    from rich.live import Live
+
+    # The bar goes before the handlers get their streams back: what is logged in between would be painted over.
+    with (
+        _diverted_logging(console),
+        Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as live,
+    ):
+        yield lambda state: live.update(_row(state, console.width), refresh=True), _BETWEEN_BARS
+
+
+def _console(stream: TextIO) -> Console | None:
+    """Return None if there is no rich, or if the terminal cannot paint over a line (``TERM=dumb``)."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    console = Console(file=stream)
+    return console if console.is_interactive else None
+
+
+def _row(state: _State, width: int) -> RenderableType:
+    """One line, whatever the width: what is longer would leave its remains behind."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    text = Text(state.words, no_wrap=True, overflow='crop')
+    room = min(width - len(state.words) - 1, _LARGEST_BAR)
+    if room < _SMALLEST_BAR:
+        return text
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(state.total, state.done, width=room), text)
+    return row
+
+
+@contextmanager
+def _diverted_logging(console: Console) -> Iterator[None]:
+    """
+    Let log handlers write above the bar.
+
+    Each holds the stream that it was made with, so what rich puts in the place of ``sys.stderr`` does not reach it.
+    """
+    from rich.file_proxy import FileProxy
+
+    terminals = [stream for stream in (sys.stderr, sys.stdout) if _is_terminal(stream)]
+    diverted = []
+    try:
+        for handler in all_handlers():
+            if isinstance(handler, logging.StreamHandler) and handler.stream in terminals:
+                proxy = cast('TextIO', FileProxy(console, handler.stream))
+                diverted.append((handler, handler.setStream(proxy)))
+        yield
+    finally:
+        for handler, former in diverted:
+            handler.setStream(former)
