@@ -12,13 +12,16 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 
 TEST := .venv-test
 DEMO := .venv-demo
+BENCH := .venv-bench
 PEERS := .venv-peers
+SERVERS := .mta
 SOURCES := Makefile pyproject.toml requirements-test.txt setup.cfg setup.py
+PACKAGE := $(shell find pyramid_mailqueue -type f -not -path '*/__pycache__/*')
 
-.PHONY: test demo bench dist format clean check-python strace
+.PHONY: test demo bench dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
-test: $(TEST)/installed-$(VERSION) strace
+test: $(TEST)/installed-$(VERSION) system-packages
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
@@ -27,8 +30,16 @@ test: $(TEST)/installed-$(VERSION) strace
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo
 
-bench: $(TEST)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
-	$(TEST)/bin/python -m benchmarks.request_time $(PEERS)/bin/python
+# Each of these can be run on its own, and has a --help.  TMPDIR chooses the disk, and Postfix's smtp-sink is used if it
+# is there.
+bench: $(BENCH)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
+	$(BENCH)/bin/python -m benchmarks.request_time $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.enqueue
+	$(BENCH)/bin/python -m benchmarks.drain $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.drain_line $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.backlog
+	$(BENCH)/bin/python -m benchmarks.idle $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.large $(PEERS)/bin/python
 
 # What is uploaded for a release.
 dist: $(TEST)/installed-$(VERSION)
@@ -41,7 +52,7 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(TEST) $(DEMO) $(PEERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(TEST) $(DEMO) $(BENCH) $(PEERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # "|": checked before an installation, but no reason for one.
@@ -55,9 +66,19 @@ $(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python
 	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' --editable ./demo
 	@touch $@
 
-$(PEERS)/installed-$(VERSION): Makefile benchmarks/peers.txt | check-python
+# As users have it: an editable installation makes each Python start slower.  Without build/, which would be used again.
+$(BENCH)/installed-$(VERSION): $(SOURCES) $(PACKAGE) | check-python
+	$(PYTHON) -m venv --clear $(BENCH)
+	rm -rf build
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check .
+	rm -rf build
+	@touch $@
+
+# After the one above: both build here.
+$(PEERS)/installed-$(VERSION): benchmarks/peers.txt $(SOURCES) $(PACKAGE) | $(BENCH)/installed-$(VERSION)
 	$(PYTHON) -m venv --clear $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt --editable .
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt .
+	rm -rf build
 	@touch $@
 
 check-python:
@@ -68,10 +89,12 @@ check-python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo >&2 '"$(PYTHON)" has no module "venv".  On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
 
-# Some tests watch the system calls of a commit.  Without strace they are left out, and the end of the run says so.
-strace:
-	@if ! command -v strace >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+# Some tests watch the system calls of a commit, and some speak to the mail servers of Debian, which are unpacked here and
+# not installed (see tests/mta/unpack.py).  What cannot be had is left out, and the end of the run says so.
+system-packages: | check-python
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v strace >/dev/null && [ -e $(SERVERS)/complete ]; }; then \
 	    export DEBIAN_FRONTEND=noninteractive; \
 	    apt-get -qq update && apt-get -qq install --yes --no-install-recommends strace >/dev/null \
-	    || echo >&2 'strace could not be installed: the tests that need it will be left out.'; \
+	    && $(PYTHON) -m tests.mta.unpack >/dev/null \
+	    || echo >&2 'Some system packages could not be had: the tests that need them will be left out.'; \
 	fi

@@ -1,5 +1,5 @@
 """
-The other ends of a benchmark, each in a process of its own: a mail server that throws everything away, and a long line.
+The other ends of a benchmark: a mail server that throws everything away, and a long line.
 
     python -m benchmarks.servers sink PORT
     python -m benchmarks.servers line PORT TARGET_PORT ROUND_TRIP_MS
@@ -8,19 +8,31 @@ The other ends of a benchmark, each in a process of its own: a mail server that 
 from __future__ import annotations
 
 import asyncio
+import os
+import selectors
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 HOST = '127.0.0.1'
 
 
 class _Sink(asyncio.Protocol):
-    """As little as a server can do that offers PIPELINING: it answers, and remembers nothing."""
+    """
+    As little as a server can do that offers PIPELINING: it answers, and remembers nothing.
+
+    :param on_message: called when a message is complete
+    """
+
+    def __init__(self, on_message: Callable[[], object] = lambda: None):
+        self.on_message = on_message
 
     def connection_made(self, transport):
         self.transport = transport
@@ -40,6 +52,7 @@ class _Sink(asyncio.Protocol):
                     break
                 self.buffer = self.buffer[end + 5 :]
                 self.in_data = False
+                self.on_message()
                 replies.append(b'250 2.0.0 Ok\r\n')
                 continue
             line, found, rest = self.buffer.partition(b'\r\n')
@@ -118,13 +131,48 @@ def _process(command: list[str], port: int) -> Iterator[int]:
         process.wait(10)
 
 
+def _postfix_sink() -> str | None:
+    # Where it is, who is not root need not have in the PATH.
+    return shutil.which('smtp-sink', path=f'{os.environ.get("PATH", os.defpath)}:/usr/sbin:/usr/lib/postfix/sbin')
+
+
+def sink_name() -> str:
+    return "Postfix's smtp-sink" if _postfix_sink() else 'a sink in Python'
+
+
 def sink():
     """A running sink; its port.  Postfix's smtp-sink where it is installed, else the one above."""
     port = free_port()
-    postfix = shutil.which('smtp-sink', path='/usr/sbin:/usr/lib/postfix/sbin:/usr/bin')
+    postfix = _postfix_sink()
     if postfix:
-        return _process([postfix, '-u', 'nobody', f'{HOST}:{port}', '200'], port)
+        # Root has to say whom it is to become.
+        user = ['-u', 'nobody'] if os.geteuid() == 0 else []
+        return _process([postfix, *user, f'{HOST}:{port}', '200'], port)
     return _process([sys.executable, '-m', 'benchmarks.servers', 'sink', str(port)], port)
+
+
+@contextmanager
+def watched_sink() -> Iterator[tuple[int, list[float]]]:
+    """A running sink in a thread of this process; its port, and when each message was complete (time.monotonic())."""
+    arrivals: list[float] = []
+    with _thread(partial(_Sink, lambda: arrivals.append(time.monotonic()))) as port:
+        yield port, arrivals
+
+
+@contextmanager
+def _thread(protocol: Callable[[], asyncio.Protocol]) -> Iterator[int]:
+    """Serve *protocol* in a thread of this process; the port."""
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(loop.create_server(protocol, HOST, 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.close()
 
 
 def long_line(target: int, round_trip_ms: float = 20):
@@ -134,12 +182,48 @@ def long_line(target: int, round_trip_ms: float = 20):
     return _process(command, port)
 
 
+class _Counter(asyncio.Protocol):
+    """Answers each *size* octets by one."""
+
+    def __init__(self, size: int):
+        self.size = self.missing = size
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.missing -= len(data)
+        if self.missing <= 0:
+            self.missing += self.size
+            self.transport.write(b'x')
+
+
+def measured_round_trip(size: int, turns: int = 50, round_trip_ms: float = 20) -> float:
+    """The seconds that *size* octets and one octet back take over a line as above, by bare sockets: the median."""
+
+    def ask() -> float:
+        start = time.perf_counter()
+        near_end.sendall(b'x' * size)
+        near_end.recv(1)
+        return time.perf_counter() - start
+
+    with (
+        _thread(partial(_Counter, size)) as far_end,
+        long_line(far_end, round_trip_ms) as port,
+        socket.create_connection((HOST, port)) as near_end,
+    ):
+        near_end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return statistics.median(ask() for _ in range(turns))
+
+
 def main() -> None:
     what, port, *rest = sys.argv[1:]
     if what == 'sink':
         asyncio.run(_serve_sink(int(port)))
     else:
-        asyncio.run(_serve_line(int(port), int(rest[0]), float(rest[1]) / 1000))
+        # epoll() waits in whole milliseconds, rounded up: each way would be too long by up to one.
+        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+        loop.run_until_complete(_serve_line(int(port), int(rest[0]), float(rest[1]) / 1000))
 
 
 if __name__ == '__main__':
