@@ -23,7 +23,7 @@ from pyramid_mailqueue.addresses import check_address
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
 
-__all__ = ['Key', 'Settings', 'default_tls', 'known_keys']
+__all__ = ['Key', 'Rate', 'Settings', 'default_tls', 'known_keys', 'parse_duration']
 
 T = TypeVar('T')
 Parser = Callable[[object], T]
@@ -40,12 +40,26 @@ _NOT_HERE = {
 }
 
 
+@dataclass(frozen=True)
+class Rate:
+    """
+    A limit for sending.
+
+    :param count: how many sends, at most
+    :param seconds: in any time of this length
+    """
+
+    count: int
+    seconds: float
+
+
 # --- parsers: an ini's text or an object set in code -> a typed value; ValueError says what the value must be --------
 
 _CONTROL = re.compile(r'[\x00-\x1f\x7f]')
 _DIGITS = re.compile(r'\s*([0-9]{1,15})\s*')
 _DURATION = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([smhd]?)\s*')
 _SIZE = re.compile(r'\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(?:i?b)?\s*', re.IGNORECASE | re.ASCII)
+_RATE = re.compile(r'\s*([0-9]{1,15})\s*/\s*([a-z]+)\s*')
 _FACTORY = re.compile(r'[^\W\d]\w*(?:[.:][^\W\d]\w*)+')
 _TRANSPORT = re.compile(r'[A-Za-z0-9_.:-]+')
 _LABEL = r'[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
@@ -54,6 +68,8 @@ _HOST_NAME = re.compile(r'[\w-]{1,63}(?:\.[\w-]{1,63})*\.?')
 _ADDRESS_LITERAL = re.compile(r'\[(?:(?P<ipv6>IPv6:))?(?P<address>[^\[\]%]+)\]', re.IGNORECASE)
 
 _SECONDS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+_PERIODS = _SECONDS | {'second': 1, 'sec': 1, 'minute': 60, 'min': 60, 'hour': 3600, 'day': 86400}
+_MOST_SENDS = 1_000_000
 _YES = frozenset(('t', 'true', 'y', 'yes', 'on', '1'))
 _NO = frozenset(('f', 'false', 'n', 'no', 'off', '0'))
 
@@ -105,6 +121,11 @@ def _duration(least: str = '', most: str = '3650d') -> Parser[float]:
     return parse
 
 
+def parse_duration(value: object) -> float:
+    """Return a time span such as 300, ``90s`` or ``1.5h`` in seconds.  Raises ValueError: what it must be."""
+    return _duration()(value)
+
+
 def _seconds(value: object) -> float:
     """Return *value* in seconds; not a number (NaN), which is in no range, if it is no time span."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -120,6 +141,19 @@ def _size(value: object) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError('must be bytes such as 10485760, or 512K, 10M or 1G (1K is 1024 bytes); at least 1')
     return size
+
+
+def _rate(value: object) -> Rate | None:
+    if isinstance(value, str) and value.strip() == 'none':
+        return None
+    match = _RATE.fullmatch(value) if isinstance(value, str) else None
+    rate = Rate(int(match[1]), _PERIODS.get(match[2], math.nan)) if match else value
+    if isinstance(rate, Rate) and 1 <= rate.count <= _MOST_SENDS and 0 < rate.seconds < math.inf:
+        return rate
+    raise ValueError(
+        'must be none, or a number and a time such as 14/second, 200/minute, 5000/hour or 50000/day; '
+        f'the number from 1 to {_MOST_SENDS}'
+    )
 
 
 def _flag(value: object) -> bool:
@@ -329,6 +363,9 @@ class Settings:
     retry_max: float = _key(_duration(), '4000s', 'How long a message waits at most; each wait is twice the last.')
     lifetime: float = _key(_duration(), '5d', 'How long a message is tried before it is given up.')
     max_recipients: int = _key(_whole(1, 1_000_000), '100', 'How many recipients are given to the server at once.')
+    rate_limit: Rate | None = _optional(
+        _rate, 'How many recipients are sent to in a time, at most, by all processes of this queue: such as 14/second.'
+    )
     max_message_size: int | None = _optional(_size, 'How large a message may be.')
     in_doubt: str = _key(
         _choice('hold', 'send', 'discard'),
@@ -462,6 +499,12 @@ def _contradictions(settings: Settings, full: FullName) -> Iterator[_Contradicti
             {'queue', 'queue_dir'},
             f'{full("queue_dir")} is missing: with {full("queue")} = maildir it names the directory in which messages '
             'wait, such as %(here)s/mailqueue in an ini file.',
+        )
+    if settings.rate_limit and settings.queue != 'maildir' and not settings.queue_dir:
+        yield _Contradiction(
+            {'rate_limit', 'queue', 'queue_dir'},
+            f'{full("queue_dir")} is missing: {full("rate_limit")} is set, and needs a directory for the file in which '
+            'all processes count what they send.',
         )
     yield from _smtp_contradictions(settings, full)
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pyramid_mailqueue.exceptions import ConfigurationError
-from pyramid_mailqueue.settings import Settings, default_tls, known_keys
+from pyramid_mailqueue.settings import Rate, Settings, default_tls, known_keys
 
 ENOUGH = {'queue_dir': '/srv/mailqueue', 'smtp_hostname': 'mail.example.org'}
 
@@ -57,6 +57,7 @@ def test_the_defaults_are_those_of_the_contract():
         'retry_max': 4000,
         'lifetime': 5 * 24 * 60 * 60,
         'max_recipients': 100,
+        'rate_limit': None,
         'max_message_size': None,
         'in_doubt': 'hold',
         'sql_url': None,
@@ -133,6 +134,18 @@ GOOD = [
     ('lifetime', 300, 300),
     ('lifetime', 0.5, 0.5),
     ('max_recipients', '1', 1),
+    ('rate_limit', '14/second', Rate(14, 1)),
+    ('rate_limit', ' 200 / minute ', Rate(200, 60)),
+    ('rate_limit', '5000/hour', Rate(5000, 60 * 60)),
+    ('rate_limit', '1000000/day', Rate(1_000_000, A_DAY)),
+    ('rate_limit', '1/s', Rate(1, 1)),
+    ('rate_limit', '1/sec', Rate(1, 1)),
+    ('rate_limit', '1/m', Rate(1, 60)),
+    ('rate_limit', '1/min', Rate(1, 60)),
+    ('rate_limit', '1/h', Rate(1, 60 * 60)),
+    ('rate_limit', '1/d', Rate(1, A_DAY)),
+    ('rate_limit', ' none ', None),
+    ('rate_limit', Rate(1, 0.5), Rate(1, 0.5)),
     ('max_message_size', '10485760', 10 * 1024**2),
     ('max_message_size', '10M', 10 * 1024**2),
     ('max_message_size', '10 MB', 10 * 1024**2),
@@ -215,6 +228,20 @@ BAD = [
     ('lifetime', 10**400, 'at most 3650d'),
     ('lifetime', True, 'must be seconds such as 300'),
     ('max_recipients', '0', 'must be a whole number from 1 to'),
+    ('rate_limit', '14', 'must be none, or a number and a time such as 14/second, 200/minute, 5000/hour or 50000/day'),
+    ('rate_limit', 14, 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', '14/seconds', 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', '14/month', 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', '14/', 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', 'second/14', 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', '1.5/second', 'must be none, or a number and a time such as 14/second'),
+    ('rate_limit', '-1/second', 'the number from 1 to 1000000'),
+    ('rate_limit', '0/second', 'the number from 1 to 1000000'),
+    ('rate_limit', '1000001/day', 'the number from 1 to 1000000'),
+    ('rate_limit', Rate(0, 1), 'the number from 1 to 1000000'),
+    ('rate_limit', Rate(1, 0), 'must be none, or a number and a time'),
+    ('rate_limit', Rate(1, float('nan')), 'must be none, or a number and a time'),
+    ('rate_limit', Rate(1, float('inf')), 'must be none, or a number and a time'),
     ('max_message_size', '10X', 'must be bytes such as 10485760, or 512K, 10M or 1G'),
     ('max_message_size', '0.1', 'at least 1'),
     ('max_message_size', True, 'must be bytes such as 10485760'),
@@ -317,6 +344,11 @@ def test_a_key_that_cannot_be_read_is_not_reported_as_missing_too():
 
 CONTRADICTIONS = [
     ({'queue_dir': ''}, 'mailqueue.queue_dir is missing: with mailqueue.queue = maildir'),
+    (
+        {'queue': 'shop.mail:Queue', 'queue_dir': '', 'rate_limit': '14/second'},
+        'mailqueue.queue_dir is missing: mailqueue.rate_limit is set, and needs a directory',
+    ),
+    ({'queue_dir': '', 'rate_limit': '14/second'}, 'mailqueue.queue_dir is missing: with mailqueue.queue = maildir'),
     ({'smtp_hostname': ''}, 'mailqueue.smtp_hostname is missing: mailqueue.transports has smtp'),
     ({'smtp_username': 'me'}, 'mailqueue.smtp_password is missing: mailqueue.smtp_username is set'),
     ({'smtp_password': 'x'}, 'mailqueue.smtp_username is missing: mailqueue.smtp_password is set'),
@@ -342,6 +374,8 @@ def test_a_contradiction_names_both_keys(values, text):
     'values',
     [
         {'queue': 'sql', 'queue_dir': ''},
+        {'queue': 'sql', 'queue_dir': '', 'rate_limit': 'none'},
+        {'queue': 'sql', 'rate_limit': '14/second'},
         {'transports': 'inbox', 'smtp_hostname': ''},
         {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x', 'smtp_hostname': '127.0.0.1'},
         {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x', 'smtp_hostname': '', 'transports': 'inbox'},
