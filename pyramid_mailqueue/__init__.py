@@ -23,10 +23,12 @@ from pyramid_mailqueue.exceptions import (
     MessageTooLarge,
     NoActiveTransaction,
     NoRecipients,
+    NoSuchMessage,
     QueueError,
     QueueFileError,
     ServerTrouble,
     TooManyRecipients,
+    WrongState,
 )
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
@@ -43,10 +45,12 @@ __all__ = [
     'MessageTooLarge',
     'NoActiveTransaction',
     'NoRecipients',
+    'NoSuchMessage',
     'QueueError',
     'QueueFileError',
     'ServerTrouble',
     'TooManyRecipients',
+    'WrongState',
     'get_mailer',
     'includeme',
     'mailer_from_settings',

@@ -22,7 +22,7 @@ from pyramid_mailqueue.addresses import check_address, parse_header_addresses, p
 from pyramid_mailqueue.content import Field, message_bytes, normalize_line_ends, split_content
 from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
 
-__all__ = ['MAX_RECIPIENTS_OCTETS', 'Envelope']
+__all__ = ['MAX_RECIPIENTS_OCTETS', 'Envelope', 'message_id_of']
 
 #: How many octets the recipients of a new message may have, with a comma between two.  The header of a queue file has
 #: room for a little more.
@@ -119,16 +119,21 @@ class Envelope:
         Where it is not one as in RFC 5322 section 3.6.4 it is told as it stands.  In any case it is one line of ASCII;
         other bytes are escaped.
         """
-        if self.content.startswith(b'\r\n'):
-            return ''
-        header_end = self.content.find(b'\r\n\r\n')
-        match = _MESSAGE_ID.search(self.content, 0, header_end if header_end >= 0 else len(self.content))
-        if not match:
-            return ''
-        value = match[1].replace(b'\r\n', b'').rstrip(b' \t')
-        ordinary = _ORDINARY_ID.match(value)
-        text = (ordinary[0] if ordinary else value).decode('ascii', 'backslashreplace')
-        return _CONTROL.sub(lambda control: f'\\x{ord(control[0]):02x}', text)
+        return message_id_of(self.content)
+
+
+def message_id_of(content: bytes) -> str:
+    """Return the ``Message-ID`` in the header of *content*; see :attr:`Envelope.message_id`."""
+    if content.startswith(b'\r\n'):
+        return ''
+    header_end = content.find(b'\r\n\r\n')
+    match = _MESSAGE_ID.search(content, 0, header_end if header_end >= 0 else len(content))
+    if not match:
+        return ''
+    value = match[1].replace(b'\r\n', b'').rstrip(b' \t')
+    ordinary = _ORDINARY_ID.match(value)
+    text = (ordinary[0] if ordinary else value).decode('ascii', 'backslashreplace')
+    return _CONTROL.sub(lambda control: f'\\x{ord(control[0]):02x}', text)
 
 
 def _checked_recipients(recipients: Iterable[str]) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ The tree, with the standard exception that a branch also is::
       x NoActiveTransaction         (RuntimeError)  ``send()`` where nothing will ever commit
       x QueueError                                  the queue said no; nothing was changed
         + QueueFileError            (ValueError)    a queue file that cannot be read
+        + NoSuchMessage             (LookupError)   no message has this id, or more than one
+        + WrongState                                not while the message is as it is
       x ServerTrouble                               the relay cannot be used now; no message is to blame
 
 ``ConfigurationError`` and ``MessageError`` are mistakes of the caller and are raised as early as they can be seen: at
@@ -30,10 +32,12 @@ __all__ = [
     'MessageTooLarge',
     'NoActiveTransaction',
     'NoRecipients',
+    'NoSuchMessage',
     'QueueError',
     'QueueFileError',
     'ServerTrouble',
     'TooManyRecipients',
+    'WrongState',
 ]
 
 
@@ -79,6 +83,14 @@ class QueueError(MailqueueError):
 
 class QueueFileError(QueueError, ValueError):
     """A file in the queue directory is not a queue file."""
+
+
+class NoSuchMessage(QueueError, LookupError):
+    """No message in the queue has this id, or several have an id that begins so.  The text says which of the two."""
+
+
+class WrongState(QueueError):
+    """What a person has asked for cannot be done with a message in this state, or while somebody delivers it."""
 
 
 class ServerTrouble(MailqueueError):

@@ -8,7 +8,7 @@ method, when, from which thread, and what may fail.  Classes say ``@implementer`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zope.interface import Attribute, Interface
@@ -16,8 +16,9 @@ from zope.interface import Attribute, Interface
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
     from pyramid_mailqueue.envelope import Envelope
+    from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
 
-__all__ = ['IClaim', 'IDispatcher', 'IMailQueue', 'IMailer', 'IRetryPolicy', 'IStaging', 'ITransport']
+__all__ = ['IClaim', 'IDispatcher', 'IMailQueue', 'IMailer', 'IQueueAdmin', 'IRetryPolicy', 'IStaging', 'ITransport']
 
 
 class IMailer(Interface):
@@ -102,6 +103,65 @@ class IMailQueue(Interface):
 
     def counts() -> Mapping[str, int]:
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
+
+    admin: IQueueAdmin = Attribute('An IQueueAdmin of this queue: what a person may see and do.')
+
+
+class IQueueAdmin(Interface):
+    """
+    What a person may see and do in a queue: the command ``mq-queue``, or a web page.
+
+    Every method may be called from any thread, while others deliver.  A message that somebody is delivering is never
+    touched.  *id* is the id of a message, or a beginning of it that no other message has.
+
+    What changes a message returns it as it is then, and the change is durable.  It raises
+    :class:`~.exceptions.NoSuchMessage` if there is no message of this id, or more than one,
+    :class:`~.exceptions.WrongState` if the message is not in a state in which this can be done, and
+    :class:`~.exceptions.QueueError` if the queue cannot be read or written; the message is then as it was before.
+    """
+
+    def entries(states: Collection[str]) -> Iterator[QueueEntry]:
+        """
+        Yield a :class:`~.queues.entries.QueueEntry` for each message in one of *states*, oldest first.
+
+        They are read one by one, in little memory.  What comes or goes meanwhile may be among them or not.  The order
+        is that in which the messages came into the queue for the first time.
+        """
+
+    def oldest(states: Collection[str]) -> QueueEntry | None:
+        """Return the message in one of *states* that has been in the queue for the longest time; None without any."""
+
+    def stats(domains_of: Collection[str]) -> QueueStats:
+        """Return how many messages there are, by state, and by the recipients' domains of those in *domains_of*."""
+
+    def find(id: str) -> QueueEntry:
+        """Return one message.  Raises :class:`~.exceptions.NoSuchMessage`."""
+
+    def content(id: str) -> bytes:
+        """Return the content of one message, byte for byte; of a corrupt one, all of its file."""
+
+    def hold(id: str) -> QueueEntry:
+        """Keep a waiting message from being delivered, until somebody calls :meth:`unhold`."""
+
+    def unhold(id: str) -> QueueEntry:
+        """Let a message that is held wait again, as it did before: with its due time, its attempts and its age."""
+
+    def retry(id: str) -> QueueEntry:
+        """
+        Let a message be tried with the next run.
+
+        One that waits is due now.  A dead letter waits again, as if it had come into the queue now: with no attempts,
+        and with its whole lifetime before it.
+        """
+
+    def release(id: str) -> QueueEntry:
+        """Let a message in doubt wait, due now, as if it had come into the queue now."""
+
+    def delete(id: str) -> QueueEntry:
+        """Remove a message that nobody is delivering, for good; return it as it was."""
+
+    def flush() -> int:
+        """Make every waiting message due now; return how many were not."""
 
 
 class IStaging(Interface):

@@ -16,7 +16,16 @@ from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDisp
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailer, IMailQueue, IRetryPolicy, IStaging, ITransport
+from pyramid_mailqueue.interfaces import (
+    IClaim,
+    IDispatcher,
+    IMailer,
+    IMailQueue,
+    IQueueAdmin,
+    IRetryPolicy,
+    IStaging,
+    ITransport,
+)
 from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transports.debug import DebugInbox
@@ -45,6 +54,7 @@ def objects(queue_dir, tmp_path):
     yield [
         (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
+        (IQueueAdmin, queue.admin),
         (IStaging, queue.staging()),
         (IClaim, claim),
         (ITransport, SMTPTransport(hostname='localhost')),

@@ -8,6 +8,7 @@ The queue that is a directory: durable with what every machine has, readable wit
         prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock
         new/              waiting; the file's mtime is its due time
         cur/              claimed: the holder has it open and locked
+        held/             not to be delivered until a person says so; the file's mtime is still its due time
         dead/             dead letters
         corrupt/          what could not be parsed, untouched
 
@@ -28,7 +29,7 @@ How a message goes through it; each arrow is one ``rename``, and the file is loc
     f  MaildirQueue.claim_due; MaildirQueue.claim
 
 A dead letter is a new file, and is written for the recipients that are given up before d or e happens.  A file in
-``cur/`` that cannot be parsed moves to ``corrupt/``.
+``cur/`` that cannot be parsed moves to ``corrupt/``.  What a person does is told in :mod:`~.maildir_admin`.
 
 What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``cur/`` and
 ``new/`` before the commit returns (b, c), ``dead/`` before the message changes.  While a queue is drained d and e are
@@ -53,6 +54,7 @@ from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
+from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, STUMBLES, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders, modified_time
 
@@ -239,11 +241,17 @@ class MaildirQueue(MaildirFolders):
 
     # -- for people
 
+    @property
+    def admin(self) -> MaildirAdmin:
+        """See `IMailQueue`."""
+        return MaildirAdmin(self)
+
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
         return {
             'waiting': sum(1 for _ in self.files('new')),
             'in progress': sum(1 for _ in self.files('cur')),
+            'held': sum(1 for _ in self.files('held')),
             'dead': sum(1 for _ in self.files('dead')),
             'in doubt': sum(self._is_in_doubt(entry.name) for entry in list(self.files('prepared'))),
             'corrupt': sum(1 for _ in self.files('corrupt')),

@@ -26,7 +26,7 @@ from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MaildirFolders', 'modified_time']
 
-FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'dead', 'corrupt')
+FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
 
 #: Settled claims are made durable together: after this many changes, or this many seconds after the first of them.
 SYNC_EVERY = 100
@@ -79,10 +79,14 @@ class MaildirFolders:
     def take(self, folder: str, name: str) -> LockedFile | None:
         """Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged)."""
         try:
-            return self._holder.take(self.place(folder, name))
+            return self.hold(folder, name)
         except OSError as error:
             log_trouble('cannot be opened', self.place(folder, name), error)
             return None
+
+    def hold(self, folder: str, name: str) -> LockedFile | None:
+        """Hold one file; None if it is gone or is held by somebody else.  Raises OSError if it cannot be opened."""
+        return self._holder.take(self.place(folder, name))
 
     def create(self, envelope: Envelope) -> LockedFile:
         """Write a new message to ``tmp/``, durably, and hold it.  Raises OSError."""
@@ -96,9 +100,9 @@ class MaildirFolders:
         return file
 
     def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
-        return self._holder.create(self.place('tmp', self._new_name()), (serialize_header(header), content), due)
+        return self._holder.create(self.place('tmp', self.new_name()), (serialize_header(header), content), due)
 
-    def _new_name(self) -> str:
+    def new_name(self) -> str:
         """
         Return a name as a maildir has them (https://cr.yp.to/proto/maildir.html), sorted by time.
 

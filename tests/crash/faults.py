@@ -13,7 +13,7 @@ import fcntl
 import os
 import signal
 
-from pyramid_mailqueue.queues import locked_file, maildir, maildir_claim, maildir_folders
+from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
@@ -22,7 +22,7 @@ SYSTEM_CALLS = frozenset({
 })  # fmt: skip
 
 #: The modules that make them.
-MODULES = (locked_file, maildir, maildir_claim, maildir_folders)
+MODULES = (locked_file, maildir, maildir_admin, maildir_claim, maildir_folders)
 
 #: Those that change something.
 CHANGES = frozenset({'chmod', 'fchmod', 'makedirs', 'rename', 'unlink', 'utime', 'writev'})

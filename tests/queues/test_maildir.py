@@ -1539,7 +1539,15 @@ def test_counts_tell_how_many_messages_are_in_which_state(queue):
     taken = queue.put_claimed(ENVELOPE)
     queue.put_claimed(ENVELOPE).settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 no'),)))
     at(queue, 'corrupt', 'damaged').write_bytes(b'garbage')
+    queue.admin.hold(put(queue))
     staging = stage(queue, (ENVELOPE, True))
 
-    assert MaildirQueue(queue.path).counts() == {'waiting': 2, 'in progress': 1, 'dead': 1, 'in doubt': 2, 'corrupt': 1}
+    assert MaildirQueue(queue.path).counts() == {
+        'waiting': 2,
+        'in progress': 1,
+        'held': 1,
+        'dead': 1,
+        'in doubt': 2,
+        'corrupt': 1,
+    }
     assert taken.envelope == staging.publish()[0].envelope

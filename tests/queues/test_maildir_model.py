@@ -227,6 +227,56 @@ class QueueMachine(RuleBasedStateMachine):
             elif self.in_doubt == 'discard':
                 del self.model.messages[name]
 
+    # --- people
+
+    def some(self, index, *states):
+        """The name of a message in one of *states*, and the message."""
+        found = self.model.names(*states)
+        name = found[index % len(found)]
+        return name, self.model.messages[name]
+
+    @precondition(lambda self: self.model.names('waiting'))
+    @rule(index=which)
+    def hold(self, index):
+        name, message = self.some(index, 'waiting')
+        self.queue.admin.hold(name)
+        message.state = 'held'
+
+    @precondition(lambda self: self.model.names('held'))
+    @rule(index=which)
+    def unhold(self, index):
+        name, message = self.some(index, 'held')
+        self.queue.admin.unhold(name)
+        message.state = 'waiting'
+
+    @precondition(lambda self: self.model.names('waiting'))
+    @rule(index=which)
+    def retry(self, index):
+        name, message = self.some(index, 'waiting')
+        self.queue.admin.retry(name)
+        message.due = min(message.due, self.now)
+
+    @precondition(lambda self: self.model.names('in doubt'))
+    @rule(index=which)
+    def release_from_doubt(self, index):
+        name, message = self.some(index, 'in doubt')
+        self.queue.admin.release(name)
+        message.due, message.state = self.now, 'waiting'
+
+    @precondition(lambda self: self.model.names('waiting', 'held', 'in doubt', 'orphan'))
+    @rule(index=which)
+    def delete(self, index):
+        name, _ = self.some(index, 'waiting', 'held', 'in doubt', 'orphan')
+        self.queue.admin.delete(name)
+        del self.model.messages[name]
+
+    @rule()
+    def flush(self):
+        self.queue.admin.flush()
+        for name in self.model.names('waiting'):
+            message = self.model.messages[name]
+            message.due = min(message.due, self.now)
+
     # --- what holds at all times
 
     @invariant()
@@ -238,6 +288,7 @@ class QueueMachine(RuleBasedStateMachine):
             'prepared': self.model.names('prepared', 'in doubt'),
             'new': self.model.names('waiting'),
             'cur': self.model.names('claimed', 'orphan'),
+            'held': self.model.names('held'),
             'corrupt': [],
         }
 

@@ -1,0 +1,170 @@
+"""
+What a person is shown of a queue: its messages, and how many of them there are.
+
+Every queue tells of itself in these words, and whoever shows them (``mq-queue``, a web page) needs to know no queue.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+
+from pyramid_mailqueue.content import normalize_line_ends
+from pyramid_mailqueue.envelope import message_id_of
+
+__all__ = ['AGE_LIMITS', 'STATES', 'UNDELIVERED', 'QueueEntry', 'QueueStats', 'Tally', 'tally', 'tell_from_header']
+
+#: What a message can be in.  A message in doubt was prepared by a process that died before it could publish it.
+STATES = ('waiting', 'in progress', 'held', 'dead', 'in doubt', 'corrupt')
+
+#: The states of what is still meant to be delivered.
+UNDELIVERED = ('waiting', 'in progress', 'held')
+
+#: The ages by which messages are counted, in minutes: those of Postfix's qshape.
+AGE_LIMITS = (5, 10, 20, 40, 80, 160, 320, 640, 1280)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """
+    One message, as it was when somebody looked.  Times are in seconds since the epoch.
+
+    Of a message that cannot be read there are only the id, the state and the size; *last_reply* says what is wrong.
+
+    :param id: its name in the queue
+    :param state: one of :data:`STATES`
+    :param sender: the reverse-path; ``''`` is the null sender, None is not known
+    :param recipients: whom it is still open for, or who was given up
+    :param retries: how many attempts were made
+    :param queued_at: when it came into the queue
+    :param due: when it may be tried again, if it waits or is held
+    :param last_attempt: when the last attempt was made
+    :param last_reply: what the server said then, or why the message was buried
+    :param subject: decoded; it may hold whatever a sender has written, control characters too
+    :param message_id: with its angle brackets
+    :param size: the octets of the message; of the whole file if that is corrupt
+    """
+
+    id: str
+    state: str
+    sender: str | None = None
+    recipients: tuple[str, ...] = ()
+    retries: int = 0
+    queued_at: float | None = None
+    due: float | None = None
+    last_attempt: float | None = None
+    last_reply: str = ''
+    subject: str = ''
+    message_id: str = ''
+    size: int = 0
+
+
+# --- from the header of a message -------------------------------------------
+
+_SUBJECT = re.compile(rb'^subject[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)', re.IGNORECASE | re.MULTILINE)
+
+
+def tell_from_header(content: bytes) -> tuple[str, str]:
+    """Return the subject and the Message-ID of a message, of which *content* is the beginning; ``''`` for neither."""
+    content = normalize_line_ends(content)
+    if content.startswith(b'\r\n'):
+        return '', ''
+    end = content.find(b'\r\n\r\n')
+    header = content if end < 0 else content[: end + 2]
+    match = _SUBJECT.search(header)
+    return _decoded(match[1]) if match else '', message_id_of(header)
+
+
+def _decoded(value: bytes) -> str:
+    text = value.replace(b'\r\n', b'').decode('utf-8', 'backslashreplace').strip(' \t')
+    if '=?' not in text:
+        return text
+    try:
+        return str(make_header(decode_header(text)))
+    except (HeaderParseError, LookupError, ValueError):
+        # Not encoded as RFC 2047 has it, or in a character set that nobody knows.
+        return text
+
+
+# --- how many there are -----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """
+    Some messages, counted.
+
+    :param messages: how many they are
+    :param size: how many octets they have
+    :param oldest: when the oldest of them came into the queue, in seconds since the epoch; None if nobody knows
+    :param by_age: how many are at most as old as each of :data:`AGE_LIMITS` and older than the one before; the last
+        number is of those that are older than all
+    """
+
+    messages: int = 0
+    size: int = 0
+    oldest: float | None = None
+    by_age: tuple[int, ...] = (0,) * (len(AGE_LIMITS) + 1)
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """
+    Which messages there are.
+
+    :param by_state: a tally for each of :data:`STATES`
+    :param by_domain: a tally for each domain of a recipient, the largest first; a message for several domains is in
+        the tally of each of them
+    """
+
+    by_state: Mapping[str, Tally]
+    by_domain: Mapping[str, Tally]
+
+
+def tally(entries: Iterable[QueueEntry], now: float, domains_of: Collection[str] = UNDELIVERED) -> QueueStats:
+    """
+    Count *entries*, in memory that grows with the number of domains only.
+
+    :param now: seconds since the epoch, from which ages are counted
+    :param domains_of: the states whose messages are counted by domain
+    """
+    by_state = {state: _Count() for state in STATES}
+    by_domain: defaultdict[str, _Count] = defaultdict(_Count)
+    for entry in entries:
+        by_state[entry.state].add(entry, now)
+        if entry.state in domains_of:
+            for domain in {recipient.rpartition('@')[2].lower() for recipient in entry.recipients}:
+                by_domain[domain].add(entry, now)
+    largest_first = sorted(by_domain.items(), key=lambda item: (-item[1].messages, item[0]))
+    return QueueStats(
+        {state: count.tally() for state, count in by_state.items()},
+        {domain: count.tally() for domain, count in largest_first},
+    )
+
+
+class _Count:
+    """A :class:`Tally` that is still being made."""
+
+    __slots__ = ('by_age', 'messages', 'oldest', 'size')
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.size = 0
+        self.oldest: float | None = None
+        self.by_age = [0] * (len(AGE_LIMITS) + 1)
+
+    def add(self, entry: QueueEntry, now: float) -> None:
+        self.messages += 1
+        self.size += entry.size
+        if entry.queued_at is None:
+            return
+        self.oldest = entry.queued_at if self.oldest is None else min(self.oldest, entry.queued_at)
+        self.by_age[bisect_left(AGE_LIMITS, (now - entry.queued_at) / 60)] += 1
+
+    def tally(self) -> Tally:
+        return Tally(self.messages, self.size, self.oldest, tuple(self.by_age))
