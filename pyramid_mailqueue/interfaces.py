@@ -87,6 +87,9 @@ class IMailQueue(Interface):
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
+    def count_due(now: float) -> int:
+        """Return how many messages :meth:`claim_due` would yield now, for a person who wants to know how far it is."""
+
     def claim(id: str) -> IClaim | None:
         """Return the claim of one message; None if it is not waiting, not due, or held by somebody else."""
 
@@ -250,8 +253,19 @@ class ITransport(Interface):
     """
     Anything that can be offered a message.
 
-    ``send`` is called from several threads at once.  Any object with a fitting ``send`` will do; ``name`` and
-    ``close`` are used where they exist.
+    ``send`` is called from several threads at once.  Any object with a fitting ``send`` will do; ``name``, ``close``
+    and two more methods are used where they exist:
+
+    ``stream(first, more)``
+        Used instead of ``send``.  *first* is an :class:`~.delivery.results.Offer`, and each call of *more* gives
+        another one, or None if there is none at once.  Yields a result for each offer, in their order, and the one of
+        an offer before the content of the next can be with the server.  It may ask for the next offer before that, to
+        speak of it meanwhile.  Recipients without a reply, where others have one, are offered again.  After trouble it
+        ends: with a result that has ``trouble``, or by raising it if the oldest offer has no reply at all.  Whatever
+        came after that offer must be untouched.
+
+    ``abort()``
+        Break off what is under way in other threads.
     """
 
     name: str = Attribute('A short name for logs; the name of the class where there is none.')

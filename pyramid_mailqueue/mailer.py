@@ -85,6 +85,8 @@ class Mailer:
         """See `IMailer`."""
         claim = self.queue.put_claimed(self._compose(message, sender, recipients))
         try:
+            if not self.handler.may_send(claim):
+                return SendResult(queued=True)
             return self.handler.deliver(claim)
         finally:
             # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.

@@ -101,7 +101,25 @@ def build_handler(settings: Settings, lookup: Lookup | None = None) -> MessageHa
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
     transports = [_transport(name, settings, lookup) for name in settings.transports]
     policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)
-    return MessageHandler(transports, retry_policy=policy, plugins=settings.plugins)
+    return MessageHandler(
+        transports,
+        retry_policy=policy,
+        plugins=settings.plugins,
+        connections=settings.smtp_connections,
+        take_from_rate=_rate(settings),
+    )
+
+
+def _rate(settings: Settings) -> Callable[[int], float] | None:
+    if settings.rate_limit is None:
+        return None
+    from pyramid_mailqueue.queues.rate_file import RateFile
+
+    if settings.queue_dir is None:
+        raise ConfigurationError(
+            'mailqueue.queue_dir is missing: mailqueue.rate_limit keeps its count in a file of this directory.'
+        )
+    return RateFile(settings.queue_dir / 'rate', settings.rate_limit).take
 
 
 def _transport(name: str, settings: Settings, lookup: Lookup | None) -> ITransport:

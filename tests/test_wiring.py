@@ -56,7 +56,7 @@ def complain(settings):
 
 
 def names_of(handler):
-    return [route.name for route in handler._routes]
+    return [route.name for route in handler.routes]
 
 
 # --- the queue --------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_registered_transport_may_take_the_name_of_one_of_ours(settings_of, re
 
 def test_a_factory_is_called_with_the_settings(settings_of):
     settings = settings_of(transports=f'{__name__}:Kept')
-    (route,) = build_handler(settings)._routes
+    (route,) = build_handler(settings).routes
 
     assert route.transport.settings is settings
 

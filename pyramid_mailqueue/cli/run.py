@@ -10,21 +10,25 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
+import re
 import signal
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
-from pyramid_mailqueue.delivery.dispatch import PATIENCE
-from pyramid_mailqueue.delivery.runner import Runner, RunReport
+from pyramid_mailqueue.cli.progress import open_progress
+from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
+from pyramid_mailqueue.delivery.results import Recovery
+from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.settings import Settings, parse_duration
 
 __all__ = ['main']
 
@@ -34,12 +38,16 @@ EX_SOFTWARE = 70
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
 
+#: How often ``--watch`` looks again, in seconds.
+WATCH_INTERVAL = 5
+
 _EPILOG = """\
 exit status:
   0   the run is complete; messages that were deferred wait for a later one
   70  a defect of pyramid_mailqueue
   75  the mail server or the queue cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
   78  the configuration cannot be used
+  with --watch: 0 when told to stop; trouble is told of once, and tried again
 
 from cron, every minute:
   * * * * *  www-data  /srv/app/venv/bin/mq-run /srv/app/production.ini
@@ -51,7 +59,7 @@ Run it as the user that the application runs as: both must be able to read and w
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_with_interval(sys.argv[1:] if argv is None else argv))
     if arguments.app and arguments.queue_dir:
         parser.error('with --app the queue is that of the application: leave out the queue directory')
     sys.exit(_run(arguments))
@@ -82,15 +90,47 @@ def _parser() -> argparse.ArgumentParser:
         action='store_true',
         help='load the application and use the mailer that it has registered, with its transports',
     )
+    parser.add_argument(
+        '--watch',
+        type=_span,
+        metavar='SECONDS',
+        help='stay, and look again every so many seconds (default: 5), until told to stop',
+    )
+    parser.add_argument('--max-messages', type=_number, metavar='N', help='begin with no more than N messages')
+    parser.add_argument('--max-time', type=_span, metavar='SECONDS', help='begin with no message after so long')
     parser.add_argument('-v', '--verbose', action='store_true', help='print a summary even if there was nothing to do')
     return parser
+
+
+def _with_interval(argv: Sequence[str]) -> list[str]:
+    """Give ``--watch`` its default where no time follows: argparse would take the name of the ini file for one."""
+    told = list(argv)
+    for index, argument in enumerate(told):
+        follower = told[index + 1] if index + 1 < len(told) else ''
+        if argument == '--watch' and not re.fullmatch(r'[0-9][0-9.]*[smhd]?', follower):
+            told[index] = f'--watch={WATCH_INTERVAL}'
+    return told
+
+
+def _span(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError('must be a whole number, 1 or more')
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
         runner = _build_runner(arguments)
-        with _told_to_stop() as should_stop:
-            report = runner.run(should_stop)
+        work = _watch if arguments.watch is not None else _run_once
+        with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
+            return work(runner, signals, arguments)
     except ConfigurationError as error:
         for line in str(error).splitlines():
             _complain(line)
@@ -99,12 +139,25 @@ def _run(arguments: argparse.Namespace) -> int:
         _complain(str(error))
         return EX_TEMPFAIL
     except KeyboardInterrupt:
-        _complain('stopped; what was not delivered waits for the next run')
+        # Before there was anything to be finished.
         return EX_TEMPFAIL
     except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
         _complain('this is a defect of pyramid_mailqueue; please report it with these lines:')
         traceback.print_exc()
         return EX_SOFTWARE
+
+
+def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
+    total = runner.queue.count_due(time.time()) if sys.stderr.isatty() else None
+    if total and arguments.max_messages is not None:
+        total = min(total, arguments.max_messages)
+    with open_progress(sys.stderr, total=total) as progress:
+        report = runner.run(
+            signals.stop,
+            max_messages=arguments.max_messages,
+            max_seconds=arguments.max_time,
+            on_progress=lambda so_far: progress.update(so_far.done, so_far.sent, so_far.deferred, so_far.refused),
+        )
     if report.trouble:
         _complain(str(report.trouble))
     if report.stopped:
@@ -113,35 +166,90 @@ def _run(arguments: argparse.Namespace) -> int:
     return EX_TEMPFAIL if report.trouble or report.stopped else EX_OK
 
 
+def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
+    """Make one run after the other, until told to stop.  What goes wrong is told of once, and tried again."""
+    began, left = time.monotonic(), arguments.max_messages
+    told = ''
+    notify_systemd('READY=1')
+    while not signals.stop.requested and left != 0:
+        seconds = None if arguments.max_time is None else began + arguments.max_time - time.monotonic()
+        if seconds is not None and seconds <= 0:
+            break
+        try:
+            report = runner.round(signals.stop, max_messages=left, max_seconds=seconds)
+        except QueueError as error:
+            trouble: Exception | None = error
+        else:
+            trouble = report.trouble
+            left = None if left is None else max(0, left - report.done)
+            if report.done or report.recovery != Recovery():
+                _summarize(report, runner, verbose=False)
+        if trouble is not None and str(trouble) != told:
+            _complain(str(trouble))
+        told = '' if trouble is None else str(trouble)
+        notify_systemd(f'STATUS={told or "waiting for mail"}')
+        signals.sleep(max(arguments.watch, runner.handler.rests_for))
+    notify_systemd('STOPPING=1')
+    return EX_OK
+
+
 def _complain(line: str) -> None:
     print(f'mq-run: {line}', file=sys.stderr)
 
 
+class _Signals:
+    """What the signals that have come ask for."""
+
+    def __init__(self) -> None:
+        self.stop = Stop(on_news=self._tend_to_logs, on_ending=_tell_ending)
+        self._logs_are_stale = False
+
+    def on_stop(self, _number: int, _frame: FrameType | None) -> None:
+        """End when the messages in hand are finished: a process that dies over one counts against it."""
+        self.stop.request()
+
+    def on_rotation(self, _number: int, _frame: FrameType | None) -> None:
+        """Go on in new log files."""
+        self._logs_are_stale = True
+        self.stop.wake()
+
+    def sleep(self, seconds: float) -> None:
+        """Return after so many seconds, or when told to stop."""
+        until = time.monotonic() + seconds
+        while not self.stop.requested and (rest := until - time.monotonic()) > 0:
+            self.stop.wait(rest)
+
+    def _tend_to_logs(self) -> None:
+        """Open the log files anew if that was asked for: not in the handler, which may have interrupted a logger."""
+        if self._logs_are_stale:
+            self._logs_are_stale = False
+            notify_systemd('RELOADING=1')
+            reopen_log_files()
+            notify_systemd('READY=1')
+
+
+def _tell_ending() -> None:
+    _complain(f'stopping; what is in hand is finished first, for at most {PATIENCE} seconds')
+
+
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """
-    Whether SIGTERM or SIGINT have come.
-
-    The message in hand is finished first: a process that dies over it counts against the message.  If that takes too
-    long, or somebody insists, a KeyboardInterrupt makes the run give it back.
-    """
-    told: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        if told:
-            raise KeyboardInterrupt
-        told.append(number)
-        signal.alarm(PATIENCE)
-
-    # Who started us may have chosen that we ignore one of them, as nohup does.
-    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-    former = {number: signal.signal(number, on_signal) for number in (*heard, signal.SIGALRM)}
+def _heard_signals(*, reopens_logs: bool) -> Iterator[_Signals]:
+    signals = _Signals()
+    handlers = {
+        signal.SIGTERM: signals.on_stop,
+        signal.SIGINT: signals.on_stop,
+        signal.SIGHUP: signals.on_rotation if reopens_logs else signals.on_stop,
+    }
+    former = {}
     try:
-        yield lambda: bool(told)
+        for number, handler in handlers.items():
+            # Who started us may have chosen that we ignore one of them, as nohup does.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                former[number] = signal.signal(number, handler)
+        yield signals
     finally:
-        signal.alarm(0)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, handler_before in former.items():
+            signal.signal(number, handler_before)
 
 
 def _build_runner(arguments: argparse.Namespace) -> Runner:

@@ -11,8 +11,8 @@ Who tries the mail of a transaction that has just committed.
 ``queue``
     Nobody; there is no dispatcher for it.
 
-While the server is in trouble a message is released at once: it waits, as it was, where mq-run finds it.  The delivery
-thread comes back to it when the pause is over, if nobody else has taken it by then.
+While the server is in trouble, or ``mailqueue.rate_limit`` allows no more, a message is released at once: it waits, as
+it was, where mq-run finds it.  The delivery thread comes back to it after that, if nobody else has taken it by then.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class InlineDispatcher:
 
 def try_one(handler: MessageHandler, claim: IClaim) -> bool:
     """
-    Deliver one claim, or release it while the server is in trouble; return whether the trouble makes it wait.
+    Deliver one claim, or release it if that cannot be done now; return whether it has to wait because of that.
 
     Raises no Exception.
     """
     try:
-        if handler.is_paused:
+        if handler.rests_for or not handler.may_send(claim):
             return True
         result = handler.deliver(claim)
         if result.trouble is not None:
@@ -152,7 +152,7 @@ class BackgroundDispatcher:
     def _take(self, claim: IClaim) -> bool:
         with self._lock:
             self._forget_parent()
-            if self._closing or self._handler.is_paused or self._claims.qsize() >= self._max_claims:
+            if self._closing or self._handler.rests_for or self._claims.qsize() >= self._max_claims:
                 return False
             if not self._has_thread():
                 return False
@@ -162,7 +162,7 @@ class BackgroundDispatcher:
     def _postpone(self, claim: IClaim) -> None:
         """Have the thread come back to a released claim after the pause, if it is a pause that made it wait."""
         with self._lock:
-            if not self._closing and self._handler.is_paused and self._has_thread():
+            if not self._closing and self._handler.rests_for and self._has_thread():
                 self._remember(claim)
                 # The thread may be waiting for something new, and for longer than the pause.
                 if self._claims.empty():
@@ -225,7 +225,7 @@ class BackgroundDispatcher:
 
     def _resumed_claim(self) -> IClaim | None:
         """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
-        while self._postponed and not self._handler.is_paused:
+        while self._postponed and not self._handler.rests_for:
             claim = self._mail_queue.claim(self._postponed.popleft())
             if claim is not None:
                 return claim

@@ -1,31 +1,69 @@
 """
-One attempt at one message: offer it to the transports, settle its claim, and only then tell of it.
+Attempts at messages: offer each to the transports, settle its claim, and only then tell of it.
 
 Settled first: whatever a logger or a plugin does afterwards, the message cannot be delivered a second time because
 of it.
+
+A :class:`_Shift` is one thread's work.  It offers its messages in a stream, so that a transport can speak of the next
+one while the one before is under way::
+
+    claims --take--> next --offer--> under way --outcome--> settled
+             take_now  ^                 |
+                       +-----------------+   untouched: the stream has ended before it was tried
+                                             unfinished: the rest of its recipients, or the next transport
+
+``take`` may wait and is called only when nothing is in hand; ``take_now`` never waits, because somebody does.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import reduce
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
-from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
 from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Reply, SendResult, Settlement
+from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
+from pyramid_mailqueue.delivery.report import tell
+from pyramid_mailqueue.delivery.results import Offer, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ITransport
 
-__all__ = ['MessageHandler']
+__all__ = ['Claims', 'MessageHandler']
 
 log = logging.getLogger('mailqueue.delivery')
+
+
+#: How many seconds a process sends nothing when it cannot find out whether the rate allows it.
+RATE_TROUBLE_REST = 60
+
+
+class Claims(Protocol):
+    """Where a thread that delivers gets its messages from.  No method raises."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the thread is to end now: what is not under way is released."""
+
+    def take(self) -> IClaim | None:
+        """Return the next claim, if need be after a while; None if there is nothing more to do."""
+
+    def take_now(self) -> IClaim | None:
+        """Return the next claim if there is one at once."""
+
+    def hand_over(self, claims: Sequence[IClaim]) -> bool:
+        """
+        Let other threads deliver these, and return True; False if there are none.
+
+        The server has no room for one more session, but the others' go on.
+        """
 
 
 class MessageHandler:
@@ -35,6 +73,9 @@ class MessageHandler:
     :param transports: what to offer messages to; any object with a fitting ``send`` will do (see `ITransport`)
     :param retry_policy: see `IRetryPolicy`
     :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
+    :param connections: how many threads a run may deliver with at once; each uses one connection
+    :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
+        common rate and returns 0, or takes nothing and returns in how many seconds to ask again
     :param clock: seconds since the epoch
     """
 
@@ -44,23 +85,41 @@ class MessageHandler:
         *,
         retry_policy: IRetryPolicy | None = None,
         plugins: Sequence[str] = (),
+        connections: int = 1,
+        take_from_rate: Callable[[int], float] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.retry_policy = retry_policy or ExponentialBackoff()
-        self._clock = clock
+        self.clock = clock
+        self.routes = [Route(transport, Pause()) for transport in transports]
+        self.connections = connections
+        self.take_from_rate = take_from_rate
+        self._rate_allows_at = 0.0
         self._plugins = tuple(plugins)
         self._has_loaded_plugins = False
-        self._routes = [_Route(transport, Pause()) for transport in transports]
 
     @property
     def is_paused(self) -> bool:
         """Whether every transport is resting after its server's trouble: trying a message now would be in vain."""
-        return bool(self._routes) and all(route.pause.trouble for route in self._routes)
+        return bool(self.routes) and all(route.pause.trouble for route in self.routes)
 
     @property
     def rests_for(self) -> float:
-        """In how many seconds a transport can be used again; 0 if one can be used now."""
-        return min((route.pause.remaining for route in self._routes), default=0.0)
+        """In how many seconds a message can be tried again; 0 if one can be tried now."""
+        pause = min((route.pause.remaining for route in self.routes), default=0.0)
+        return max(pause, self._rate_allows_at - time.monotonic(), 0.0)
+
+    def may_send(self, claim: IClaim) -> bool:
+        """Whether the rate allows to send this message now; then it is taken from it.  Never raises."""
+        if self.take_from_rate is None:
+            return True
+        try:
+            seconds = self.take_from_rate(len(claim.envelope.recipients))
+        except (OSError, MailqueueError) as error:
+            log.error('%s Mail waits in the queue.', error)
+            seconds = RATE_TROUBLE_REST
+        self._rate_allows_at = time.monotonic() + seconds
+        return not seconds
 
     def deliver(self, claim: IClaim) -> SendResult:
         """
@@ -69,170 +128,250 @@ class MessageHandler:
         ``result.trouble`` is set if no transport could be used: the next message would fare no better, and this one
         waits as it was.  What cannot be read is released and logged, and has no settlement.
         """
+        with closing(self.deliver_all(_One(claim))) as results:
+            for _, result in results:
+                return result
+        return SendResult()
+
+    def deliver_all(self, claims: Claims) -> Generator[tuple[IClaim, SendResult]]:
+        """
+        Deliver what *claims* gives; yield each claim when it is settled, with its result as of :meth:`deliver`.
+
+        What is in hand when this generator is closed is released.
+        """
+        shift = _Shift(self, claims)
         try:
-            envelope, attempts, queued_at = claim.envelope, claim.attempts, claim.queued_at
-        except (OSError, MailqueueError) as error:
-            log.error('%s cannot be read, and is left alone: %s', claim.id, error)
-            claim.release()
-            return SendResult()
-        self._load_plugins()
-        answers = self._answers(envelope)
-        result = _merged(answers)
-        now = self._clock()
-        settlement = self.retry_policy.decide(envelope.recipients, attempts, queued_at, result, now)
-        claim.settle(settlement)
-        result = replace(result, queued=result.queued or bool(settlement.waiting), settlement=settlement)
-        _Report(claim, envelope, attempts + settlement.counted, now - queued_at).tell(answers, result, settlement)
-        return result
+            yield from shift.work()
+        finally:
+            shift.release()
 
     def offer(self, envelope: Envelope) -> SendResult:
         """Offer *envelope* to the transports until nobody is open; queue nothing and log no outcome."""
-        return _merged(self._answers(envelope))
+        attempt = _Attempt(envelope)
+        while (route := self.next_route(attempt)) is not None:
+            for result in route.stream(attempt.offer, _nothing_more):
+                if result.trouble is None:
+                    route.worked()
+                elif not route.forgives(result.trouble):
+                    self.rest(route, result.trouble)
+                attempt.note(result)
+        return attempt.result
 
-    def _answers(self, envelope: Envelope) -> list[SendResult]:
-        """What each transport said that was asked."""
-        answers: list[SendResult] = []
-        still_open = envelope.recipients
-        for route in self._routes:
-            if not still_open:
-                break
+    def rest(self, route: Route, trouble: ServerTrouble) -> None:
+        """Let a transport rest because of its server's trouble."""
+        route.pause.begin(trouble)
+        if len(self.routes) > 1:
+            # If this is the only one, whoever called us tells of its trouble.
+            log.warning('The transport %s rests: %s', route.name, trouble)
+
+    def next_route(self, attempt: _Attempt) -> Route | None:
+        """Return the transport to offer a message to; None if it is to be settled with what was said."""
+        while attempt.still_open and attempt.position < len(self.routes):
+            route = self.routes[attempt.position]
             resting = route.pause.trouble
-            answer = route.still_resting(resting) if resting else route.offer(envelope, still_open)
-            # If this is the only transport, whoever called us tells of its trouble.
-            if answer.trouble is not None and not resting and len(self._routes) > 1:
-                log.warning('The transport %s rests: %s', route.name, answer.trouble)
-            answers.append(answer)
-            still_open = answer.open_of(still_open)
-        return answers
+            if resting is None:
+                return route
+            attempt.note(route.still_resting(resting))
+        return None
 
-    def _load_plugins(self) -> None:
+    def load_plugins(self) -> None:
+        """Called before the first attempt."""
         if self._plugins:
             self._has_loaded_plugins = True
-            _plugins().registry.load(self._plugins)
+            load_plugins_module().registry.load(self._plugins)
 
     def close(self) -> None:
         """Let go of the transports' connections, and let the plugins finish.  The handler may be used again."""
-        for route in self._routes:
+        for route in self.routes:
             route.close()
         if self._has_loaded_plugins:
-            _plugins().registry.terminate()
+            load_plugins_module().registry.terminate()
+
+    def abort(self) -> None:
+        """Break off what is under way: somebody will not wait any longer."""
+        for route in self.routes:
+            route.abort()
 
 
-def _plugins() -> ModuleType:
-    """Imported with the first message: it takes a good part of the time of a run that has nothing to do."""
-    from pyramid_mailqueue.delivery import plugins
+class _Attempt:
+    """
+    One attempt at a message, and how far it has come.
 
-    return plugins
+    :ivar recipients: whom it was open for before
+    :ivar still_open: those who are neither accepted nor refused
+    :ivar offer: what to offer to the transport whose turn it is
+    :ivar position: the number of that transport
+    :ivar answers: what was said
+    """
 
+    def __init__(self, envelope: Envelope) -> None:
+        self.envelope = envelope
+        self.recipients = self.still_open = envelope.recipients
+        self.offer = Offer(envelope.sender, envelope.recipients, envelope.content)
+        self.position = 0
+        self.answers: list[SendResult] = []
+        # The last word of each transport.
+        self._last: dict[int, SendResult] = {}
 
-def _merged(answers: Sequence[SendResult]) -> SendResult:
-    """Everything that was said; the trouble of one transport is none if another one could be used."""
-    result = reduce(SendResult.merged_with, answers, SendResult())
-    return result if all(answer.trouble for answer in answers) else replace(result, trouble=None)
-
-
-#: What is understood where a transport that is not in trouble leaves somebody out.  Silence is no success.
-_SILENCE = Reply(451, 'the transport said nothing of this recipient', '4.3.0', from_server=False)
-
-
-#: So often in a row a server may break off in the midst of a message before its transport rests.  One message that it
-#: cannot stand must not keep all others from it.
-MAX_STUMBLES = 2
-
-
-class _Route:
-    """A transport, and its rest after a server's trouble."""
-
-    def __init__(self, transport: ITransport, pause: Pause) -> None:
-        self._stumbles = 0
-        self.transport = transport
-        self.name: str = getattr(transport, 'name', None) or type(transport).__name__
-        self.pause = pause
-
-    def offer(self, envelope: Envelope, recipients: tuple[str, ...]) -> SendResult:
-        """Offer *envelope* for some of its *recipients*.  Never raises."""
-        try:
-            result = self._read(self.transport.send(envelope.sender, recipients, envelope.content), recipients)
-        except ServerTrouble as trouble:
-            result = SendResult(transport=self.name, trouble=trouble)
-        except Exception as error:
-            # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
-            log.exception('The transport %s failed', self.name)
-            result = self._deferred(recipients, f'the transport failed: {type(error).__name__}: {error}')
-        self._note(result.trouble)
-        return result
-
-    def still_resting(self, trouble: ServerTrouble) -> SendResult:
-        """The answer of a transport that is not asked."""
-        if trouble.in_message:
-            # In the midst of another one.
-            trouble = ServerTrouble(str(trouble), code=trouble.code)
-        return SendResult(transport=self.name, trouble=trouble)
-
-    def _note(self, trouble: ServerTrouble | None) -> None:
-        if trouble is not None and trouble.in_message and self._stumbles < MAX_STUMBLES:
-            self._stumbles += 1
-            return
-        self._stumbles = 0
-        if trouble is None:
-            self.pause.end()
+    def note(self, result: SendResult) -> None:
+        """Note what a transport has said: the next one is for those who are still open then."""
+        self.answers.append(result)
+        self._last[self.position] = result
+        self.still_open = result.open_of(self.still_open)
+        untried = tuple(recipient for recipient in self.offer.recipients if recipient not in result.replies)
+        if result.trouble is None and untried:
+            # The server takes only so many at once.
+            self.offer = self.offer._replace(recipients=untried)
         else:
-            self.pause.begin(trouble)
+            self.position += 1
+            self.offer = self.offer._replace(recipients=self.still_open)
 
-    def _read(self, answer: SendResult | bool | Any, recipients: tuple[str, ...]) -> SendResult:
-        """A transport may also answer with a plain bool, or with any object that is true if the message was sent."""
-        if isinstance(answer, SendResult):
-            asked = recipients if answer.trouble is None else [r for r in recipients if r in answer.replies]
-            replies = {recipient: answer.replies.get(recipient, _SILENCE) for recipient in asked}
-            return replace(answer, replies=replies, transport=answer.transport or self.name)
-        if not answer:
-            return self._deferred(recipients, 'the transport did not take the message')
-        queued = bool(getattr(answer, 'queued', False))
-        reply = Reply(250, 'queued' if queued else 'sent', from_server=False)
-        return SendResult(dict.fromkeys(recipients, reply), self.name, queued)
-
-    def _deferred(self, recipients: tuple[str, ...], text: str) -> SendResult:
-        return SendResult(dict.fromkeys(recipients, Reply(451, text, '4.3.0', from_server=False)), self.name)
-
-    def close(self) -> None:
-        close = getattr(self.transport, 'close', None)
-        if close is not None:
-            close()
+    @property
+    def result(self) -> SendResult:
+        """Everything that was said; the trouble of one transport is none if another one could be used."""
+        result = reduce(SendResult.merged_with, self.answers, SendResult())
+        return result if all(last.trouble for last in self._last.values()) else replace(result, trouble=None)
 
 
-class _Report:
-    """What is told of one attempt: to the logs first, then to the receivers of signals."""
+class _Claimed(_Attempt):
+    """An attempt at a message of a queue."""
 
-    def __init__(self, claim: IClaim, envelope: Envelope, attempts: int, delay: float) -> None:
-        self._claim = claim
-        self._common = {
-            'id': claim.id,
-            'msgid': envelope.message_id,
-            'from': f'<{envelope.sender}>',
-        }
-        self._figures = {'attempts': attempts, 'delay': f'{max(delay, 0):.1f}'}
+    def __init__(self, claim: IClaim) -> None:
+        super().__init__(claim.envelope)
+        self.claim = claim
 
-    def tell(self, answers: Sequence[SendResult], result: SendResult, settlement: Settlement) -> None:
-        for answer in answers:
-            for recipient, reply in answer.replies.items():
-                said = {'smtp' if reply.from_server else 'reply': str(reply)}
-                self._log(delivery_log, logging.INFO, _status(answer, reply), [recipient], via=answer.transport, **said)
-        has_failed = bool(settlement.burials or (settlement.waiting and settlement.counted))
-        if settlement.waiting and settlement.counted:
-            self._log(queue_log, logging.INFO, 'deferred', settlement.waiting, error=settlement.last_reply)
-        for burial in settlement.burials:
-            self._log(queue_log, logging.ERROR, 'buried', burial.recipients, error=burial.reason)
-        plugins = _plugins()
-        if result.accepted:
-            plugins.notify(plugins.MQSignal.delivery_successful, self._claim, result)
-        if has_failed:
-            plugins.notify(plugins.MQSignal.delivery_failed, self._claim, result)
-
-    def _log(self, logger: logging.Logger, level: int, status: str, to: Sequence[str], **said: str) -> None:
-        log_event(logger, level, status=status, **self._common, to=','.join(to), **self._figures, **said)
+    def keep(self) -> None:
+        """Write down who has the message before it goes on: nobody is to get it twice if we die meanwhile."""
+        if self.answers[-1].accepted:
+            accepted = {recipient for answer in self.answers for recipient in answer.accepted}
+            self.claim.keep(tuple(recipient for recipient in self.recipients if recipient not in accepted))
 
 
-def _status(answer: SendResult, reply: Reply) -> str:
-    if reply.accepted:
-        return 'queued' if answer.queued else 'sent'
-    return 'refused' if reply.refused else 'deferred'
+class _Shift:
+    """The work of one thread; see the module."""
+
+    def __init__(self, handler: MessageHandler, claims: Claims) -> None:
+        self._handler = handler
+        self._claims = claims
+        self._next: deque[_Claimed] = deque()
+        self._under_way: deque[_Claimed] = deque()
+        self._is_over = False
+
+    def work(self) -> Iterator[tuple[IClaim, SendResult]]:
+        """Yield each claim that is settled, until there is nothing more to do."""
+        while (attempt := self._first()) is not None:
+            route = self._handler.next_route(attempt)
+            if route is None:
+                yield self._concluded(attempt)
+            else:
+                yield from self._stream(route, attempt)
+
+    def _first(self) -> _Claimed | None:
+        if self._is_over or self._claims.is_over:
+            return None
+        return self._next.popleft() if self._next else self._begun(self._claims.take)
+
+    def _begun(self, take: Callable[[], IClaim | None]) -> _Claimed | None:
+        while (claim := take()) is not None:
+            self._handler.load_plugins()
+            try:
+                return _Claimed(claim)
+            except (OSError, MailqueueError) as error:
+                log.error('%s cannot be read, and is left alone: %s', claim.id, error)
+                claim.release()
+        return None
+
+    def _stream(self, route: Route, first: _Claimed) -> Iterator[tuple[IClaim, SendResult]]:
+        self._under_way.append(first)
+        with closing(route.stream(first.offer, lambda: self._more(route))) as results:
+            for result in results:
+                attempt = self._under_way.popleft()
+                if self._claims.is_over and result.trouble is not None and not result.replies:
+                    # We have broken it off ourselves: it is nobody's fault.
+                    self._next.append(attempt)
+                    return
+                if self._is_left_to_others(route, attempt, result):
+                    if result.replies:
+                        attempt.note(result)
+                        yield self._concluded(attempt)
+                    return
+                attempt.note(result)
+                if self._handler.next_route(attempt) is None:
+                    yield self._concluded(attempt)
+                else:
+                    attempt.keep()
+                    self._next.appendleft(attempt)
+                if self._claims.is_over:
+                    # The next one has said what it wants, and nothing of its content: it is as it was.
+                    return
+        # The stream has broken off before these were tried.
+        self._next.extendleft(reversed(self._under_way))
+        self._under_way.clear()
+
+    def _is_left_to_others(self, route: Route, attempt: _Claimed, result: SendResult) -> bool:
+        """Learn from *result* how the server is; whether this shift is over, and other threads have what is in hand."""
+        if result.trouble is None:
+            route.worked()
+            return False
+        if self._claims.is_over or route.forgives(result.trouble):
+            return False
+        untouched = [*self._under_way, *self._next]
+        if not result.replies:
+            untouched.insert(0, attempt)
+        if not self._claims.hand_over([attempt.claim for attempt in untouched]):
+            self._handler.rest(route, result.trouble)
+            return False
+        log.warning('%s The run goes on with fewer connections.', result.trouble)
+        self._under_way.clear()
+        self._next.clear()
+        self._is_over = True
+        return True
+
+    def _more(self, route: Route) -> Offer | None:
+        """Return what can follow in the stream of *route*, if there is something at once."""
+        attempt = self._next.popleft() if self._next else self._begun(self._claims.take_now)
+        if attempt is None:
+            return None
+        if self._handler.next_route(attempt) is not route:
+            # First the stream has to end.
+            self._next.appendleft(attempt)
+            return None
+        self._under_way.append(attempt)
+        return attempt.offer
+
+    def _concluded(self, attempt: _Claimed) -> tuple[IClaim, SendResult]:
+        """Settle the claim of an attempt that is over, and tell of it."""
+        claim, result, now = attempt.claim, attempt.result, self._handler.clock()
+        decide = self._handler.retry_policy.decide
+        settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
+        claim.settle(settlement)
+        result = replace(result, queued=result.queued or bool(settlement.waiting), settlement=settlement)
+        tell(claim, attempt.envelope, attempt.answers, result, age=now - claim.queued_at)
+        return claim, result
+
+    def release(self) -> None:
+        """Give back what is in hand."""
+        for attempt in (*self._under_way, *self._next):
+            attempt.claim.release()
+
+
+class _One:
+    """A single claim, for a thread that has nothing else to do."""
+
+    def __init__(self, claim: IClaim) -> None:
+        self._claim: IClaim | None = claim
+        self.is_over = False
+
+    def take(self) -> IClaim | None:
+        claim, self._claim = self._claim, None
+        return claim
+
+    def take_now(self) -> IClaim | None:
+        return None
+
+    def hand_over(self, claims: Sequence[IClaim]) -> bool:
+        return False
+
+
+def _nothing_more() -> None:
+    return None

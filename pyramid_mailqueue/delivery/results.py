@@ -10,12 +10,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyramid_mailqueue.exceptions import ServerTrouble
 
-__all__ = ['Burial', 'Recovery', 'Reply', 'SendResult', 'Settlement']
+__all__ = ['Burial', 'Offer', 'Recovery', 'Reply', 'SendResult', 'Settlement']
 
 _ENHANCED_CODE = re.compile(r'([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)')
+
+
+class Offer(NamedTuple):
+    """
+    What a transport is asked to send.
+
+    :param sender: the reverse-path without angle brackets; ``''`` is the null sender
+    :param recipients: addresses, at least one
+    :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
+    """
+
+    sender: str
+    recipients: tuple[str, ...]
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)

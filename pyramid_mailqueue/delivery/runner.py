@@ -1,26 +1,41 @@
 """
 One run over a queue: take care of what dead processes left, then try whatever is due, oldest first.
 
-The run ends when nothing is due any more, or when the server is in trouble: what is left then waits as it is, because
-the next message would fare no better.  A server that breaks off in the midst of a message is given a few others first.
+A run begins with one thread, and so with one connection.  When the first message has had its outcome the server is
+known to work, and as many others as there are to be begin with what is due next; each of them keeps one session busy.
+A thread whose session cannot be opened, or is one too many for the server, hands over to the others and ends.
+
+The run ends when nothing is due any more; when it was told to; or when the server is in trouble: what is left then
+waits as it is, because the next message would fare no better.  A server that breaks off in the midst of a message is
+given a few others first.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
+from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
-__all__ = ['RunReport', 'Runner']
+__all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
 
 log = logging.getLogger('mailqueue.delivery')
+
+#: How long a run that was told to end waits for the messages in hand, in seconds.
+PATIENCE = 30
+
+#: How long it waits for threads whose connections it has broken off.
+LAST_PATIENCE = 2
 
 
 @dataclass
@@ -33,6 +48,7 @@ class RunReport:
     :param refused: at least one recipient is given up, and in a dead letter
     :param trouble: why the run ended early, or did nothing, if the server could not be used
     :param stopped: the run ended early because it was told to
+    :param rate_reached: the run ended early because ``mailqueue.rate_limit`` allows no more for a while
     :param recovery: what dead processes had left
     """
 
@@ -41,7 +57,13 @@ class RunReport:
     refused: int = 0
     trouble: ServerTrouble | None = None
     stopped: bool = False
+    rate_reached: bool = False
     recovery: Recovery = field(default_factory=Recovery)
+
+    @property
+    def done(self) -> int:
+        """How many messages had an outcome."""
+        return self.sent + self.deferred + self.refused
 
     def count(self, settlement: Settlement) -> None:
         """Count one message."""
@@ -51,6 +73,43 @@ class RunReport:
             self.deferred += 1
         if settlement.burials:
             self.refused += 1
+
+
+class Stop:
+    """
+    Tells a run to end, and wakes whoever waits here.
+
+    :meth:`request` and :meth:`wake` may be called by a signal handler: they take no lock.
+
+    :param on_news: called by the thread that waits, for each news
+    :param on_ending: called when a run has begun to end because of it
+    """
+
+    def __init__(
+        self, on_news: Callable[[], None] = lambda: None, on_ending: Callable[[], None] = lambda: None
+    ) -> None:
+        self._on_news = on_news
+        self.on_ending = on_ending
+        self.requested = False
+        self.urgent = False
+        # Unlike an Event it may be told something by a signal handler that interrupts its own waiting.
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def request(self) -> None:
+        """End when the messages in hand are done; at a second call at once."""
+        self.urgent = self.requested
+        self.requested = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let :meth:`wait` return."""
+        self._news.put(None)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when there is news, or after so many seconds."""
+        with suppress(queue.Empty):
+            self._news.get(timeout=seconds)
+            self._on_news()
 
 
 class Runner:
@@ -66,47 +125,179 @@ class Runner:
         self.queue = queue
         self.handler = handler
         self._clock = clock
+        self._told_in_doubt: frozenset[str] = frozenset()
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False) -> RunReport:
-        """
-        Work until nothing is due any more, or the server cannot be used.
-
-        :param should_stop: asked before each message whether the run is to end; a KeyboardInterrupt ends it at once
-        """
-        now = self._clock()
-        report = RunReport()
+    def run(
+        self,
+        stop: Stop | None = None,
+        *,
+        max_messages: int | None = None,
+        max_seconds: float | None = None,
+        on_progress: Callable[[RunReport], None] | None = None,
+    ) -> RunReport:
+        """Make one round, and let go of connections."""
         try:
-            report.recovery = self.queue.recover(now)
-            _log_recovery(report.recovery)
-            for claim in self.queue.claim_due(now):
-                if should_stop():
-                    claim.release()
-                    report.stopped = True
-                    break
-                result = self._deliver(claim)
-                if result.settlement is not None:
-                    report.count(result.settlement)
-                if result.trouble is not None:
-                    report.trouble = result.trouble
-                if self.handler.is_paused:
-                    return report
-                if result.trouble is not None:
-                    log.warning('%s The message %s waits.', result.trouble, claim.id)
-            if report.sent or report.deferred or report.refused:
-                # The server could be used; what it stumbled over has been told of.
-                report.trouble = None
+            return self.round(stop, max_messages=max_messages, max_seconds=max_seconds, on_progress=on_progress)
         finally:
+            self.close()
+
+    def round(
+        self,
+        stop: Stop | None = None,
+        *,
+        max_messages: int | None = None,
+        max_seconds: float | None = None,
+        on_progress: Callable[[RunReport], None] | None = None,
+    ) -> RunReport:
+        """
+        Work until nothing is due any more, or the server cannot be used; keep connections for the next round.
+
+        :param stop: ends the round early, when the messages in hand are done
+        :param max_messages: begin with no more messages than that
+        :param max_seconds: begin with no more messages after so long
+        :param on_progress: called after each message
+        :raises QueueError: the queue cannot be read
+        """
+        report = RunReport()
+        supply = None
+        try:
+            now = self._clock()
+            report.recovery = self._recover(now)
+            supply = Supply(self.queue.claim_due(now), limit=max_messages, take_from_rate=self.handler.take_from_rate)
+            crew = _Crew(self.handler, supply, stop or Stop(), report, on_progress)
+            crew.work(max_seconds)
+        finally:
+            if supply is not None:
+                supply.release()
             self.queue.flush()
-            self.handler.close()
         return report
 
-    def _deliver(self, claim: IClaim) -> SendResult:
+    def _recover(self, now: float) -> Recovery:
+        """Take care of what dead processes left; who looks again every few seconds tells of a doubt only once."""
+        found = self.queue.recover(now)
+        in_doubt = frozenset(found.in_doubt)
+        told = replace(found, in_doubt=tuple(name for name in found.in_doubt if name not in self._told_in_doubt))
+        self._told_in_doubt = in_doubt
+        _log_recovery(told)
+        return told
+
+    def close(self) -> None:
+        """Let go of connections.  The runner may be used again."""
+        self.handler.close()
+
+
+class _Crew:
+    """The threads of one run, and the thread that waits for them."""
+
+    def __init__(
+        self,
+        handler: MessageHandler,
+        supply: Supply,
+        stop: Stop,
+        report: RunReport,
+        on_progress: Callable[[RunReport], None] | None,
+    ) -> None:
+        self._handler = handler
+        self._supply = supply
+        self._stop = stop
+        self._report = report
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._server_works = False
+        self._defect: BaseException | None = None
+
+    def work(self, max_seconds: float | None) -> None:
+        """Return when the run is over.  Raises what a thread could not cope with."""
+        deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._start_one(first=None)
+        has_started_others = False
+        while self._threads:
+            if self._stop.requested or _has_passed(deadline):
+                self._end_early()
+                break
+            if self._server_works and not has_started_others:
+                has_started_others = True
+                self._start_others(self._handler.connections - 1)
+            self._stop.wait(_until(deadline))
+        error = self._defect or self._supply.error
+        if error is not None:
+            raise error
+        self._report.rate_reached = self._supply.is_rate_reached
+        if self._report.done and not self._handler.is_paused:
+            # The server could be used; what it stumbled over has been told of.
+            self._report.trouble = None
+
+    def _start_others(self, number: int) -> None:
+        """Start so many threads, if there is something to do for them."""
+        while number > 0 and (claim := self._supply.next_now()) is not None:
+            self._start_one(claim)
+            number -= 1
+
+    def _start_one(self, first: IClaim | None) -> None:
+        share = self._supply.share(first)
+        # A daemon: at the end it may hang in what cannot be broken off.
+        thread = threading.Thread(target=self._deliver, args=(share,), name='mailqueue-run', daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _end_early(self) -> None:
+        """Wait for the messages in hand, but not for ever."""
+        self._supply.end()
+        if self._stop.requested:
+            self._stop.on_ending()
+        deadline = time.monotonic() + PATIENCE
+        while self._threads and not (_has_passed(deadline) or self._stop.urgent):
+            self._stop.wait(_until(deadline))
+        if self._threads:
+            self._handler.abort()
+            deadline = time.monotonic() + LAST_PATIENCE
+            while self._threads and not _has_passed(deadline):
+                self._stop.wait(_until(deadline))
+        # Who has nothing left has not been stopped.
+        self._report.stopped = self._stop.requested and self._supply.has_more()
+        self._supply.release()
+
+    # --- in the threads ---
+
+    def _deliver(self, share: Share) -> None:
         try:
-            return self.handler.deliver(claim)
-        except KeyboardInterrupt:
-            # Unlike a defect, which is left as an orphan, this must not count against the message.
-            claim.release()
-            raise
+            with closing(self._handler.deliver_all(share)) as results:
+                for claim, result in results:
+                    share.done_with(claim)
+                    self._note(share, claim, result)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the run was started
+            self._defect = error
+            self._supply.end()
+            share.lost()
+        with self._lock:
+            self._threads.remove(threading.current_thread())
+        self._stop.wake()
+
+    def _note(self, share: Share, claim: IClaim, result: SendResult) -> None:
+        if result.trouble is None:
+            if share.succeeded() and not self._server_works:
+                self._server_works = True
+                self._stop.wake()
+        elif self._handler.is_paused:
+            self._supply.end()
+        else:
+            log.warning('%s The message %s waits.', result.trouble, claim.id)
+        with self._lock:
+            self._report.trouble = result.trouble or self._report.trouble
+            if result.settlement is not None:
+                self._report.count(result.settlement)
+            if self._on_progress is not None:
+                self._on_progress(self._report)
+
+
+def _has_passed(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def _until(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _log_recovery(recovery: Recovery) -> None:

@@ -140,6 +140,11 @@ class MaildirQueue(MaildirFolders):
         """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
         return self._claim(id, self.clock())
 
+    def count_due(self, now: float) -> int:
+        """See `IMailQueue`."""
+        times = map(modified_time, self.files('new'))
+        return sum(modified is not None and self._is_due(modified, now) for modified in times)
+
     def _due_after(self, last: tuple[int, float, str], now: float) -> list[tuple[int, float, str]]:
         """
         What is due in ``new/`` and comes after *last*, as stumbles, due time and name; one ``stat`` for each message.

@@ -25,7 +25,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from os import PathLike
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
 from pyramid_mailqueue.exceptions import ConfigurationError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.hosts import is_loopback
@@ -154,6 +155,7 @@ class SMTPTransport:
         self._tls_ca_file = tls_ca_file
         self._given_local_hostname = local_hostname
         self._max_recipients = max_recipients
+        self._name = f'smtp:{self._server}'
         self._pool = _Pool(idle_timeout, clock)
 
     def __repr__(self) -> str:
@@ -168,41 +170,65 @@ class SMTPTransport:
         """
         replies: dict[str, Reply] = {}
         trouble = None
-        try:
-            self._send_to_all(sender, recipients, content, replies)
-        except ServerTrouble as error:
-            if not replies:
-                raise
-            trouble = error
+        # Each transaction brings at least one reply, so this comes to an end: see MailTransaction.finish().
+        while trouble is None and (rest := tuple(r for r in recipients if r not in replies)):
+            try:
+                for result in self.stream(Offer(sender, rest, content), _nothing_more):
+                    replies.update(result.replies)
+                    trouble = result.trouble
+            except ServerTrouble as error:
+                if not replies:
+                    raise
+                trouble = error
         in_order = {recipient: replies[recipient] for recipient in recipients if recipient in replies}
-        return SendResult(in_order, f'smtp:{self._server}', trouble=trouble)
+        return SendResult(in_order, self._name, trouble=trouble)
 
-    def _send_to_all(self, sender: str, recipients: Sequence[str], content: bytes, replies: dict[str, Reply]) -> None:
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult]:
         """
-        Fill *replies*, in as many transactions as it takes.
+        See `ITransport`.
 
-        Each of them brings at least one reply, so this comes to an end: see :meth:`MailTransaction.finish`.
+        Each offer is one transaction, for at most *max_recipients*.  Of two offers one is under way, and the other has
+        said MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers
+        PIPELINING.
         """
         session = self._pool.take() or self._connect()
+        offers = deque([first])
         try:
-            while batch := [recipient for recipient in recipients if recipient not in replies][: self._max_recipients]:
-                transaction = session.dialogue.submit(sender, batch, content)
+            transactions = deque([self._submit(session, first)])
+            while offers:
+                if len(offers) < 2 and (offer := more()) is not None:
+                    offers.append(offer)
+                    transactions.append(self._submit(session, offer))
+                transaction = transactions[0]
                 try:
                     session.run(transaction)
                 except ServerTrouble as trouble:
+                    if session.was_stale(transaction):
+                        self._pool.discard(session)
+                        session = self._connect()
+                        transactions = deque(self._submit(session, offer) for offer in offers)
+                        continue
                     trouble.in_message = transaction.begun
-                    if not session.was_stale(transaction):
+                    if not transaction.replies:
                         raise
-                    self._pool.discard(session)
-                    session = self._connect()
-                finally:
-                    replies.update(transaction.replies)
+                    yield SendResult(transaction.replies, self._name, trouble=trouble)
+                    return
+                offers.popleft()
+                transactions.popleft()
+                yield SendResult(transaction.replies, self._name)
         finally:
             self._pool.give_back(session)
+
+    def _submit(self, session: _Session, offer: Offer) -> MailTransaction:
+        return session.dialogue.submit(offer.sender, offer.recipients[: self._max_recipients], offer.content)
 
     def close(self) -> None:
         """See `ITransport`.  Sessions in use go on, and are kept when their message is sent."""
         self._pool.close()
+
+    def abort(self) -> None:
+        """See `ITransport`.  What is under way ends as if the server had closed the connection."""
+        self._pool.abort()
 
     # --- a new session ---
 
@@ -472,6 +498,10 @@ class _Client(smtplib.SMTP):
         return data
 
 
+def _nothing_more() -> None:
+    return None
+
+
 def _text(said: bytes | str) -> str:
     """What a server said, in one line."""
     return ' '.join((printable(said) if isinstance(said, bytes) else said).split())
@@ -548,6 +578,11 @@ class _Session:
             # A socket with something unread is reset when it is closed.
             self._sock.recv(READ_SIZE)
         self.close()
+
+    def shut_down(self) -> None:
+        """End the connection from another thread; the one that uses it will hear of it."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close without a word."""
@@ -660,6 +695,13 @@ class _Pool:
         with self._lock:
             self._open.discard(session)
         session.close()
+
+    def abort(self) -> None:
+        """Break off all sessions, for the threads that use them."""
+        with self._lock:
+            sessions = list(self._open)
+        for session in sessions:
+            session.shut_down()
 
     def close(self) -> None:
         """Close all idle sessions."""

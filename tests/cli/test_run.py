@@ -17,7 +17,7 @@ import pytest
 from pyramid_mailqueue.cli import run
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Wait
+from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
 
 PASSWORD = 'correct-horse'
 CONTENT = b'Message-ID: <1@site.example>\r\nSubject: the sum is 4711\r\n\r\nIt is.\r\n'
@@ -674,11 +674,11 @@ def busy(server, start, app_ini, put, make_event):
     put('first@x.example', since=2)
     put('second@x.example', since=1)
 
-    def busy(**options):
+    def busy(until=b'\r\n.\r\n', **options):
         busy.go_on = make_event()
         server.script['.'] = [Wait(busy.go_on)]
         process = start(app_ini(server), **options)
-        server.wait_for(lambda: any('DATA' in session.commands for session in server.sessions), 30)
+        server.wait_for(lambda: any(until in session.received for session in server.sessions), 30)
         return process
 
     return busy
@@ -688,6 +688,7 @@ def names_in(folder):
     return [path.name for path in Path(folder).iterdir()]
 
 
+STOPPING = 'mq-run: stopping; what is in hand is finished first, for at most 30 seconds\n'
 STOPPED = 'mq-run: stopped; what was not delivered waits for the next run\n'
 
 
@@ -695,6 +696,7 @@ STOPPED = 'mq-run: stopped; what was not delivered waits for the next run\n'
 def test_told_to_stop_it_finishes_the_message_in_hand(busy, server, queue_dir, number):
     process = busy()
     process.send_signal(number)
+    assert process.stderr.readline() == STOPPING
     busy.go_on.set()
     out, err = process.communicate(timeout=60)
 
@@ -706,24 +708,33 @@ def test_told_to_stop_it_finishes_the_message_in_hand(busy, server, queue_dir, n
 def test_whoever_insists_gets_the_message_in_hand_back(busy, queue_dir, state):
     names = set(names_in(queue_dir / 'new'))
     process = busy()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == STOPPING
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
 
-    assert (process.returncode, out, err) == (75, '', STOPPED)
+    # The server has the whole message: nobody knows what becomes of it.
+    assert (process.returncode, out) == (75, 'mq-run: 1 deferred; 2 waiting\n')
+    assert 'closed the connection before it answered the end of the data' in err
+    assert err.endswith(STOPPED)
     assert state() == {'new': 2}
     assert set(names_in(queue_dir / 'new')) == names, 'a death would be counted in a name'
 
 
-def test_if_the_server_hangs_the_message_in_hand_is_given_back(busy, queue_dir):
+def test_if_the_server_hangs_the_message_in_hand_is_given_back(busy, queue_dir, server):
+    server.script['DATA'] = Silence()
     names = set(names_in(queue_dir / 'new'))
-    process = busy(code='from pyramid_mailqueue.cli import run; run.PATIENCE = 1; run.main()')
+    code = (
+        'from pyramid_mailqueue.delivery import runner; runner.PATIENCE = 1; '
+        'from pyramid_mailqueue.cli import run; run.main()'
+    )
+    process = busy(code=code, until=b'DATA')
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
 
-    assert (process.returncode, out, err) == (75, '', STOPPED)
+    assert (process.returncode, out) == (75, '')
+    assert err == STOPPING.replace('30', '1') + STOPPED
     assert set(names_in(queue_dir / 'new')) == names
-    assert run.PATIENCE == 5
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(busy, server):
@@ -737,12 +748,12 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(busy, server):
 
 
 def test_a_run_leaves_the_handlers_of_signals_as_they_were(app_ini):
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
-    with run._told_to_stop() as should_stop:
+    with run._heard_signals(reopens_logs=True) as signals:
         during = [signal.getsignal(number) for number in numbers]
-        assert not should_stop()
+        assert not signals.stop.requested
 
     assert [signal.getsignal(number) for number in numbers] == before
     assert not set(during) & set(before)

@@ -173,7 +173,7 @@ def make_resting(make_background):
 
     def make_resting(transport, pause, **options):
         handler = MessageHandler([transport])
-        (route,) = handler._routes
+        (route,) = handler.routes
         route.pause = pause
         return make_background(handler, **options)
 

@@ -212,7 +212,7 @@ def test_when_the_rest_is_over_a_success_ends_the_trouble(queue, envelope, says,
     queue.put(envelope())
     (claim,) = queue.claim_due(queue.clock() + 1)
     handler.deliver(claim)
-    handler._routes[0].pause._until = 0
+    handler.routes[0].pause._until = 0
 
     (claim,) = queue.claim_due(queue.clock() + 1)
     handler.deliver(claim)
@@ -301,7 +301,7 @@ def test_a_connection_lost_after_the_final_dot_is_deferred(queue, envelope, smtp
         handler = MessageHandler([smtp(server)])
         result = handler.deliver(queue.claimed(envelope()))
         (header,) = queue.headers('new')
-        handler._routes[0].pause.end()
+        handler.routes[0].pause.end()
         (claim,) = queue.claim_due(queue.clock() + 2 * FIVE_MINUTES)
         handler.deliver(claim)
 

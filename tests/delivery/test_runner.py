@@ -9,7 +9,7 @@ import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
-from pyramid_mailqueue.delivery.runner import Runner, RunReport
+from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
@@ -27,10 +27,24 @@ OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Repl
 def run(queue):
     """Make one run over some transports."""
 
-    def run(*transports, should_stop=lambda: False):
-        return Runner(queue, MessageHandler(transports)).run(should_stop)
+    def run(*transports, stop=None):
+        return Runner(queue, MessageHandler(transports)).run(stop)
 
     return run
+
+
+class StopAfterOne(Stop):
+    """Asks the run to end as soon as a transport was asked."""
+
+    def __init__(self, transport):
+        super().__init__()
+        send = transport.send
+
+        def send_and_stop(*args):
+            self.request()
+            return send(*args)
+
+        transport.send = send_and_stop
 
 
 @pytest.fixture
@@ -323,7 +337,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_message_and_leaves_the_rest(run
         wait_since(seconds)
     transport = says(YES)
 
-    report = run(transport, should_stop=lambda: bool(transport.asked))
+    report = run(transport, stop=StopAfterOne(transport))
 
     assert report == RunReport(sent=1, stopped=True)
     assert queue.state == {'waiting': 2}
@@ -334,7 +348,7 @@ def test_a_run_that_had_nothing_left_to_do_was_not_stopped(run, wait_since, says
     wait_since(1)
     transport = says(YES)
 
-    assert run(transport, should_stop=lambda: bool(transport.asked)) == RunReport(sent=1)
+    assert run(transport, stop=StopAfterOne(transport)) == RunReport(sent=1)
 
 
 def test_a_message_that_is_interrupted_is_given_back_and_not_held_against_it(run, queue, wait_since, says):

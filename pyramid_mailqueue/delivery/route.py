@@ -1,0 +1,140 @@
+"""A transport as the handler sees it: answers in one form, no exceptions, and a rest after its server's trouble."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
+from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.interfaces import ITransport
+
+__all__ = ['MAX_STUMBLES', 'Route']
+
+log = logging.getLogger('mailqueue.delivery')
+
+#: So often in a row a server may break off in the midst of a message before its transport rests.  One message that it
+#: cannot stand must not keep all others from it.
+MAX_STUMBLES = 2
+
+#: What is understood where a transport that is not in trouble leaves somebody out.  Silence is no success.
+_SILENCE = Reply(451, 'the transport said nothing of this recipient', '4.3.0', from_server=False)
+
+
+class Route:
+    """May be used by any number of threads at once."""
+
+    def __init__(self, transport: ITransport, pause: Pause) -> None:
+        self.transport = transport
+        self.name: str = getattr(transport, 'name', None) or type(transport).__name__
+        self.pause = pause
+        # Counted for each thread: a server that restarts breaks off the sessions of all of them at once.
+        self._row = _Row()
+
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult]:
+        """
+        Offer *first*, and what *more* gives for as long as it gives something; yield the outcomes in their order.
+
+        The outcome of an offer is yielded before the content of the next one can be with the server.  After one with
+        ``trouble`` the stream ends, and what was offered after it is as it was.  Raises no Exception.
+
+        :param more: must not wait, and must not raise
+        """
+        under_way = deque([first])
+
+        def next_offer() -> Offer | None:
+            offer = more()
+            if offer is not None:
+                under_way.append(offer)
+            return offer
+
+        stream = getattr(self.transport, 'stream', None)
+        try:
+            with closing((stream or self._one_by_one)(first, next_offer)) as answers:
+                for answer in answers:
+                    result = self._read(answer, under_way.popleft().recipients, may_go_on=stream is not None)
+                    yield result
+                    if result.trouble is not None:
+                        return
+        except ServerTrouble as trouble:
+            yield SendResult(transport=self.name, trouble=trouble)
+        except Exception as error:
+            # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
+            log.exception('The transport %s failed', self.name)
+            text = f'the transport failed: {type(error).__name__}: {error}'
+            yield self._deferred(under_way.popleft().recipients, text)
+
+    def _one_by_one(self, offer: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Any]:
+        while offer is not None:
+            yield self.transport.send(offer.sender, offer.recipients, offer.content)
+            offer = more()
+
+    def _read(self, answer: SendResult | bool | Any, recipients: tuple[str, ...], *, may_go_on: bool) -> SendResult:
+        """
+        A transport may also answer with a plain bool, or with any object that is true if the message was sent.
+
+        :param may_go_on: who is left out is to be offered again
+        """
+        if isinstance(answer, SendResult):
+            if answer.trouble is not None or (may_go_on and answer.replies):
+                replies = {r: answer.replies[r] for r in recipients if r in answer.replies}
+            else:
+                replies = {r: answer.replies.get(r, _SILENCE) for r in recipients}
+            return replace(answer, replies=replies, transport=answer.transport or self.name)
+        if not answer:
+            return self._deferred(recipients, 'the transport did not take the message')
+        queued = bool(getattr(answer, 'queued', False))
+        reply = Reply(250, 'queued' if queued else 'sent', from_server=False)
+        return SendResult(dict.fromkeys(recipients, reply), self.name, queued)
+
+    def _deferred(self, recipients: tuple[str, ...], text: str) -> SendResult:
+        return SendResult(dict.fromkeys(recipients, Reply(451, text, '4.3.0', from_server=False)), self.name)
+
+    # --- trouble ---
+
+    def worked(self) -> None:
+        """Note that the server took or refused a message as servers do."""
+        self._row.stumbles = 0
+        self.pause.end()
+
+    def forgives(self, trouble: ServerTrouble) -> bool:
+        """Whether the next message may be tried at once: the server broke off in the midst of one, and that is rare."""
+        if trouble.in_message and self._row.stumbles < MAX_STUMBLES:
+            self._row.stumbles += 1
+            return True
+        self._row.stumbles = 0
+        return False
+
+    def still_resting(self, trouble: ServerTrouble) -> SendResult:
+        """The answer of a transport that is not asked."""
+        if trouble.in_message:
+            # In the midst of another one.
+            trouble = ServerTrouble(str(trouble), code=trouble.code)
+        return SendResult(transport=self.name, trouble=trouble)
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """See `ITransport`."""
+        self._call('close')
+
+    def abort(self) -> None:
+        """See `ITransport`."""
+        self._call('abort')
+
+    def _call(self, name: str) -> None:
+        method = getattr(self.transport, name, None)
+        if method is not None:
+            method()
+
+
+class _Row(threading.local):
+    """How many times in a row the server has broken off in the midst of a message."""
+
+    stumbles = 0

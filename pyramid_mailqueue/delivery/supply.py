@@ -1,0 +1,252 @@
+"""
+The claims of one run, in their order, shared by the threads that deliver them.
+
+A thread that gets nothing more may only end when nobody can hand anything over to it: a session that was opened beside
+others may turn out to be one too many, and its messages are then theirs.  So a thread waits while there is one that is
+still *new*, which means that it has had no success yet.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from pyramid_mailqueue.exceptions import MailqueueError
+from pyramid_mailqueue.interfaces import IClaim
+
+__all__ = ['Share', 'Supply']
+
+#: A run waits no longer than this for its rate, in seconds; what is left waits in the queue, for the next run.
+PATIENCE = 10
+
+#: How soon a waiting thread sees that the run is to end, in seconds.
+GLANCE = 0.1
+
+
+class Supply:
+    """
+    See the module.
+
+    :param claims: asked for the next one when it is needed, by one thread at a time
+    :param limit: how many of them may be handed out
+    :param take_from_rate: called with a number of sends; takes them and returns 0, or returns in how many seconds to
+        ask again
+    """
+
+    def __init__(
+        self,
+        claims: Iterator[IClaim],
+        *,
+        limit: int | None = None,
+        take_from_rate: Callable[[int], float] | None = None,
+    ) -> None:
+        self.error: BaseException | None = None
+        self.is_rate_reached = False
+        self._claims = claims
+        self._left = limit
+        self._take_from_rate = take_from_rate
+        #: Whether all are to end as soon as they can; what is not under way then is released.
+        self.is_over = False
+        # Claims that were taken and could not be used: the next ones to be handed out.
+        self._returned: deque[IClaim] = deque()
+        self._shares: list[Share] = []
+        self._at_work = 0
+        self._new = 0
+        self._changed = threading.Condition()
+
+    def end(self) -> None:
+        """Hand out nothing more, and let what is not under way be released."""
+        with self._changed:
+            self.is_over = True
+            self._changed.notify_all()
+
+    def share(self, first: IClaim | None = None) -> Share:
+        """Return what one more thread works with, which begins with *first*."""
+        with self._changed:
+            self._at_work += 1
+            self._new += 1
+            self._shares.append(share := Share(self, first))
+        return share
+
+    def next_now(self) -> IClaim | None:
+        """Return the next claim, if there is one and the rate allows it at once."""
+        with self._changed:
+            claim = self._next()
+        return claim if claim is None or not self._wait_for_rate(claim) else None
+
+    def next(self, *, is_new: bool) -> IClaim | None:
+        """Return the next claim; None if there will be no more, and then the thread has to end."""
+        while (claim := self._next_or_wait(is_new=is_new)) is not None:
+            seconds = self._wait_for_rate(claim)
+            if not seconds:
+                return claim
+            if seconds > PATIENCE:
+                self.is_rate_reached = True
+                continue
+            until = time.monotonic() + seconds
+            while not self.is_over and (rest := until - time.monotonic()) > 0:
+                time.sleep(min(rest, GLANCE))
+        return None
+
+    def _wait_for_rate(self, claim: IClaim) -> float:
+        """Return 0 if *claim* may be sent now; else take it back, and return in how many seconds to ask again."""
+        if self._take_from_rate is None:
+            return 0
+        try:
+            seconds = self._take_from_rate(len(claim.envelope.recipients))
+        except (OSError, MailqueueError) as error:
+            self._fail(error)
+            seconds = PATIENCE + 1
+        if seconds:
+            with self._changed:
+                self._returned.appendleft(claim)
+        return seconds
+
+    def _next_or_wait(self, *, is_new: bool) -> IClaim | None:
+        with self._changed:
+            # Who waits cannot become one too many.
+            self._new -= is_new
+            self._changed.notify_all()
+            while (claim := self._next()) is None and self._new and not self.is_over:
+                self._changed.wait()
+            if claim is None:
+                self._at_work -= 1
+            else:
+                self._new += is_new
+            return claim
+
+    def _next(self) -> IClaim | None:
+        """Called with the lock held."""
+        if self.is_over or self.is_rate_reached:
+            return None
+        if self._returned:
+            return self._returned.popleft()
+        if self._left == 0:
+            return None
+        try:
+            claim = next(self._claims, None)
+        except Exception as error:  # noqa: BLE001 - it is raised again where the run was started
+            self._fail(error)
+            return None
+        if claim is not None and self._left is not None:
+            self._left -= 1
+        return claim
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.end()
+
+    def hand_over(self, claims: Sequence[IClaim], *, is_new: bool) -> bool:
+        """See `Share.hand_over`."""
+        with self._changed:
+            if self._at_work < 2:
+                return False
+            self._at_work -= 1
+            self._new -= is_new
+            self._returned.extend(claims)
+            self._changed.notify_all()
+            return True
+
+    def grow_up(self) -> None:
+        """Note that one more thread has had success."""
+        with self._changed:
+            self._new -= 1
+            self._changed.notify_all()
+
+    def lose(self, *, is_new: bool) -> None:
+        """Note that a thread has ended by a defect."""
+        with self._changed:
+            self._at_work -= 1
+            self._new -= is_new
+            self._changed.notify_all()
+
+    def has_more(self) -> bool:
+        """Whether there is something that was not settled; asked when no more is handed out."""
+        with self._changed:
+            if not self._returned and not any(share.has_claims for share in self._shares):
+                claim = next(self._claims, None)
+                if claim is None:
+                    return False
+                self._returned.append(claim)
+            return True
+
+    def release(self) -> None:
+        """Give back what is not settled, for threads that do not come back, too."""
+        self.end()
+        with self._changed:
+            returned = [*self._returned]
+            self._returned.clear()
+        for claim in returned:
+            claim.release()
+        for share in self._shares:
+            share.release()
+
+
+class Share:
+    """
+    What one thread has of a supply; see `Claims`.
+
+    :param first: a claim that was taken for this thread before it began
+    """
+
+    def __init__(self, supply: Supply, first: IClaim | None) -> None:
+        self._first = first
+        self._supply = supply
+        self._is_new = True
+        self._in_hand: dict[str, IClaim] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """See `Claims`."""
+        return self._supply.is_over
+
+    def take(self) -> IClaim | None:
+        """See `Claims`."""
+        claim, self._first = self._first, None
+        return self._noted(claim or self._supply.next(is_new=self._is_new))
+
+    def take_now(self) -> IClaim | None:
+        """See `Claims`."""
+        return self._noted(self._supply.next_now())
+
+    def _noted(self, claim: IClaim | None) -> IClaim | None:
+        if claim is not None:
+            self._in_hand[claim.id] = claim
+        return claim
+
+    def hand_over(self, claims: Sequence[IClaim]) -> bool:
+        """See `Claims`."""
+        if not self._supply.hand_over(claims, is_new=self._is_new):
+            return False
+        for claim in claims:
+            self.done_with(claim)
+        return True
+
+    def done_with(self, claim: IClaim) -> None:
+        """Note that a claim is settled, or somebody else's."""
+        self._in_hand.pop(claim.id, None)
+
+    def succeeded(self) -> bool:
+        """Note that a message of this thread had its outcome; whether it is the first."""
+        is_first, self._is_new = self._is_new, False
+        if is_first:
+            self._supply.grow_up()
+        return is_first
+
+    def lost(self) -> None:
+        """Note that the thread has ended by a defect.  What it was over stays claimed: its deaths are counted."""
+        self._in_hand.clear()
+        self._supply.lose(is_new=self._is_new)
+
+    @property
+    def has_claims(self) -> bool:
+        """Whether the thread has something that it has not settled."""
+        return bool(self._first or self._in_hand)
+
+    def release(self) -> None:
+        """Give back what the thread has not settled."""
+        for claim in [self._first, *self._in_hand.values()]:
+            if claim is not None:
+                claim.release()
