@@ -54,7 +54,7 @@ class Progress:
 
 @contextmanager
 def open_progress(
-    stream: TextIO, *, total: int | None, clock: Callable[[], float] = time.monotonic
+    stream: TextIO | None, *, total: int | None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Progress]:
     """
     Show the progress of a run on *stream* until the end of the ``with`` block, if that is a terminal.
@@ -62,12 +62,12 @@ def open_progress(
     What is logged to the terminal meanwhile appears above the bar, and the bar is gone before the block is left.
     Without rich there are lines, which stay.
 
-    :param stream: where it is shown: stderr, for stdout is the summary's
+    :param stream: where it is shown: stderr, for stdout is the summary's; None as ``sys.stderr`` may be
     :param total: how many messages are due; None if nobody knows.  It does no harm if it is too small
     :param clock: seconds, from any beginning
     """
     progress = Progress(total)
-    if not _is_terminal(stream):
+    if stream is None or not _is_terminal(stream):
         yield progress
         return
     over = threading.Event()
@@ -169,7 +169,8 @@ def _display(stream: TextIO) -> Iterator[tuple[Callable[[_State], None], float]]
     """Give the function that shows how far the run is, and the seconds between two calls of it."""
     console = _console(stream)
     if console is None:
-        yield lambda state: print(f'mq-run: {state.words}', file=stream, flush=True), _BETWEEN_LINES
+        # Line and line end at once: print() would let what another thread logs in between.
+        yield lambda state: _write(stream, f'mq-run: {state.words}\n'), _BETWEEN_LINES
         return
     from rich.live import Live
 
@@ -179,6 +180,11 @@ def _display(stream: TextIO) -> Iterator[tuple[Callable[[_State], None], float]]
         Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as live,
     ):
         yield lambda state: live.update(_row(state, console.width), refresh=True), _BETWEEN_BARS
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
 
 
 def _console(stream: TextIO) -> Console | None:
@@ -215,7 +221,7 @@ def _diverted_logging(console: Console) -> Iterator[None]:
     """
     from rich.file_proxy import FileProxy
 
-    terminals = [stream for stream in (sys.stderr, sys.stdout) if _is_terminal(stream)]
+    terminals = [stream for stream in (sys.stderr, sys.stdout) if stream and _is_terminal(stream)]
     diverted = []
     try:
         for handler in all_handlers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -50,6 +51,7 @@ IMPORTED = 'print("rich" in sys.modules, flush=True)'
 class Screen:
     """As much of a terminal as a bar needs; it refuses what it does not know."""
 
+    BEGUN = re.compile(r'\x1b(\[[?\d;]*)?')
     TOKENS = re.compile(r'\x1b\[(\??[\d;]*)([A-Za-z])|([\r\n])|([^\x1b\x00-\x1f]+)')
 
     def __init__(self, width):
@@ -57,10 +59,16 @@ class Screen:
         self.lines = ['']
         self.row = self.column = 0
         self.cursor = True
+        self.begun = ''
 
     def feed(self, text):
+        text, self.begun = self.begun + text, ''
         position = 0
         while position < len(text):
+            if self.BEGUN.fullmatch(text, position):
+                # The kernel has passed on what the child had written at once in two pieces.
+                self.begun = text[position:]
+                return
             token = self.TOKENS.match(text, position)
             assert token, f'not understood: {text[position:]!r}'
             position = token.end()
@@ -119,8 +127,8 @@ class Terminal:
         )
         os.close(slave)
         self.screen = Screen(width or 80)
+        self.decoder = codecs.getincrementaldecoder('utf-8')()
         self.raw = ''
-        self.width = width
 
     def tell(self, line):
         self.process.stdin.write(f'{line}\n')
@@ -134,8 +142,7 @@ class Terminal:
         except OSError:
             # All who had the other end are gone.
             data = b''
-        # A character is not torn apart: what is written at once is shorter than what the kernel passes on at once.
-        text = data.decode()
+        text = self.decoder.decode(data)
         self.raw += text
         self.screen.feed(text)
         return bool(data)
@@ -290,6 +297,19 @@ def test_a_terminal_that_becomes_narrower_is_kept_to(terminal):
     assert len(bar) <= 30
 
 
+def test_a_terminal_that_knows_nothing_but_ascii_has_a_bar(terminal):
+    screen = terminal(total=4000, before=LOGGING, PYTHONIOENCODING='ascii')
+    screen.tell('progress.update(1200, 1200, 0, 0)')
+    screen.wait_for('1200')
+    screen.tell('logging.warning("caf\\xe9")')
+    screen.tell('progress.update(2400, 2400, 0, 0)')
+
+    logged, bar = screen.wait_for('2400').splitlines()
+
+    assert logged == r'WARNING caf\xe9'
+    assert bar.startswith('---')
+
+
 def test_colours_can_be_switched_off(terminal):
     def styles(**env):
         screen = terminal(total=4000, **env)
@@ -418,7 +438,10 @@ def test_what_is_logged_stands_between_the_lines(terminal):
     screen.wait_for('1200')
     screen.tell('logging.warning("one")')
 
-    assert screen.end().splitlines()[-1] == 'WARNING:root:one'
+    lines = screen.end().splitlines()
+
+    assert lines.count('WARNING:root:one') == 1
+    assert {line[:13] for line in lines} == {'mq-run: 1200 ', 'WARNING:root:'}
 
 
 # --- nothing ----------------------------------------------------------------
@@ -441,6 +464,20 @@ def test_a_stream_that_is_closed_shows_nothing(tmp_path):
 
     with open_progress(stream, total=1) as progress:
         progress.update(1, 1, 0, 0)
+
+
+def test_a_process_without_stderr_shows_nothing():
+    with open_progress(None, total=1) as progress:
+        progress.update(1, 1, 0, 0)
+
+
+def test_a_process_without_stdout_has_a_bar(terminal):
+    screen = terminal(total=4000, before=f'sys.stdout = None\n{textwrap.dedent(LOGGING)}')
+    screen.tell('progress.update(1200, 1200, 0, 0)')
+
+    screen.wait_for('1200 of 4000')
+
+    assert screen.end() == ''
 
 
 def test_a_run_that_has_nothing_to_do_shows_nothing_and_imports_nothing(terminal):

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import configparser
 import io
 import logging
 import logging.handlers
 import os
+import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import docutils.core
+import docutils.nodes
 import pytest
 
+from pyramid_mailqueue.cli import run
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
+from pyramid_mailqueue.delivery import runner
+
+DOCS = Path(__file__).parents[2] / 'docs'
+EXAMPLES = sorted((DOCS / 'examples').iterdir())
+UNITS = [path for path in EXAMPLES if path.suffix in ('.service', '.timer')]
+SERVICES = [path for path in UNITS if path.suffix == '.service']
+
+# Seconds; only a test that fails waits that long.
+DEADLINE = 30
 
 # --- systemd ----------------------------------------------------------------
 
@@ -40,6 +57,10 @@ class Systemd:
 
     def heard(self):
         return self.sock.recv(4096).decode()
+
+    def wait_for(self, state):
+        while state not in self.heard().splitlines():
+            pass
 
 
 @pytest.mark.parametrize('state', ['READY=1', 'STOPPING=1', 'STATUS=3 messages wait; the server is away (421 später)'])
@@ -288,3 +309,112 @@ def test_no_record_of_another_thread_is_lost(tmp_path, attach):
 
     names = [*(f'mail.log.{number}' for number in range(100)), 'mail.log']
     assert ''.join((tmp_path / name).read_text() for name in names).splitlines() == logged
+
+
+# --- the sample files -------------------------------------------------------
+
+
+def section(path, name):
+    """A section of a unit, as a dict."""
+    unit = configparser.ConfigParser(delimiters='=', comment_prefixes='#', interpolation=None)
+    unit.optionxform = str
+    unit.read_string(path.read_text())
+    return dict(unit[name])
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+@pytest.fixture(scope='module')
+def page():
+    return docutils.core.publish_doctree((DOCS / 'deployment.rst').read_text('utf-8'))
+
+
+@pytest.mark.parametrize('path', EXAMPLES, ids=names(EXAMPLES))
+def test_the_docs_show_each_sample_file_word_for_word(page, path):
+    shown = [block.astext() for block in page.findall(docutils.nodes.literal_block)]
+    linked = [node['refuri'] for node in page.findall(docutils.nodes.reference) if 'refuri' in node]
+
+    assert path.read_text().rstrip() in shown
+    assert f'examples/{path.name}' in linked
+
+
+@pytest.mark.parametrize('path', UNITS, ids=names(UNITS))
+def test_the_units_are_in_order(path, tmp_path):
+    assert section(path, 'Unit')['Description']
+    analyze = shutil.which('systemd-analyze')
+    if analyze:
+        # Where there is systemd it can tell more.  It looks for the programs, and for the service of a timer.
+        for unit in UNITS:
+            text = unit.read_text().replace('/srv/shop/venv/bin/mq-run', '/bin/true')
+            (tmp_path / unit.name).write_text(text)
+        command = [analyze, 'verify', '--man=no', tmp_path / path.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (told.returncode, told.stdout, told.stderr) == (0, '', '')
+
+
+def test_the_timer_starts_a_unit_that_is_there():
+    timers = {path.stem for path in UNITS if path.suffix == '.timer'}
+
+    assert timers
+    assert timers <= {path.stem for path in SERVICES}
+
+
+def command_lines():
+    for path in EXAMPLES:
+        for line in path.read_text().splitlines():
+            _, found, arguments = line.partition('/srv/shop/venv/bin/mq-run ')
+            if found:
+                yield pytest.param(shlex.split(arguments), id=path.name)
+
+
+@pytest.mark.parametrize('arguments', list(command_lines()))
+def test_the_commands_are_understood(arguments):
+    command = [sys.executable, '-m', 'pyramid_mailqueue.cli.run', *arguments]
+
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE)
+
+    # Which is all that is wrong with them here.
+    assert ended.stderr == 'mq-run: /srv/shop/production.ini: cannot be read (No such file or directory).\n'
+    assert ended.returncode == run.EX_CONFIG
+
+
+@pytest.mark.parametrize('path', SERVICES, ids=names(SERVICES))
+def test_systemd_waits_until_mq_run_has_ended_by_itself(path):
+    assert int(section(path, 'Service')['TimeoutStopSec']) > runner.PATIENCE + runner.LAST_PATIENCE
+
+
+def test_the_units_know_the_exit_statuses():
+    assert section(DOCS / 'examples/shop-mail.service', 'Service')['RestartPreventExitStatus'] == str(run.EX_CONFIG)
+    assert section(DOCS / 'examples/shop-mail-run.service', 'Service')['SuccessExitStatus'] == str(run.EX_TEMPFAIL)
+
+
+@pytest.mark.parametrize('systemd', ['path'], indirect=True)
+def test_the_service_does_what_its_unit_says(systemd, tmp_path):
+    unit = section(DOCS / 'examples/shop-mail.service', 'Service')
+    log = tmp_path / 'queue.log'
+    ini = tmp_path / 'production.ini'
+    ini.write_text(
+        '[app:main]\nmailqueue.queue_dir = %(here)s/queue\nmailqueue.smtp_hostname = localhost\n'
+        '[loggers]\nkeys = root\n[handlers]\nkeys = file\n[formatters]\nkeys =\n'
+        '[logger_root]\nhandlers = file\n[handler_file]\nclass = FileHandler\nargs = ("%(here)s/queue.log",)\n'
+    )
+    _, *arguments = shlex.split(unit['ExecStart'].replace('/srv/shop/production.ini', str(ini)))
+    systemd.sock.settimeout(DEADLINE)
+    command = [sys.executable, '-m', 'pyramid_mailqueue.cli.run', *arguments]
+    with subprocess.Popen(command, env={**os.environ, **systemd.environ}) as process:
+        try:
+            assert unit['Type'] == 'notify'
+            systemd.wait_for('READY=1')
+            log.rename(tmp_path / 'queue.log.1')
+            assert unit['ExecReload'] == '/bin/kill -HUP $MAINPID'
+            process.send_signal(signal.SIGHUP)
+            systemd.wait_for('RELOADING=1')
+            systemd.wait_for('READY=1')
+            assert log.exists()
+            process.send_signal(signal.Signals[unit['KillSignal']])
+            systemd.wait_for('STOPPING=1')
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
