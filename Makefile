@@ -52,7 +52,7 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(TEST) $(DEMO) $(BENCH) $(PEERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(TEST) $(DEMO) $(BENCH) $(PEERS) $(SERVERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # "|": checked before an installation, but no reason for one.
