@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import smtplib
 from email import message_from_bytes
 
 import pytest
@@ -180,3 +181,25 @@ def test_a_server_that_hangs_up_after_many_wrong_addresses_does_not_end_the_run(
     assert left() == {'dead': [NOBODY] * 30}
     assert arrived(server) == [content(99)]
     assert (status, told) == (0, 'mq-run: 1 sent, 30 refused; 0 waiting\n')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'complaint'),
+    [
+        pytest.param(Postfix, 'Connection concurrency limit exceeded', id='postfix'),
+        pytest.param(Exim, 'too many connections', id='exim'),
+    ],
+)
+def test_a_server_with_room_for_fewer_sessions_than_we_may_open_gets_everything(
+    kind, complaint, start, put, mq_run, left, content
+):
+    server = start(kind, max_sessions=2)
+    for number in range(50):
+        put(content(number))
+
+    with smtplib.SMTP(HOST, server.port):
+        assert mq_run(server, smtp_connections=4) == (0, 'mq-run: 50 sent; 0 waiting\n')
+
+    assert left() == {}
+    assert arrived(server) == sorted(map(content, range(50)))
+    assert complaint in server.log()
