@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from pyramid_mailqueue.exceptions import AddressError
@@ -42,7 +43,15 @@ def check_address(address: str) -> str:
     An address is one mailbox, ``local-part@domain`` (RFC 5321 section 4.1.2), without a display name or angle
     brackets.  Raises :class:`~.exceptions.AddressError` for anything else.
     """
-    if isinstance(address, str) and len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address):
+    if not isinstance(address, str):
+        raise AddressError(f'An address must be a str, not {type(address).__name__}: {_shown(repr(address))}.')
+    return _check(address)
+
+
+# On its way a message has its addresses checked wherever they could have come in.
+@lru_cache(maxsize=1024)
+def _check(address: str) -> str:
+    if len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address):
         return address
     return _check_unusual(address)
 
@@ -52,9 +61,7 @@ def needs_smtputf8(address: str) -> bool:
     return not address.rpartition('@')[0].isascii()
 
 
-def _check_unusual(address: object) -> str:
-    if not isinstance(address, str):
-        raise AddressError(f'An address must be a str, not {type(address).__name__}: {_shown(repr(address))}.')
+def _check_unusual(address: str) -> str:
     if len(address) > MAX_ADDRESS_OCTETS:
         raise _too_long(address)
     if _CONTROL_OR_SURROGATE.search(address):

@@ -229,6 +229,8 @@ class _Attempt:
     @property
     def result(self) -> SendResult:
         """Everything that was said; the trouble of one transport is none if another one could be used."""
+        if len(self.answers) == 1:
+            return self.answers[0]
         result = reduce(SendResult.merged_with, self.answers, SendResult())
         return result if all(last.trouble for last in self._last.values()) else replace(result, trouble=None)
 
@@ -345,7 +347,8 @@ class _Shift:
         decide = self._handler.retry_policy.decide
         settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
         claim.settle(settlement)
-        result = replace(result, queued=result.queued or bool(settlement.waiting), settlement=settlement)
+        queued = result.queued or bool(settlement.waiting)
+        result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         tell(claim, attempt.envelope, attempt.answers, result, age=now - claim.queued_at)
         return claim, result
 

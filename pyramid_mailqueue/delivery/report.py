@@ -31,10 +31,11 @@ def tell(claim: IClaim, envelope: Envelope, answers: Sequence[SendResult], resul
     """
     assert result.settlement is not None
     _log(claim, envelope, answers, result.settlement, age)
+    room = plugins()
     if result.accepted:
-        plugins().notify(plugins().MQSignal.delivery_successful, claim, result)
+        room.notify(room.MQSignal.delivery_successful, claim, result)
     if has_failed(result.settlement):
-        plugins().notify(plugins().MQSignal.delivery_failed, claim, result)
+        room.notify(room.MQSignal.delivery_failed, claim, result)
 
 
 def has_failed(settlement: Settlement) -> bool:

@@ -82,6 +82,8 @@ class Route:
         :param may_go_on: who is left out is to be offered again
         """
         if isinstance(answer, SendResult):
+            if answer.transport and answer.replies.keys() == set(recipients):
+                return answer
             if answer.trouble is not None or (may_go_on and answer.replies):
                 replies = {r: answer.replies[r] for r in recipients if r in answer.replies}
             else:

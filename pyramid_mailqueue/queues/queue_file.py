@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import format_datetime
+from functools import lru_cache
 from typing import BinaryIO
 
 from pyramid_mailqueue.addresses import check_address, split_addresses
@@ -192,6 +193,8 @@ _ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
 _RETRIES = re.compile(r'[0-9]{1,9}')
 
 
+# What was queued together has the same second.
+@lru_cache(maxsize=64)
 def _parse_date(name: str, value: str) -> float:
     match = _DATE.fullmatch(value)
     if not match:

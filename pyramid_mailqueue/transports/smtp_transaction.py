@@ -43,6 +43,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import ClassVar
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8
@@ -113,18 +114,22 @@ class ReplyReader:
 
     def __init__(self, server: str = 'the server') -> None:
         self._server = server
-        self._buffer = bytearray()
-        self._code: int | None = None
+        # What has arrived: whole lines, and the beginning of the next one.
+        self._arrived: deque[bytes] = deque()
+        self._rest = b''
+        # The reply whose lines are not all there yet.
+        self._code = 0
         self._lines: list[bytes] = []
 
     @property
     def is_empty(self) -> bool:
         """Nothing has arrived beyond the replies that were handed out."""
-        return not self._buffer and not self._lines
+        return not (self._arrived or self._rest or self._lines)
 
     def feed(self, data: bytes) -> None:
         """Add what has arrived."""
-        self._buffer += data
+        *lines, self._rest = (self._rest + data).split(b'\n')
+        self._arrived.extend(lines)
 
     def next_reply(self) -> tuple[int, list[bytes]] | None:
         """
@@ -134,27 +139,22 @@ class ReplyReader:
         """
         while (line := self._next_line()) is not None:
             match = _REPLY_LINE.fullmatch(line)
-            if not match or int(match[1]) != (self._code or int(match[1])):
+            if not match or (self._lines and int(match[1]) != self._code):
                 raise self._trouble(f'sent what is not an SMTP reply: {printable(line[:100])!r}')
             self._code = int(match[1])
             self._lines.append(match[3] or b'')
             if match[2] != b'-':
-                reply = self._code, self._lines
-                self._code, self._lines = None, []
-                return reply
+                lines, self._lines = self._lines, []
+                return self._code, lines
             if len(self._lines) >= MAX_REPLY_LINES:
                 raise self._trouble(f'sent a reply of more than {MAX_REPLY_LINES} lines')
         return None
 
     def _next_line(self) -> bytes | None:
-        end = self._buffer.find(b'\n', 0, MAX_REPLY_LINE)
-        if end < 0 and len(self._buffer) >= MAX_REPLY_LINE:
+        line = self._arrived.popleft() if self._arrived else None
+        if len(self._rest if line is None else line) >= MAX_REPLY_LINE:
             raise self._trouble(f'sent a reply line of more than {MAX_REPLY_LINE} bytes')
-        if end < 0:
-            return None
-        line = bytes(self._buffer[:end]).removesuffix(b'\r')
-        del self._buffer[: end + 1]
-        return line
+        return line and line.removesuffix(b'\r')
 
     def _trouble(self, what: str) -> ServerTrouble:
         return ServerTrouble(
@@ -224,6 +224,12 @@ class MailTransaction:
         if not self._taken:
             self.replies.update(self._too_many)
         self.done = True
+
+
+# Servers say the same again and again.
+@lru_cache(maxsize=64)
+def _reply(code: int, lines: tuple[bytes, ...]) -> Reply:
+    return Reply.from_lines(code, map(printable, lines))
 
 
 def _is_too_many_recipients(reply: Reply) -> bool:
@@ -459,7 +465,7 @@ class Dialogue:
     # --- what was heard ---
 
     def _take(self, code: int, lines: list[bytes]) -> None:
-        reply = Reply.from_lines(code, map(printable, lines))
+        reply = _reply(code, tuple(lines))
         if self.trace:
             self.trace(f'S: {reply}')
         awaited = self._awaited[0] if self._awaited else None
