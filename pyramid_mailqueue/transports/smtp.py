@@ -203,16 +203,18 @@ class SMTPTransport:
                 try:
                     session.run(transaction)
                 except ServerTrouble as trouble:
-                    if session.was_stale(transaction):
-                        self._pool.discard(session)
-                        session = self._connect()
-                        transactions = deque(self._submit(session, offer) for offer in offers)
-                        continue
-                    trouble.in_message = transaction.begun
-                    if not transaction.replies:
-                        raise
-                    yield SendResult(transaction.replies, self._name, trouble=trouble)
-                    return
+                    if not session.was_stale(transaction):
+                        trouble.in_message = transaction.begun
+                        if not transaction.replies:
+                            raise
+                        yield SendResult(transaction.replies, self._name, trouble=trouble)
+                        return
+                if session.takes_no_more(transaction):
+                    session.say_quit()
+                    self._pool.discard(session)
+                    session = self._connect()
+                    transactions = deque(self._submit(session, offer) for offer in offers)
+                    continue
                 offers.popleft()
                 transactions.popleft()
                 yield SendResult(transaction.replies, self._name)
@@ -523,6 +525,7 @@ class _Session:
         self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
         self.was_used = False
         self.idle_since = 0.0
+        self._has_delivered = False
         self._server = server
         self._client = client
         self._sock = client.sock
@@ -553,10 +556,19 @@ class _Session:
             if self._hear():
                 began = self._server.clock()
         self.was_used = True
+        self._has_delivered |= transaction.delivered
 
     def was_stale(self, transaction: MailTransaction) -> bool:
         """The server had ended this session while it was idle: nothing of *transaction* was answered."""
         return self.was_used and self.dialogue.closed_by_server and not transaction.answered
+
+    def takes_no_more(self, transaction: MailTransaction) -> bool:
+        """
+        The server has ended this session, or takes only so many messages in one (OpenSMTPD: 452 to MAIL).
+
+        In either case nothing of *transaction* has happened, and a new session may do.
+        """
+        return self.was_stale(transaction) or (transaction.postponed and self._has_delivered)
 
     @property
     def is_alive(self) -> bool:

@@ -176,6 +176,8 @@ class MailTransaction:
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
     :ivar answered: the server has replied to at least one command of this transaction
     :ivar begun: the server has accepted the sender
+    :ivar postponed: the server would take no message from this sender now (4xx to MAIL)
+    :ivar delivered: the server has accepted the content
     """
 
     def __init__(self, sender: str, recipients: Iterable[str], content: bytes) -> None:
@@ -186,6 +188,8 @@ class MailTransaction:
         self.done = False
         self.answered = False
         self.begun = False
+        self.postponed = False
+        self.delivered = False
         self._taken: list[str] = []
         self._too_many: dict[str, Reply] = {}
 
@@ -504,6 +508,7 @@ class Dialogue:
             awaited.transaction.begun = True
         else:
             # What was said already, RCPT and DATA, will be answered too: with "MAIL first".
+            awaited.transaction.postponed = reply.deferred
             awaited.transaction.refuse(reply)
             self._commands.clear()
         self._finish_if_hopeless(awaited.transaction)
@@ -528,6 +533,7 @@ class Dialogue:
             self._begin_data(_Awaited(_Step.LONE_DOT, transaction), b'')
 
     def _on_dot(self, awaited: _Awaited, reply: Reply) -> None:
+        awaited.transaction.delivered = reply.accepted
         awaited.transaction.answer_data(reply)
         awaited.transaction.finish()
 

@@ -157,7 +157,7 @@ def test_a_run_brings_each_of_many_messages_once_whatever_becomes_of_those_betwe
     }
 
 
-@pytest.mark.parametrize('kind', [Exim], ids=lambda kind: kind.name)
+@pytest.mark.parametrize('kind', [Exim, OpenSMTPD], ids=lambda kind: kind.name)
 def test_a_server_that_takes_only_so_many_messages_in_a_session_gets_them_in_more_sessions(
     kind, start, put, mq_run, left, content
 ):
