@@ -111,6 +111,15 @@ class Tally:
     oldest: float | None = None
     by_age: tuple[int, ...] = (0,) * (len(AGE_LIMITS) + 1)
 
+    def __add__(self, other: Tally) -> Tally:
+        """Count the messages of both."""
+        return Tally(
+            self.messages + other.messages,
+            self.size + other.size,
+            min((oldest for oldest in (self.oldest, other.oldest) if oldest is not None), default=None),
+            tuple(map(sum, zip(self.by_age, other.by_age, strict=True))),
+        )
+
 
 @dataclass(frozen=True)
 class QueueStats:

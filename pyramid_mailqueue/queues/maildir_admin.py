@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import heapq
+import io
 import logging
 import math
 import os
@@ -242,7 +243,7 @@ class MaildirAdmin:
                 taken.renew()
             else:
                 taken.make_due()
-            return taken.moved('new')
+            return taken.as_it_is() if taken.folder == 'new' else taken.moved('new')
 
     def release(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
@@ -329,11 +330,15 @@ class _Taken:
         The last reply stays, for whoever looks.  Raises QueueFileError if it cannot be read.
         """
         now = self._folders.clock()
-        source = self.file.read()
+        source = io.BytesIO(self.file.read())
         header = dataclasses.replace(read_header(source), queued_at=now, attempts=0)
         version = self._folders.write(self.file.path, header, source.read(), now)
         self.file.close()
         self.file = version
+
+    def as_it_is(self) -> QueueEntry:
+        """Leave it where it is, and return it.  A power cut may undo a due time, which does no harm."""
+        return self._changed(_entry(self.folder, self.file.name, self.file.fd))
 
     def moved(self, folder: str) -> QueueEntry:
         """Move it, durably, and return it as it is then."""

@@ -86,3 +86,11 @@ def test_what_cannot_be_read_is_counted_and_has_no_age():
     damaged = QueueEntry('id', 'corrupt', size=5)
 
     assert tally([damaged], NOW).by_state['corrupt'] == Tally(messages=1, size=5)
+
+
+def test_two_tallies_are_the_tally_of_all_messages():
+    entries = [entry(minutes=age, size=age) for age in (3, 7, 7, 9999)]
+
+    tallies = [tally(some, NOW).by_state['waiting'] for some in (entries[:2], [], entries[2:])]
+
+    assert sum(tallies, Tally()) == tally(entries, NOW).by_state['waiting']

@@ -1,0 +1,163 @@
+"""What commands have in common: exit statuses, an ini file on the command line, and errors for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pyramid_mailqueue.cli.config import read_app_settings, read_mqrunner_section
+from pyramid_mailqueue.cli.output import printable
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.settings import Settings, parse_duration
+
+__all__ = [
+    'EX_CONFIG',
+    'EX_INTERRUPTED',
+    'EX_IOERR',
+    'EX_NOT_DONE',
+    'EX_OK',
+    'EX_SOFTWARE',
+    'EX_TEMPFAIL',
+    'add_ini_arguments',
+    'blaming',
+    'complain',
+    'duration',
+    'exit_status_of',
+    'read_settings',
+    'refuse_root',
+    'silence_stdout',
+]
+
+# Most are names and numbers of sysexits.h, which init systems and mail servers know.
+EX_OK = 0
+# A message was not found, or is in a state in which this cannot be done.
+EX_NOT_DONE = 1
+EX_SOFTWARE = 70
+EX_IOERR = 74
+EX_TEMPFAIL = 75
+EX_CONFIG = 78
+# What shells say of a command that Ctrl-C has ended.
+EX_INTERRUPTED = 130
+
+
+# --- the command line -------------------------------------------------------
+
+
+def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the ini file, ``--name`` and ``--set``."""
+    parser.add_argument(
+        'ini', metavar='INI', help="the application's ini file, as pserve takes it: app.ini or app.ini#name"
+    )
+    parser.add_argument('-n', '--name', help='the name of the application in the ini file (default: main)')
+    parser.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        dest='overrides',
+        metavar='KEY=VALUE',
+        help='use this value for %%(KEY)s in the ini file, and before the setting KEY; may be repeated',
+    )
+
+
+def duration(text: str) -> float:
+    """Read the time span of an option, in seconds."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_settings(ini: str, name: str | None, queue_dir: str | None, overrides: Mapping[str, str]) -> Settings:
+    """
+    Return the settings of the app; if there is a [mqrunner] section and we know the queue directory, those of that.
+
+    :param name: the name of the app that was given on the command line, if it was
+    :param queue_dir: the queue directory, likewise; it goes before the one in the ini file
+    :raises ConfigurationError: something in it cannot be used
+    """
+    given = {'queue_dir': Path(queue_dir).absolute()} if queue_dir else {}
+    section = read_mqrunner_section(ini, overrides) if name is None else None
+    if section is not None and (given or section.get('queue_dir')):
+        return Settings.from_mqrunner_section({**section, **given})
+    of_app = read_app_settings(ini, name, overrides)
+    return Settings.from_mapping({**of_app, **{f'mailqueue.{key}': value for key, value in given.items()}})
+
+
+def refuse_root(queue_dir: Path | None, command: str) -> None:
+    """Raise ConfigurationError for root in the queue of somebody else, who could not open what root leaves there."""
+    if queue_dir is None or os.geteuid() != 0:
+        return
+    # The folders inside are made by the application, whoever owns the one around them.
+    places = (queue_dir / 'new', queue_dir, *queue_dir.parents)
+    owner = next(path for path in places if path.exists()).stat().st_uid
+    if owner == 0:
+        return
+    try:
+        user = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        user = f'#{owner}'
+    raise ConfigurationError(
+        f'mailqueue.queue_dir = {queue_dir} belongs to the user {user}, and this is root: the application could not '
+        f'open the files that root leaves there. Run {command} as {user}, for instance with: '
+        f'sudo -u {user} {command} ...'
+    )
+
+
+# --- errors -----------------------------------------------------------------
+
+
+@contextmanager
+def blaming(ini: str) -> Iterator[None]:
+    """Name the file in each line of a ConfigurationError that does not name one."""
+    try:
+        yield
+    except ConfigurationError as error:
+        name = Path(ini.partition('#')[0]).name
+        lines = (line if name in line else f'{ini}: {line}' for line in str(error).splitlines())
+        raise ConfigurationError('\n'.join(lines)) from error
+
+
+def exit_status_of(command: str, work: Callable[[], int]) -> int:
+    """Do *work*, which returns an exit status.  Whatever it raises gets a status too, and words for a person."""
+    try:
+        status = work()
+        sys.stdout.flush()
+    except ConfigurationError as error:
+        complain(command, str(error))
+        status = EX_CONFIG
+    except QueueError as error:
+        complain(command, str(error))
+        status = EX_TEMPFAIL
+    except KeyboardInterrupt:
+        status = EX_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads has seen enough.
+        silence_stdout()
+        status = EX_OK
+    except OSError as error:
+        complain(command, f'the output cannot be written: {error.strerror}')
+        silence_stdout()
+        status = EX_IOERR
+    except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
+        complain(command, 'this is a defect of pyramid_mailqueue; please report it with these lines:')
+        traceback.print_exc()
+        status = EX_SOFTWARE
+    return status
+
+
+def complain(command: str, text: str) -> None:
+    """Tell a person on stderr what is wrong, one line or several."""
+    for line in text.splitlines():
+        print(f'{command}: {printable(line)}', file=sys.stderr)
+
+
+def silence_stdout() -> None:
+    """Nobody hears it; but the interpreter would try once more when it ends, and then say otherwise."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

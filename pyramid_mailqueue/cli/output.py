@@ -1,0 +1,188 @@
+"""What commands print of a queue: tables on a terminal, plain text in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from typing import Any
+
+from pyramid_mailqueue.queues.entries import QueueEntry
+
+__all__ = [
+    'STYLES',
+    'Column',
+    'as_json',
+    'few',
+    'numbered',
+    'print_json',
+    'print_json_list',
+    'print_table',
+    'printable',
+    'size_in_words',
+    'span_in_words',
+    'timestamp',
+]
+
+#: A table is laid out for so many rows at a time, so that the first ones need not wait for the last.
+ROWS_AT_ONCE = 500
+
+STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'red', 'corrupt': 'red'}
+
+
+# --- words ------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """
+    Return *text* in one line that any terminal shows as text.
+
+    What senders and servers have written may be meant to move the cursor or to set the title of the window.
+    """
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+
+
+def span_in_words(seconds: float) -> str:
+    """Return a time span such as ``12s``, ``5m``, ``3h`` or ``2d``; it is rounded down."""
+    for unit, length, most in (('s', 1, 60), ('m', 60, 60), ('h', 3600, 48)):
+        if seconds < most * length:
+            return f'{max(0, int(seconds / length))}{unit}'
+    return f'{int(seconds / 86400)}d'
+
+
+def size_in_words(octets: int) -> str:
+    """Return a size such as ``512``, ``4.1K`` or ``2.3M``; 1K is 1024 octets."""
+    size, units = float(octets), iter(' KMGTP')
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    return str(octets) if unit == ' ' else f'{size:.1f}{unit}'
+
+
+def numbered(number: int, noun: str) -> str:
+    """``1 message``, ``2 messages``."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
+def few(recipients: Sequence[str], most: int = 3) -> str:
+    """Return the first *most* of *recipients*, and how many more there are."""
+    more = len(recipients) - most
+    return ','.join(recipients[:most]) + (f',... ({more} more)' if more > 0 else '')
+
+
+def timestamp(seconds: float | None) -> str | None:
+    """Return a time in seconds since the epoch as ISO 8601 in UTC, to the second."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(int(seconds), timezone.utc).isoformat().replace('+00:00', 'Z')
+
+
+# --- JSON -------------------------------------------------------------------
+
+
+def as_json(entry: QueueEntry) -> dict[str, Any]:
+    """Return the one form in which every command tells of a message; it is documented in ``docs/operations.rst``."""
+    return {
+        'id': entry.id,
+        'state': entry.state,
+        'sender': entry.sender,
+        'recipients': entry.recipients,
+        'retries': entry.retries,
+        'queued_at': timestamp(entry.queued_at),
+        'due': timestamp(entry.due),
+        'last_attempt': timestamp(entry.last_attempt),
+        'last_reply': entry.last_reply,
+        'subject': entry.subject,
+        'message_id': entry.message_id,
+        'size': entry.size,
+    }
+
+
+def print_json(value: object) -> None:
+    """Print *value*, in ASCII, whatever the terminal or pipe can take."""
+    print(json.dumps(value))
+
+
+def print_json_list(values: Iterable[object]) -> None:
+    """Print a list of *values*, one a line, each as soon as it is there."""
+    before = '['
+    for value in values:
+        print(before + json.dumps(value), end='')
+        before = ',\n '
+    print(']' if before != '[' else '[]')
+
+
+# --- tables -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A column of a table.
+
+    :param title: what stands above it
+    :param is_number: it is aligned to the right
+    :param is_whole: it is never broken or cut off, because people copy it
+    :param from_width: a terminal with fewer columns can do without it
+    :param styles: the style of a cell that has this text, on a terminal
+    """
+
+    title: str
+    is_number: bool = False
+    is_whole: bool = False
+    from_width: int = 0
+    styles: Mapping[str, str] = field(default_factory=dict)
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
+    """Print *rows*: with rich if it is there and this is a terminal, else in plain columns, with two blanks between."""
+    safe = (tuple(map(printable, row)) for row in rows)
+    show = _show_rich if sys.stdout.isatty() and find_spec('rich') else _show_plain
+    for number, chunk in enumerate(_chunks(safe)):
+        show(columns, chunk, with_titles=number == 0)
+
+
+def _chunks(rows: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """At least one, for the titles."""
+    yield list(itertools.islice(rows, ROWS_AT_ONCE))
+    while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        yield chunk
+
+
+def _show_plain(columns: Sequence[Column], rows: list[tuple[str, ...]], *, with_titles: bool) -> None:
+    lines = [tuple(column.title for column in columns), *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines if with_titles else rows:
+        cells = (
+            cell.rjust(width) if column.is_number else cell.ljust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
+        )
+        print('  '.join(cells).rstrip())
+
+
+def _show_rich(columns: Sequence[Column], rows: list[tuple[str, ...]], *, with_titles: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    shown = [console.width >= column.from_width for column in columns]
+    table = Table(box=None, pad_edge=False, show_header=with_titles, header_style='bold')
+    for column in itertools.compress(columns, shown):
+        table.add_column(
+            column.title,
+            justify='right' if column.is_number else 'left',
+            no_wrap=column.is_whole,
+            overflow='fold',
+        )
+    for row in rows:
+        # Text, not markup: a subject such as "[red]" means itself.
+        cells = (Text(cell, column.styles.get(cell, '')) for column, cell in zip(columns, row, strict=True))
+        table.add_row(*itertools.compress(cells, shown))
+    console.print(table)

@@ -1,0 +1,300 @@
+"""
+``mq-queue``: look into the queue of an application, and do something about what is in it.
+
+It reads the application's own ini file, as ``mq-run`` does, and works beside it and the web processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
+
+from pyramid_mailqueue.cli import queue_change, queue_look
+from pyramid_mailqueue.cli.common import (
+    add_ini_arguments,
+    blaming,
+    duration,
+    exit_status_of,
+    read_settings,
+    refuse_root,
+)
+from pyramid_mailqueue.cli.config import parse_override, setup_logging
+from pyramid_mailqueue.cli.monitor import UNKNOWN
+from pyramid_mailqueue.cli.output import print_json, printable
+from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
+from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.queues.entries import STATES
+
+__all__ = ['main']
+
+NAME = 'mq-queue'
+
+_DESCRIPTION = """\
+Look into the queue of an application, and do something about the messages in it.
+
+A message is in one of these states:
+  waiting      it is delivered when it is due
+  in progress  it is being delivered
+  held         it is not delivered until you say so
+  dead         it was given up, for some of its recipients or for all
+  in doubt     its process died in the midst of the commit: only you can find out whether it is to be sent
+  corrupt      its file cannot be read
+"""
+
+_EPILOG = """\
+An ID is what "list" shows, or the beginning of it that no other message has.
+
+  mq-queue app.ini list --state dead --recipient @example.org
+  mq-queue app.ini show 1764000000.M12
+  mq-queue app.ini COMMAND --help
+
+exit status ("check" has its own):
+  0    done
+  1    a message was not found, or this cannot be done with it as it is now; the others are done
+  2    the command line cannot be used
+  70   a defect of pyramid_mailqueue
+  74   the output cannot be written
+  75   the queue cannot be read or written now
+  78   the configuration cannot be used
+
+Run it as the user that the application runs as: both must be able to read and write the queue.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command with the arguments *argv*, those of the process if None, and exit."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.run is queue_change.retry and bool(arguments.ids) == bool(arguments.states):
+        arguments.parser.error('name the messages to retry, or say --all or --dead')
+    # Whatever a sender has written, and whatever the terminal can show: it can be printed.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+    if arguments.run is queue_look.check:
+        sys.exit(_as_plugin(arguments))
+    sys.exit(exit_status_of(NAME, lambda: arguments.run(_open_queue(arguments), arguments)))
+
+
+def _open_queue(arguments: argparse.Namespace) -> IMailQueue:
+    from pyramid_mailqueue.wiring import build_queue
+
+    overrides = dict(map(parse_override, arguments.overrides))
+    with blaming(arguments.ini):
+        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+        refuse_root(settings.queue_dir, NAME)
+        if arguments.changes:
+            # Who only looks need not be able to write the logs.
+            setup_logging(arguments.ini, overrides, settings)
+        queue = build_queue(settings)
+        if getattr(queue, 'admin', None) is None:
+            raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
+    return queue
+
+
+# --- the command line -------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_ini_arguments(parser)
+    parser.add_argument(
+        '--queue-dir',
+        metavar='DIRECTORY',
+        help='the queue directory, before the one in the ini file (needed for [mqrunner])',
+    )
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    _add_looking(partial(_add, commands))
+    _add_doing(partial(_add, commands))
+    _add_watching(partial(_add, commands))
+    return parser
+
+
+Run = Callable[[IMailQueue, argparse.Namespace], int]
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Run,
+    help: str,
+    description: str = '',
+    *,
+    changes: bool = False,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f'{help[0].upper()}{help[1:]}.\n\n{description}'.rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, changes=changes, parser=parser, prog=NAME)
+    if run is not queue_look.print_metrics:
+        parser.add_argument('--json', action='store_true', help='print JSON, for programs (see docs/operations.rst)')
+    return parser
+
+
+def _add_looking(add: Add) -> None:
+    parser = add('list', queue_look.list_messages, 'list messages, oldest first')
+    _add_states(parser, 'only messages in this state')
+    parser.add_argument(
+        '--recipient',
+        metavar='TEXT',
+        help='only messages for an address with TEXT in it, such as ada@example.org or @example.org',
+    )
+    parser.add_argument(
+        '--sender', metavar='TEXT', help='the same for the envelope sender; "<>" finds those that have none'
+    )
+    parser.add_argument('--older-than', type=duration, metavar='AGE', help='only messages older than 30m, 4h or 2d')
+    parser.add_argument('--newer-than', type=duration, metavar='AGE', help='only messages newer than that')
+
+    parser = add(
+        'show',
+        queue_look.show_message,
+        'show all there is to know of a message',
+        'Its envelope, what happened to it, what the server said last, and its header.',
+    )
+    parser.add_argument('ids', nargs=1, metavar='ID')
+    parser.add_argument('--raw', action='store_true', help='print the message itself, byte for byte, and nothing else')
+
+    parser = add(
+        'stats',
+        queue_look.show_stats,
+        'count messages by state, by domain of the recipients, and by age',
+        'The columns are ages in minutes: "20" has the messages that are more than 10 and at most 20 minutes old.\n'
+        'A message for several domains is counted in each of them.',
+    )
+    _add_states(parser, 'count the domains of messages in this state (default: of all that are to be delivered)')
+    parser.add_argument(
+        '--top', type=_whole, default=20, metavar='N', help='show the N largest domains (default: 20; JSON has all)'
+    )
+
+
+def _add_doing(add: Add) -> None:
+    parser = add(
+        'retry',
+        queue_change.retry,
+        'try messages with the next run of mq-run',
+        'A message that waits is due now.  A dead letter waits again, as if it had come into the queue now: it has no\n'
+        'attempts, and its whole lifetime before it.',
+        changes=True,
+    )
+    parser.add_argument('ids', nargs='*', metavar='ID')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        '--all',
+        action='store_const',
+        dest='states',
+        const=('waiting', 'dead'),
+        help='everything that waits, and every dead letter',
+    )
+    which.add_argument('--dead', action='store_const', dest='states', const=('dead',), help='every dead letter')
+
+    for name, run, help_, description in (
+        ('hold', queue_change.hold, 'keep messages from being delivered until you unhold them', ''),
+        (
+            'unhold',
+            queue_change.unhold,
+            'let messages wait again that were held',
+            'They are as old as they are: one that is older than mailqueue.lifetime is given up at its next failure.',
+        ),
+        (
+            'release',
+            queue_change.release,
+            'let messages in doubt be sent',
+            'Do this when you know that their transaction has committed.  If it has not, delete them.',
+        ),
+    ):
+        add(name, run, help_, description, changes=True).add_argument('ids', nargs='+', metavar='ID')
+
+    parser = add(
+        'delete',
+        queue_change.delete,
+        'remove messages for good',
+        'In whatever state they are, unless they are being delivered.  On a terminal you are asked first.',
+        changes=True,
+    )
+    parser.add_argument('ids', nargs='+', metavar='ID')
+    parser.add_argument('-y', '--yes', action='store_true', help='do not ask')
+
+    add('flush', queue_change.flush, 'make everything that waits due now, for the next run of mq-run', changes=True)
+
+
+def _add_watching(add: Add) -> None:
+    parser = add(
+        'check',
+        queue_look.check,
+        'say whether the queue is as it should be, as a plugin of Nagios',
+        'Critical if a limit is exceeded, a warning if there are dead letters, messages in doubt or corrupt files.\n'
+        'The exit status is 0 (OK), 1 (warning), 2 (critical), or 3 (unknown: the queue cannot be looked at).',
+    )
+    parser.add_argument(
+        '--max-age', type=duration, metavar='AGE', help='how old a message may be that is to be delivered, such as 1h'
+    )
+    parser.add_argument('--max-waiting', type=_whole, metavar='N', help='how many messages may wait')
+    add(
+        'metrics',
+        queue_look.print_metrics,
+        'print numbers for Prometheus',
+        "In its text format: write it to a file for node_exporter's textfile collector, or serve it.",
+    )
+
+
+def _add_states(parser: argparse.ArgumentParser, help_: str) -> None:
+    parser.add_argument(
+        '--state',
+        action='append',
+        type=_state,
+        dest='states',
+        metavar='STATE',
+        help=f'{help_}: {", ".join(map(repr, STATES))}; may be repeated',
+    )
+
+
+def _state(text: str) -> str:
+    state = text.replace('-', ' ').replace('_', ' ')
+    if state not in STATES:
+        raise argparse.ArgumentTypeError(f'{text!r} is no state; the states are {", ".join(STATES)}')
+    return state
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
+    return int(text)
+
+
+def _as_plugin(arguments: argparse.Namespace) -> int:
+    """Whatever happens, Nagios is told of it on stdout, and by one of its four statuses."""
+    try:
+        status = queue_look.check(_open_queue(arguments), arguments)
+        sys.stdout.flush()
+    except MailqueueError as error:
+        problem = printable(' '.join(str(error).splitlines()))
+    except KeyboardInterrupt:
+        problem = 'interrupted'
+    except Exception as error:  # noqa: BLE001 - any other status would be taken for critical
+        traceback.print_exc()
+        problem = f'a defect of pyramid_mailqueue: {type(error).__name__}'
+    else:
+        return status
+    if arguments.json:
+        print_json({'status': 'UNKNOWN', 'problems': [problem], 'counts': {}, 'oldest': None})
+    else:
+        print(f'MAILQUEUE UNKNOWN - {problem}')
+    return UNKNOWN
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,259 @@
+"""The commands of ``mq-queue`` that look at messages and change nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
+from pyramid_mailqueue.cli.monitor import judge, prometheus_text
+from pyramid_mailqueue.cli.output import (
+    STYLES,
+    Column,
+    as_json,
+    few,
+    numbered,
+    print_json,
+    print_json_list,
+    print_table,
+    printable,
+    size_in_words,
+    span_in_words,
+    timestamp,
+)
+from pyramid_mailqueue.content import normalize_line_ends
+from pyramid_mailqueue.exceptions import NoSuchMessage
+from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, QueueEntry, Tally
+
+__all__ = ['check', 'list_messages', 'print_metrics', 'show_message', 'show_stats']
+
+_WIDE = 160
+_LIST = (
+    Column('ID', is_whole=True),
+    Column('STATE', is_whole=True, styles=STYLES),
+    Column('AGE', is_number=True, is_whole=True),
+    Column('DUE', is_number=True, is_whole=True),
+    Column('TRIES', is_number=True, is_whole=True, from_width=_WIDE),
+    Column('SIZE', is_number=True, is_whole=True, from_width=_WIDE),
+    Column('SENDER', from_width=_WIDE),
+    Column('RECIPIENTS'),
+    Column('SUBJECT', from_width=_WIDE),
+    Column('LAST REPLY', from_width=120),
+)
+
+
+def list_messages(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Print a line for each message, oldest first."""
+    now = time.time()
+    entries = _chosen(queue.admin.entries(arguments.states or STATES), arguments, now)
+    if arguments.json:
+        print_json_list(map(as_json, entries))
+    else:
+        print_table(_LIST, (_row(entry, now) for entry in entries))
+    return EX_OK
+
+
+def _chosen(entries: Iterable[QueueEntry], arguments: argparse.Namespace, now: float) -> Iterator[QueueEntry]:
+    for entry in entries:
+        age = None if entry.queued_at is None else now - entry.queued_at
+        if arguments.older_than is not None and (age is None or age <= arguments.older_than):
+            continue
+        if arguments.newer_than is not None and (age is None or age >= arguments.newer_than):
+            continue
+        if not _is_in(arguments.recipient, entry.recipients):
+            continue
+        if not _is_in(arguments.sender, () if entry.sender is None else (entry.sender,)):
+            continue
+        yield entry
+
+
+def _is_in(text: str | None, addresses: Sequence[str]) -> bool:
+    # With angle brackets one can ask for a whole address, and for the null sender.
+    return text is None or any(text.lower() in f'<{address}>'.lower() for address in addresses)
+
+
+def _row(entry: QueueEntry, now: float) -> tuple[str, ...]:
+    return (
+        entry.id,
+        entry.state,
+        '-' if entry.queued_at is None else span_in_words(now - entry.queued_at),
+        '-' if entry.due is None else _due(entry.due, now),
+        str(entry.retries),
+        size_in_words(entry.size),
+        _address(entry.sender),
+        few(entry.recipients) or '-',
+        entry.subject or '-',
+        entry.last_reply or '-',
+    )
+
+
+def _due(due: float, now: float) -> str:
+    return 'now' if due <= now else span_in_words(due - now)
+
+
+def _address(sender: str | None) -> str:
+    return '-' if sender is None else sender or '<>'
+
+
+def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Print all there is to know of one message, or the message itself."""
+    try:
+        entry = queue.admin.find(arguments.ids[0])
+        content = queue.admin.content(entry.id)
+    except NoSuchMessage as error:
+        complain(arguments.prog, str(error))
+        return EX_NOT_DONE
+    if arguments.raw:
+        _print_raw(content)
+        return EX_OK
+    header = [] if entry.state == 'corrupt' else _header(content)
+    if arguments.json:
+        print_json({**as_json(entry), 'headers': [_field(line) for line in header]})
+        return EX_OK
+    now = time.time()
+    for title, value in _facts(entry, now):
+        print(f'{title:<13}{printable(value)}'.rstrip())
+    for number, line in enumerate(header):
+        print(('\n' if number == 0 else '') + printable(line))
+    return EX_OK
+
+
+def _facts(entry: QueueEntry, now: float) -> Iterator[tuple[str, str]]:
+    """What is told of a message, line by line: the title, and the text."""
+
+    def moment(seconds: float) -> str:
+        ago = f'{span_in_words(now - seconds)} ago' if seconds <= now else f'in {span_in_words(seconds - now)}'
+        return f'{timestamp(seconds)} ({ago})'
+
+    yield 'ID', entry.id
+    yield 'State', entry.state
+    if entry.sender is not None:
+        yield 'Sender', f'<{entry.sender}>'
+    for number, recipient in enumerate(entry.recipients):
+        yield '' if number else 'Recipients', f'<{recipient}>'
+    if entry.queued_at is not None:
+        yield 'Queued', moment(entry.queued_at)
+        yield 'Attempts', str(entry.retries)
+    if entry.last_attempt is not None:
+        yield 'Last attempt', moment(entry.last_attempt)
+    if entry.last_reply:
+        yield 'Last reply' if entry.sender is not None else 'Problem', entry.last_reply
+    if entry.due is not None:
+        yield 'Due', moment(entry.due)
+    yield 'Size', numbered(entry.size, 'octet')
+
+
+def _header(content: bytes) -> list[str]:
+    """The fields in the header of a message, without their folds."""
+    lines: list[str] = []
+    head, _, _ = (b'\r\n' + normalize_line_ends(content)).partition(b'\r\n\r\n')
+    for line in head.decode('utf-8', 'backslashreplace').split('\r\n')[1:]:
+        if line[:1] in (' ', '\t') and lines:
+            lines[-1] += line.replace('\t', ' ')
+        elif line:
+            lines.append(line)
+    return lines
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(':')
+    return name.strip(), value.strip()
+
+
+def _print_raw(content: bytes) -> None:
+    if not sys.stdout.isatty():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        return
+    # What a pipe gets byte for byte could do anything to a terminal.
+    for line in content.decode('utf-8', 'backslashreplace').splitlines():
+        print(printable(line.expandtabs()))
+
+
+def show_stats(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Print how many messages there are, by state, domain and age."""
+    now = time.time()
+    states = tuple(dict.fromkeys(arguments.states or UNDELIVERED))
+    stats = queue.admin.stats(states)
+    if arguments.json:
+        print_json(
+            {
+                'age_limits_minutes': AGE_LIMITS,
+                'states': [{'state': state, **_tally_as_json(tally)} for state, tally in stats.by_state.items()],
+                'domains': [{'domain': domain, **_tally_as_json(tally)} for domain, tally in stats.by_domain.items()],
+            }
+        )
+        return EX_OK
+    _print_tallies('STATE', stats.by_state.values(), stats.by_state.items(), now)
+    largest = list(stats.by_domain.items())[: arguments.top]
+    print(f'\nBy domain of the recipients, what is {_or(states)}:\n')
+    _print_tallies('DOMAIN', [stats.by_state[state] for state in states], largest, now)
+    if len(stats.by_domain) > len(largest):
+        print(f'... and {numbered(len(stats.by_domain) - len(largest), "domain")} more')
+    return EX_OK
+
+
+def _or(words: Sequence[str]) -> str:
+    *others, last = words
+    return f'{", ".join(others)} or {last}' if others else last
+
+
+def _tally_as_json(tally: Tally) -> dict[str, object]:
+    return {
+        'messages': tally.messages,
+        'size': tally.size,
+        'oldest': timestamp(tally.oldest),
+        'by_age': tally.by_age,
+    }
+
+
+def _print_tallies(title: str, parts: Iterable[Tally], tallies: Iterable[tuple[str, Tally]], now: float) -> None:
+    """Print a line for each of *tallies*, and before them one for what all *parts* are together."""
+    ages = [*map(str, AGE_LIMITS), f'{AGE_LIMITS[-1]}+']
+    columns = [Column(title), *(Column(name, is_number=True) for name in ('T', *ages, 'OLDEST', 'SIZE'))]
+    rows = (
+        (
+            name,
+            str(tally.messages),
+            *map(str, tally.by_age),
+            '-' if tally.oldest is None else span_in_words(now - tally.oldest),
+            size_in_words(tally.size),
+        )
+        for name, tally in (('TOTAL', sum(parts, Tally())), *tallies)
+    )
+    print_table(columns, rows)
+
+
+# --- for monitoring ---------------------------------------------------------
+
+
+def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Print how the queue is, and return the exit status of a Nagios plugin."""
+    counts = queue.counts()
+    oldest = queue.admin.oldest(('waiting', 'in progress'))
+    since = None if oldest is None else oldest.queued_at
+    age = None if since is None else time.time() - since
+    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting)
+    if arguments.json:
+        print_json(
+            {
+                'status': verdict.word,
+                'problems': verdict.problems,
+                'counts': dict(counts),
+                'oldest': None if oldest is None else as_json(oldest),
+            }
+        )
+    else:
+        print(verdict.text)
+    return verdict.status
+
+
+def print_metrics(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Print the numbers for Prometheus."""
+    found = ((state, queue.admin.oldest((state,))) for state in STATES if state != 'corrupt')
+    oldest = {state: entry.queued_at for state, entry in found if entry is not None and entry.queued_at is not None}
+    print(prometheus_text(queue.counts(), oldest), end='')
+    return EX_OK
