@@ -4,6 +4,11 @@ import pytest
 
 from tests.crash import strace
 
+# What it finds wrong is shown as in a test.
+pytest.register_assert_rewrite('tests.crash.drain_parts')
+
+from tests.crash.drain_parts import Office  # noqa: E402 - after the line above, which is of no use later
+
 
 @pytest.fixture(scope='session')
 def _reason_against_strace():
@@ -14,3 +19,11 @@ def _reason_against_strace():
 def needs_strace(_reason_against_strace):
     if _reason_against_strace:
         pytest.skip(_reason_against_strace)
+
+
+@pytest.fixture
+def office():
+    """The mail server of the runs that drain a queue."""
+    office = Office()
+    with office.server:
+        yield office

@@ -1,8 +1,9 @@
 """
 System calls that fail, or are the last thing that a process does.
 
-The queue makes all its system calls through the modules ``os`` and ``fcntl``.  :func:`intercepted` stands between them,
-and hands each call to whoever wants to count it, to fail it or to die of it.
+The queue makes all its system calls through the modules ``os`` and ``fcntl``, the SMTP transport its own through a
+socket and a poll object.  :func:`intercepted` stands between them, and hands each call to whoever wants to count it, to
+fail it or to die of it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
+import select
 import signal
+import socket
 
 from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
+from pyramid_mailqueue.transports import smtp
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
@@ -21,7 +26,10 @@ SYSTEM_CALLS = frozenset({
     'stat', 'unlink', 'utime', 'writev',
 })  # fmt: skip
 
-#: The modules that make them.
+#: The methods with which the transport talks to a server.
+SOCKET_CALLS = frozenset({'close', 'recv', 'send', 'sendall', 'shutdown'})
+
+#: The modules that make the system calls of the queue.
 MODULES = (locked_file, maildir, maildir_admin, maildir_claim, maildir_folders)
 
 #: Those that change something.
@@ -33,31 +41,58 @@ def intercepted(around):
     """
     Call ``around(call)`` in the place of each system call of the queue that is made in this block.
 
-    *around* is any callable that takes a :class:`Call`; what it returns or raises is the outcome.
+    *around* is any callable that takes a :class:`Call`; what it returns or raises is the outcome.  A transport's calls
+    are among them if it is made in this block with ``connect=connecting(around)``.
     """
     try:
         for module in MODULES:
-            module.os = _Module(os, around)
-        locked_file.fcntl = _Module(fcntl, around)
+            module.os = _Through(around, os, SYSTEM_CALLS)
+        locked_file.fcntl = _Through(around, fcntl, SYSTEM_CALLS)
+        smtp.select = _Select(around)
         yield around
     finally:
         for module in MODULES:
             module.os = os
         locked_file.fcntl = fcntl
+        smtp.select = select
 
 
-class _Module:
-    """A module whose system calls go through *around*."""
+def connecting(around):
+    """Return what a transport connects with, so that the calls of its socket go through *around*."""
 
-    def __init__(self, module, around):
-        self._module = module
+    def connect(address, timeout):
+        sock = around(Call(socket.create_connection, (address, timeout), {}))
+        return _Through(around, sock, SOCKET_CALLS)
+
+    return connect
+
+
+class _Through:
+    """A module or an object; those of its functions that are system calls go through *around*."""
+
+    def __init__(self, around, target, names):
         self._around = around
+        self._target = target
+        self._names = names
 
     def __getattr__(self, name):
-        function = getattr(self._module, name)
-        if name not in SYSTEM_CALLS:
+        function = getattr(self._target, name)
+        if name not in self._names:
             return function
         return lambda *args, **kwargs: self._around(Call(function, args, kwargs))
+
+
+class _Select:
+    """The module ``select``, whose poll objects ask the system through *around*."""
+
+    def __init__(self, around):
+        self._around = around
+
+    def poll(self):
+        return _Through(self._around, select.poll(), {'poll'})
+
+    def __getattr__(self, name):
+        return getattr(select, name)
 
 
 class Call:
@@ -65,11 +100,12 @@ class Call:
 
     def __init__(self, function, args, kwargs):
         self.name = function.__name__
+        self.function = function
         self.args = args
-        self._call = lambda: function(*args, **kwargs)
+        self._kwargs = kwargs
 
     def __call__(self):
-        return self._call()
+        return self.function(*self.args, **self._kwargs)
 
     def __repr__(self):
         return f'{self.name}{self.args}'
@@ -141,21 +177,50 @@ class Fault:
 
 
 class Death:
-    """The process is killed right before or after its *number*-th call."""
+    """The process is killed right before or after its *number*-th call, counted over all of its threads."""
 
     def __init__(self, number, moment):
         self._number = number
         self._moment = moment
-        self._count = 0
+        self._numbers = itertools.count(1)
+
+    def __repr__(self):
+        return f'death {self._moment} call {self._number}'
 
     def __call__(self, call):
-        self._count += 1
-        if self._count < self._number:
+        if next(self._numbers) < self._number:
             return without_sync(call)
         if self._moment == 'after':
             without_sync(call)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError('this process should be dead')
+        raise _killed()
+
+
+class DeathInSend:
+    """
+    The process is killed when the network has taken a part of what the *number*-th ``send`` gives it.
+
+    ``cut(octets)`` says how many of them.
+    """
+
+    def __init__(self, number, cut):
+        self._number = number
+        self._cut = cut
+        self._numbers = itertools.count(1)
+
+    def __repr__(self):
+        return f'death in send {self._number}'
+
+    def __call__(self, call):
+        if call.name != 'send' or next(self._numbers) < self._number:
+            return without_sync(call)
+        (octets,) = call.args
+        call.function(octets[: self._cut(bytes(octets))])
+        raise _killed()
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+    return AssertionError('this process should be dead')
 
 
 def without_sync(call):

@@ -1,0 +1,88 @@
+"""
+A run is killed at each of its calls to the file system and to the network, and the next run finds what it left.
+
+The server has whatever had left the process by then, and goes on with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+
+import pytest
+
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from tests.crash.children import fork
+from tests.crash.drain_parts import assert_is_made_good, drain, everybody, fill
+from tests.crash.faults import Death, DeathInSend, Log
+
+
+@pytest.fixture
+def queue(tmp_path):
+    return MaildirQueue(tmp_path)
+
+
+@pytest.fixture
+def die(queue, office):
+    """Kill a run, and let others make it good; return who has got a message twice, or None if it was not killed."""
+
+    def die(around, connections=1):
+        fill(queue)
+        office.open_for(connections)
+        child = fork(lambda: drain(queue.path, office, connections=connections, around=around))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        office.send_home()
+        assert status in {0, -signal.SIGKILL}
+        try:
+            repeated = assert_is_made_good(queue, office, deaths=connections if status else 0)
+        except AssertionError as error:
+            raise AssertionError(f'after a {around}') from error
+        return repeated if status else None
+
+    return die
+
+
+def until_one_lives(ways, die):
+    """Die in all these ways but the last, which is no death any more; return what each of them repeats."""
+    return list(itertools.takewhile(lambda repeated: repeated is not None, map(die, ways)))
+
+
+def test_a_run_that_is_killed_at_any_call_loses_nobody_and_repeats_at_most_the_message_in_hand(die):
+    # Before a call is after the one before it, too: nobody else can see what is done between them.
+    repeated = until_one_lives((Death(number, 'before') for number in itertools.count(1)), die)
+
+    assert len(repeated) > 150
+    assert set().union(*repeated) == set(everybody('taken')), 'each message was in hand at some death'
+
+
+@pytest.mark.parametrize(
+    'cut',
+    [
+        lambda octets: len(octets) // 2,
+        # The next message is spoken of in the same write.
+        lambda octets: octets.find(b'\r\n.\r\nMAIL') + 5,
+        lambda octets: len(octets) - 1,
+    ],
+    ids=['in the middle', 'behind a message', 'before the last octet'],
+)
+def test_a_run_that_is_killed_when_a_part_of_its_words_has_left_loses_nobody(die, cut):
+    repeated = until_one_lives((DeathInSend(number, cut) for number in itertools.count(1)), die)
+
+    assert len(repeated) > 9
+
+
+def test_a_run_over_three_connections_that_is_killed_repeats_at_most_one_message_for_each(die, queue, office):
+    fill(queue)
+    office.open_for(3)
+    log = Log()
+    drain(queue.path, office, connections=3, around=log)
+    assert len(office.server.sessions) == 3
+    assert office.accepted == everybody('taken')
+    sample = random.Random(3).sample(range(1, len(log.calls)), 40)
+
+    repeated = [die(Death(number, 'before'), connections=3) for number in sample]
+
+    # Which of them are repeated is for the scheduler to say.
+    assert any(repeated)

@@ -1,0 +1,111 @@
+"""The command ``mq-run`` is killed by the kernel at some of its system calls."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from tests.crash.drain_parts import MAX_RECIPIENTS, assert_is_made_good, fill
+from tests.crash.queue_parts import names
+
+pytestmark = pytest.mark.usefixtures('needs_strace')
+
+
+@pytest.fixture
+def queue(tmp_path):
+    queue = MaildirQueue(tmp_path / 'queue')
+    fill(queue)
+    return queue
+
+
+@pytest.fixture
+def mq_run(tmp_path, office, queue):
+    """Run the command under strace and return its exit status, or, negative, the signal that killed it."""
+    ini = tmp_path / 'app.ini'
+
+    def mq_run(*options, connections=1):
+        office.open_for(connections)
+        keys = {
+            'queue_dir': queue.path,
+            'smtp_hostname': office.server.host,
+            'smtp_port': office.server.port,
+            'smtp_local_hostname': 'client.test',
+            'smtp_connections': connections,
+            'max_recipients': MAX_RECIPIENTS,
+            'plugins': 'none',
+        }
+        ini.write_text('\n'.join(['[app:main]', 'use = egg:none', *(f'mailqueue.{k} = {v}' for k, v in keys.items())]))
+        strace = ['strace', '-f', '-o', '/dev/null', *options]
+        command = [*strace, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(ini)]
+        status = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+        office.send_home()
+        return status
+
+    return mq_run
+
+
+def die(mq_run, call, number, *options, connections=1):
+    """Be killed when a thread makes this call for the *number*-th time."""
+    status = mq_run('-e', f'inject={call}:signal=KILL:when={number}', *options, connections=connections)
+    assert status == -signal.SIGKILL
+
+
+SAMPLE = {
+    'flock': (7, 18),
+    'fsync': (1, 10),
+    'poll': (2, 7),
+    'recvfrom': (4, 11),
+    'rename': (4, 10, 16),
+    'sendto': (3, 8),
+    'utimensat': (2,),
+    'writev': (6,),
+}
+# Not every architecture has each of them.
+ALSO_CALLED = {
+    'poll': '?poll,?ppoll',
+    'rename': '?rename,?renameat,?renameat2',
+    'unlink': '?unlink,?unlinkat',
+}
+
+
+@pytest.mark.parametrize(('call', 'number'), [(call, number) for call, numbers in SAMPLE.items() for number in numbers])
+def test_mq_run_that_is_killed_loses_nobody_and_repeats_at_most_the_message_in_hand(
+    mq_run, queue, office, call, number
+):
+    die(mq_run, ALSO_CALLED.get(call, call), number)
+
+    assert_is_made_good(queue, office, deaths=1)
+
+
+@pytest.mark.parametrize('call', ['recvfrom', 'rename', 'sendto'])
+def test_mq_run_over_three_connections_that_is_killed_repeats_at_most_one_message_for_each(mq_run, queue, office, call):
+    die(mq_run, ALSO_CALLED.get(call, call), 3, connections=3)
+
+    assert_is_made_good(queue, office, deaths=3)
+
+
+@pytest.mark.parametrize('number', [0, 3])
+def test_mq_run_that_is_killed_when_it_opens_a_message_leaves_that_where_it_was(mq_run, queue, office, number):
+    name = names(queue, 'new')[number]
+
+    die(mq_run, 'openat', 1, '-P', queue.place('new', name))
+
+    assert name in names(queue, 'new')
+    assert_is_made_good(queue, office, deaths=1)
+
+
+@pytest.mark.parametrize(('number', 'last'), [(1, ('first', 'taken-1@x.example')), (4, ('last', 'taken-7@x.example'))])
+def test_what_is_accepted_and_not_yet_removed_is_repeated(mq_run, queue, office, number, last):
+    die(mq_run, ALSO_CALLED['unlink'], number)
+
+    assert list(assert_is_made_good(queue, office, deaths=1)) == [last]
+
+
+def test_mq_run_that_lives_repeats_nothing(mq_run, queue, office):
+    assert mq_run('-e', 'trace=none') == 0
+
+    assert not assert_is_made_good(queue, office, deaths=0)
