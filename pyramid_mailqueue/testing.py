@@ -124,6 +124,8 @@ class ScriptedSMTPServer:
     - a sequence of these: one for each time, counted over all connections; the default when it has run out;
     - a callable that is given the command and returns one of these.
 
+    :param by_session: scripts for single connections, by their number from 0 on; a step that is in one of them is
+        answered by nothing else there
     :param extensions: the lines of the reply to EHLO; STARTTLS is added where it can be done
     :param tls: the context for STARTTLS, or for *implicit_tls*
     :param implicit_tls: TLS begins with the first byte, and there is no STARTTLS
@@ -138,19 +140,21 @@ class ScriptedSMTPServer:
         self,
         script: Mapping[str, Answer] | None = None,
         *,
+        by_session: Mapping[int, Mapping[str, Answer]] | None = None,
         extensions: Sequence[str] = EXTENSIONS,
         tls: ssl.SSLContext | None = None,
         implicit_tls: bool = False,
         socket_buffer: int | None = None,
     ) -> None:
         self.script: dict[str, Answer] = dict(script or {})
+        self.by_session: dict[int, Mapping[str, Answer]] = dict(by_session or {})
         self.sessions: list[ServerSession] = []
         self.messages: list[ReceivedMessage] = []
         self.extensions = tuple(extensions)
         self.tls = tls
         self.implicit_tls = implicit_tls
         self._socket_buffer = socket_buffer
-        self._times: Counter[str] = Counter()
+        self._times: Counter[tuple[int | None, str]] = Counter()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._conversations: list[_Conversation] = []
@@ -202,24 +206,27 @@ class ScriptedSMTPServer:
 
     # --- for the conversations ---
 
-    def choose(self, step: str, command: str, default: Said) -> Said:
-        """Return what the script says at this step, when it is time to say it."""
-        chosen = self._scripted(step, command)
+    def choose(self, session: int, step: str, command: str, default: Said) -> Said:
+        """Return what the script says at this step of a session, when it is time to say it."""
+        chosen = self._scripted(session, step, command)
         if isinstance(chosen, Wait):
             while not (chosen.event.wait(0.02) or self._closing.is_set()):
                 pass
             chosen = chosen.answer
         return default if chosen is None else chosen
 
-    def _scripted(self, step: str, command: str) -> Choice:
-        key = command if command in self.script else step
-        answer = self.script.get(key)
+    def _scripted(self, session: int, step: str, command: str) -> Choice:
+        own = self.by_session.get(session, {})
+        number, script = (session, own) if {command, step} & own.keys() else (None, self.script)
+        key = command if command in script else step
+        answer = script.get(key)
         if callable(answer):
             return answer(command)
         if answer is None or isinstance(answer, (str, Close, Silence, Drip, Wait)):
             return answer
         with self._changed:
-            index, self._times[key] = self._times[key], self._times[key] + 1
+            index = self._times[number, key]
+            self._times[number, key] += 1
         return answer[index] if index < len(answer) else None
 
     def pause(self, seconds: float) -> None:
@@ -247,7 +254,7 @@ class ScriptedSMTPServer:
                 sock.close()
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            conversation = _Conversation(self, sock)
+            conversation = _Conversation(self, sock, len(self._conversations))
             self._conversations.append(conversation)
             with self.recording():
                 self.sessions.append(conversation.session)
@@ -261,9 +268,10 @@ class _Over(Exception):
 class _Conversation:
     """The server's side of one connection."""
 
-    def __init__(self, server: ScriptedSMTPServer, sock: socket.socket) -> None:
+    def __init__(self, server: ScriptedSMTPServer, sock: socket.socket, number: int) -> None:
         self.session = ServerSession()
         self._server = server
+        self._number = number
         self._sock = sock
         self._buffer = bytearray()
         self._has_spoken = False
@@ -287,13 +295,13 @@ class _Conversation:
     def _converse(self) -> None:
         if self._server.implicit_tls:
             self._encrypt()
-        self._utter(self._server.choose('connect', '', '220 scripted.test ESMTP'))
+        self._utter(self._choose('connect', '', '220 scripted.test ESMTP'))
         while True:
             self._obey(self._read_line())
 
     def _obey(self, command: str) -> None:
         verb = command.partition(' ')[0].upper()
-        said = self._server.choose(verb, command, self._default(verb))
+        said = self._choose(verb, command, self._default(verb))
         code = _code(said)
         self._note(verb, command, code)
         self._utter(said)
@@ -305,6 +313,9 @@ class _Conversation:
             self._read_content()
         elif verb == 'QUIT':
             raise _Over
+
+    def _choose(self, step: str, command: str, default: Said) -> Said:
+        return self._server.choose(self._number, step, command, default)
 
     def _default(self, verb: str) -> str:
         if verb == 'EHLO':
@@ -336,7 +347,7 @@ class _Conversation:
 
     def _hear_secrets(self, code: int) -> None:
         while code == 334:
-            said = self._server.choose('AUTH', self._read_line(), _DEFAULTS['AUTH'])
+            said = self._choose('AUTH', self._read_line(), _DEFAULTS['AUTH'])
             code = _code(said)
             self._utter(said)
 
@@ -403,9 +414,9 @@ class _Conversation:
     def _read_content(self) -> None:
         if not self._buffer:
             self._fill()
-        self._utter(self._server.choose('content', '', ''))
+        self._utter(self._choose('content', '', ''))
         content = self._read_to_dot()
-        said = self._server.choose('.', '.', '250 2.0.0 accepted')
+        said = self._choose('.', '.', '250 2.0.0 accepted')
         if self._mail and self._recipients and _code(said) // 100 == 2:
             sender, parameters = self._mail
             with self._server.recording():

@@ -39,6 +39,22 @@ def test_a_whole_command_goes_before_its_verb_and_a_sequence_answers_time_after_
     assert codes == [450, 550, 250, 451, 250, 550]
 
 
+def test_a_session_may_have_a_script_of_its_own_which_goes_before_the_common_one():
+    script = {'NOOP': ['250 first', '250 second', '250 third'], 'RSET': '250 common'}
+    own = {'NOOP': ['250 own'], 'RSET x': '250 whole'}
+    said = []
+    with ScriptedSMTPServer(script, by_session={1: own}) as server:
+        for _ in range(3):
+            with client_of(server) as client:
+                said.append([client.docmd(command)[1].decode() for command in ('NOOP', 'NOOP', 'RSET x', 'RSET')])
+
+    assert said == [
+        ['first', 'second', 'common', 'common'],
+        ['own', '2.0.0 ok', 'whole', 'common'],
+        ['third', '2.0.0 ok', 'common', 'common'],
+    ]
+
+
 def test_commands_have_to_come_in_order():
     with ScriptedSMTPServer() as server, client_of(server) as client:
         said = [
