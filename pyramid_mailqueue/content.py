@@ -42,12 +42,23 @@ _FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
 
 
-def normalize_line_ends(data: bytes) -> bytes:
-    """Return *data* with each CR, LF and CRLF as CRLF: *data* itself, not a copy, where it is so already."""
-    line_feeds = data.count(b'\n')
-    if data.count(b'\r') == line_feeds == data.count(b'\r\n'):
+class _Normalized(bytes):
+    """What :func:`normalize_line_ends` has returned: on its way it is asked for that wherever it could come in."""
+
+
+def normalize_line_ends(data: bytes, start: int = 0) -> bytes:
+    """
+    Return *data* from *start* on, with each CR, LF and CRLF as CRLF.
+
+    That is *data* itself, not a copy, where it is so already from its beginning.
+    """
+    if isinstance(data, _Normalized) and not start:
         return data
-    return data.replace(b'\r\n', b'\n').replace(b'\r', b'\n').replace(b'\n', b'\r\n')
+    line_feeds = data.count(b'\n', start)
+    if data.count(b'\r', start) == line_feeds == data.count(b'\r\n', start):
+        return _Normalized(memoryview(data)[start:]) if start else data
+    lines = data[start:].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    return _Normalized(lines.replace(b'\n', b'\r\n'))
 
 
 # --- bytes to fields --------------------------------------------------------

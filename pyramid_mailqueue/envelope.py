@@ -62,6 +62,18 @@ class Envelope:
         object.__setattr__(self, 'content', normalize_line_ends(self.content))
 
     @classmethod
+    def of_checked(cls, sender: str, recipients: tuple[str, ...], data: bytes, start: int) -> Envelope:
+        """
+        Return an envelope whose addresses have passed :func:`~.addresses.check_address` already, each only once.
+
+        :param data: the content is in it, from *start* on; a large one is not copied more often than needed
+        """
+        envelope = object.__new__(cls)
+        # The same fields as always, without asking the addresses again.
+        envelope.__dict__.update(sender=sender, recipients=recipients, content=normalize_line_ends(data, start))
+        return envelope
+
+    @classmethod
     def from_message(
         cls,
         message: Any,

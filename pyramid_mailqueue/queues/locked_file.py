@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import os
 import stat
 import weakref
@@ -64,13 +63,13 @@ class LockedFile:
         """The time of modification, in seconds since the epoch.  Raises OSError."""
         return os.fstat(self.fd).st_mtime
 
-    def read(self) -> io.BytesIO:
+    def read(self) -> bytes:
         """Return what is in the file.  Raises OSError."""
         size = os.fstat(self.fd).st_size
         content = os.pread(self.fd, size, 0)
         if len(content) < size:
             raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
-        return io.BytesIO(content)
+        return content
 
     def move(self, path: str) -> None:
         """Rename the file to *path*, on the same file system, and keep it locked.  Raises OSError."""

@@ -33,6 +33,8 @@ MAX_HEADER_OCTETS = 1024 * 1024
 # What the other lines of a header can need, now or after later attempts.
 ROOM_FOR_OTHER_LINES = 1024
 MAX_REPLY_CHARACTERS = 300
+# How much is read at first by who wants nothing but the header.
+READ_AHEAD = 4096
 
 _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
 _END = b'X-Queue-Meta-End: end'
@@ -99,10 +101,10 @@ def _clean_comment(text: str) -> str:
 # --- reading ----------------------------------------------------------------
 
 
-def read_envelope(fp: BinaryIO) -> tuple[QueueHeader, Envelope]:
+def read_envelope(data: bytes) -> tuple[QueueHeader, Envelope]:
     """Read a whole queue file.  Raises :class:`~.exceptions.QueueFileError` as :func:`read_header` does."""
-    header = read_header(fp)
-    return header, Envelope(header.sender, header.recipients, fp.read())
+    header, end = _parse_header(data)
+    return header, Envelope.of_checked(header.sender, header.recipients, data, end)
 
 
 def read_header(fp: BinaryIO) -> QueueHeader:
@@ -111,9 +113,21 @@ def read_header(fp: BinaryIO) -> QueueHeader:
 
     Raises :class:`~.exceptions.QueueFileError` for anything that neither we nor mailqueue-runner write.
     """
-    fields = _read_fields(fp)
+    begin = fp.tell()
+    # Most headers are short, and most messages are longer.
+    data = fp.read(READ_AHEAD)
+    if _END not in data:
+        data += fp.read(MAX_HEADER_OCTETS - len(data))
+    header, end = _parse_header(data)
+    fp.seek(begin + end)
+    return header
+
+
+def _parse_header(data: bytes) -> tuple[QueueHeader, int]:
+    """Return the header, and where the message begins."""
+    fields, end = _read_fields(data)
     last_attempt, last_reply = _parse_attempt(fields.get('X-Last-Attempt'))
-    return QueueHeader(
+    header = QueueHeader(
         sender=_parse_sender(_required(fields, 'Return-path')),
         recipients=_parse_recipients(_required(fields, 'Envelope-to')),
         queued_at=_parse_date('X-Queue-Date', _required(fields, 'X-Queue-Date')),
@@ -121,27 +135,26 @@ def read_header(fp: BinaryIO) -> QueueHeader:
         last_attempt=last_attempt,
         last_reply=last_reply,
     )
+    return header, end
 
 
-def _read_fields(fp: BinaryIO) -> dict[str, str]:
+def _read_fields(data: bytes) -> tuple[dict[str, str], int]:
     fields: dict[str, str] = {}
-    budget = MAX_HEADER_OCTETS
-    while True:
-        line = fp.readline(budget)
-        budget -= len(line)
-        if not line.endswith(b'\n'):
-            raise QueueFileError(
-                f'The line "{_END.decode()}" is missing'
-                + (f' in the first {MAX_HEADER_OCTETS} octets' if budget <= 0 else ': the file is cut off')
-                + '; this is not a queue file.'
-            )
-        line = line[:-2] if line.endswith(b'\r\n') else line[:-1]
+    begin = 0
+    while (end := data.find(b'\n', begin, MAX_HEADER_OCTETS) + 1) > 0:
+        line = data[begin : end - 1].removesuffix(b'\r')
+        begin = end
         if line == _END:
-            return fields
+            return fields, end
         name, value = _split_line(line)
         if name in fields:
             raise QueueFileError(f'The line {name} is there twice.')
         fields[name] = value
+    raise QueueFileError(
+        f'The line "{_END.decode()}" is missing'
+        + (f' in the first {MAX_HEADER_OCTETS} octets' if len(data) >= MAX_HEADER_OCTETS else ': the file is cut off')
+        + '; this is not a queue file.'
+    )
 
 
 def _split_line(line: bytes) -> tuple[str, str]:

@@ -544,12 +544,14 @@ class _Session:
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
         began = self._server.clock()
         while not transaction.done:
-            chunk = self.dialogue.data_to_send()
-            count = self._send(chunk)
-            self.dialogue.sent(count)
-            if count and count == len(chunk):
-                began = self._server.clock()
-            has_more = bool(self.dialogue.data_to_send())
+            if chunk := self.dialogue.data_to_send():
+                count = self._send(chunk)
+                self.dialogue.sent(count)
+                if count == len(chunk):
+                    began = self._server.clock()
+                has_more = bool(self.dialogue.data_to_send())
+            else:
+                count, has_more = 0, False
             if not (count and has_more):
                 self._wait_until(began, has_more=has_more)
             # In the midst of a long content too: the server may have something to say about what it has seen so far.

@@ -67,7 +67,7 @@ OUTCOME_UNKNOWN = Reply(
     from_server=False,
 )
 
-_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
+_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*?))?\r?', re.DOTALL)
 
 # The server wants authentication or encryption first (RFC 4954 section 6, RFC 3207 section 4).
 _NOT_BEFORE_LOGIN = frozenset({530, 534, 535, 538})
@@ -127,9 +127,11 @@ class ReplyReader:
         return not (self._arrived or self._rest or self._lines)
 
     def feed(self, data: bytes) -> None:
-        """Add what has arrived."""
+        """Add what has arrived.  Raises :class:`~.exceptions.ServerTrouble` for a line without an end."""
         *lines, self._rest = (self._rest + data).split(b'\n')
         self._arrived.extend(lines)
+        if not lines and len(self._rest) >= MAX_REPLY_LINE:
+            raise self._line_too_long()
 
     def next_reply(self) -> tuple[int, list[bytes]] | None:
         """
@@ -137,29 +139,38 @@ class ReplyReader:
 
         Raises :class:`~.exceptions.ServerTrouble` for what is no reply.
         """
-        while (line := self._next_line()) is not None:
-            match = _REPLY_LINE.fullmatch(line)
-            if not match or (self._lines and int(match[1]) != self._code):
-                raise self._trouble(f'sent what is not an SMTP reply: {printable(line[:100])!r}')
-            self._code = int(match[1])
-            self._lines.append(match[3] or b'')
-            if match[2] != b'-':
+        while self._arrived:
+            line = self._arrived.popleft()
+            if len(line) >= MAX_REPLY_LINE:
+                raise self._line_too_long()
+            parsed = _parsed_line(line)
+            if parsed is None or (self._lines and parsed[0] != self._code):
+                shown = printable(line.removesuffix(b'\r')[:100])
+                raise self._trouble(f'sent what is not an SMTP reply: {shown!r}')
+            self._code, text, is_last = parsed
+            self._lines.append(text)
+            if is_last:
                 lines, self._lines = self._lines, []
                 return self._code, lines
             if len(self._lines) >= MAX_REPLY_LINES:
                 raise self._trouble(f'sent a reply of more than {MAX_REPLY_LINES} lines')
         return None
 
-    def _next_line(self) -> bytes | None:
-        line = self._arrived.popleft() if self._arrived else None
-        if len(self._rest if line is None else line) >= MAX_REPLY_LINE:
-            raise self._trouble(f'sent a reply line of more than {MAX_REPLY_LINE} bytes')
-        return line and line.removesuffix(b'\r')
+    def _line_too_long(self) -> ServerTrouble:
+        return self._trouble(f'sent a reply line of more than {MAX_REPLY_LINE} bytes')
 
     def _trouble(self, what: str) -> ServerTrouble:
         return ServerTrouble(
             f'{self._server} {what}. Check that mailqueue.smtp_hostname, smtp_port and smtp_tls fit a mail server.'
         )
+
+
+# Servers say the same again and again.
+@lru_cache(maxsize=64)
+def _parsed_line(line: bytes) -> tuple[int, bytes, bool] | None:
+    """Return the code and the text of a line of a reply, and whether it is the last one; None if it is none."""
+    match = _REPLY_LINE.fullmatch(line)
+    return match and (int(match[1]), match[3] or b'', match[2] != b'-')
 
 
 def printable(text: bytes) -> str:
@@ -172,6 +183,7 @@ class MailTransaction:
     """
     One message on its way to some recipients, and what became of it.
 
+    :ivar is_ascii: no extension is needed for it
     :ivar replies: recipient to reply; who is missing here has no outcome
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
     :ivar answered: the server has replied to at least one command of this transaction
@@ -184,6 +196,7 @@ class MailTransaction:
         self.sender = sender
         self.recipients = tuple(dict.fromkeys(recipients))
         self.content = content
+        self.is_ascii = content.isascii() and sender.isascii() and all(map(str.isascii, self.recipients))
         self.replies: dict[str, Reply] = {}
         self.done = False
         self.answered = False
@@ -230,7 +243,6 @@ class MailTransaction:
         self.done = True
 
 
-# Servers say the same again and again.
 @lru_cache(maxsize=64)
 def _reply(code: int, lines: tuple[bytes, ...]) -> Reply:
     return Reply.from_lines(code, map(printable, lines))
@@ -258,12 +270,14 @@ class _Step(Enum):
     DOT = 'the end of the data', (2, 4, 5)
     LONE_DOT = 'the end of no data', (2, 4, 5)
 
+    # Each is one of a kind; the hash of an Enum is that of its name, and is computed in Python.
+    __hash__ = object.__hash__
+
     def __init__(self, text: str, classes: tuple[int, ...]) -> None:
         self.text = text
-        self.classes = classes
-
-    def is_answered_by(self, reply: Reply) -> bool:
-        return reply.code // 100 in self.classes and (reply.code == 354 or reply.code // 100 != 3)
+        self.answers = frozenset(
+            code for digit in classes for code in ((354,) if digit == 3 else range(100 * digit, 100 * digit + 100))
+        )
 
 
 @dataclass(slots=True)
@@ -336,10 +350,8 @@ class Dialogue:
         # Envelopes are so already, and then this only counts.  But a bare CR or LF on the wire is a line end to some
         # servers and not to others, and between the two a second message can be smuggled.
         transaction = MailTransaction(sender, recipients, normalize_line_ends(content))
-        if sender:
-            check_address(sender)
-        for recipient in transaction.recipients:
-            check_address(recipient)
+        for address in (sender, *transaction.recipients) if sender else transaction.recipients:
+            check_address(address)
         if not transaction.recipients:
             raise NoRecipients('There is nobody to send this message to.')
         self._refuse_what_cannot_go(transaction)
@@ -352,7 +364,11 @@ class Dialogue:
     def data_to_send(self) -> memoryview:
         """Return the bytes that may go now, the same until they are :meth:`sent`; none if it is the server's turn."""
         if not self._chunk:
-            self._chunk = memoryview(b''.join(self._pieces()))
+            pieces, enough = [], self._composed + CHUNK
+            while self._composed < enough and (piece := self._next_piece()):
+                pieces.append(piece)
+                self._composed += len(piece)
+            self._chunk = memoryview(b''.join(pieces))
         return self._chunk
 
     def sent(self, count: int) -> None:
@@ -368,9 +384,9 @@ class Dialogue:
         """
         if not data:
             raise self.connection_lost('closed the connection')
-        self._reader.feed(data)
         count = 0
         try:
+            self._reader.feed(data)
             while reply := self._reader.next_reply():
                 self._take(*reply)
                 count += 1
@@ -389,13 +405,6 @@ class Dialogue:
         return self._end(ServerTrouble(f'{self._server} did nothing for {seconds:g} seconds {self._while()}.'))
 
     # --- what may be said now ---
-
-    def _pieces(self) -> Iterator[bytes]:
-        size = 0
-        while size < CHUNK and (piece := self._next_piece()):
-            size += len(piece)
-            self._composed += len(piece)
-            yield piece
 
     def _next_piece(self) -> bytes:
         if self._content is not None:
@@ -419,8 +428,8 @@ class Dialogue:
 
     def _say(self, transaction: MailTransaction, step: _Step, recipient: str) -> bytes:
         if step is _Step.MAIL:
-            line = f'MAIL FROM:<{transaction.sender and check_address(transaction.sender)}>'
-            line += self._mail_parameters(transaction)
+            sender = transaction.sender and check_address(transaction.sender)
+            line = f'MAIL FROM:<{sender}>{self._mail_parameters(transaction)}'
         elif step is _Step.RCPT:
             line = f'RCPT TO:<{check_address(recipient)}>'
         else:
@@ -436,6 +445,8 @@ class Dialogue:
         parameters = ''
         if offered.size is not None:
             parameters += f' SIZE={_size(content)}'
+        if transaction.is_ascii:
+            return parameters
         if offered.eight_bit_mime and not content.isascii():
             parameters += ' BODY=8BITMIME'
         if offered.smtputf8 and (
@@ -447,17 +458,20 @@ class Dialogue:
     def _content_of(self, awaited: _Awaited, content: bytes) -> Iterator[bytes]:
         if self.trace:
             self.trace(f'C: <{len(content)} bytes of data>')
-        yield from _dot_stuffed(content)
+        for start in range(0, len(content) - CHUNK, CHUNK):
+            yield _dot_stuffed(content, start)
+        last = len(content) and (len(content) - 1) // CHUNK * CHUNK
+        piece = _dot_stuffed(content, last) + (b'.\r\n' if _ends_well(content) else b'\r\n.\r\n')
         # From here on the next transaction may speak: RFC 2920 section 3.1 lets the end of the data begin a group.
-        awaited.end = self._composed + 3
+        awaited.end = self._composed + len(piece)
         self._speaker = self._content = None
-        yield b'.\r\n'
+        yield piece
 
     def _refuse_what_cannot_go(self, transaction: MailTransaction) -> None:
         limit, size = self.capabilities.size, _size(transaction.content)
         if limit and size > limit:
             transaction.refuse(_own(552, '5.3.4', f'message of {size} bytes, and {self._server} takes {limit}'))
-        if self.capabilities.smtputf8:
+        if self.capabilities.smtputf8 or transaction.is_ascii:
             return
         why = f'needs SMTPUTF8, which {self._server} does not offer'
         if _needs_smtputf8(transaction.sender, b''):
@@ -480,7 +494,7 @@ class Dialogue:
             raise self._trouble(f'closed the session: {reply}.', code)
         if awaited is None or awaited.end > self._sent:
             raise self._unasked(awaited, reply)
-        if not awaited.step.is_answered_by(reply):
+        if code not in awaited.step.answers:
             raise self._trouble(f'gave no fit answer to {awaited.step.text}: {reply}.', code)
         self._awaited.popleft()
         if awaited.step is not _Step.RSET:
@@ -595,16 +609,11 @@ def _ends_well(content: bytes) -> bool:
     return not content or content.endswith(b'\r\n')
 
 
-def _dot_stuffed(content: bytes) -> Iterator[bytes]:
-    """Yield *content* (with CRLF line ends) as it goes over the wire (RFC 5321 section 4.5.2), piece by piece."""
-    for start in range(0, len(content), CHUNK):
-        piece = content[start : start + CHUNK].replace(b'\n.', b'\n..')
-        # The line may begin with the piece, where there is no line feed before it to be seen.
-        if piece.startswith(b'.') and content[start - 1 : start] in (b'', b'\n'):
-            yield b'.'
-        yield piece
-    if not _ends_well(content):
-        yield b'\r\n'
+def _dot_stuffed(content: bytes, start: int) -> bytes:
+    """Return a piece of *content* (with CRLF line ends) as it goes over the wire (RFC 5321 section 4.5.2)."""
+    piece = content[start : start + CHUNK].replace(b'\n.', b'\n..')
+    # The line may begin with the piece, where there is no line feed before it to be seen.
+    return b'.' + piece if piece.startswith(b'.') and content[start - 1 : start] in (b'', b'\n') else piece
 
 
 def _needs_smtputf8(sender: str, content: bytes) -> bool:

@@ -37,6 +37,11 @@ MAIL = (
 )
 
 
+def letters(number):
+    """Messages that are all taken."""
+    return [letter(f'{n}', f'taken-{n}') for n in range(number)]
+
+
 def everybody(fate, mail=MAIL):
     """A counter with one for each message and recipient of this fate."""
     return Counter(

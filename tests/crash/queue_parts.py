@@ -115,7 +115,7 @@ def dead_recipients(queue):
     found = []
     for name in names(queue, 'dead'):
         with at(queue, 'dead', name).open('rb') as file:
-            _, envelope = read_envelope(file)
+            _, envelope = read_envelope(file.read())
         assert envelope.content == CONTENT
         found += envelope.recipients
     return sorted(found)

@@ -64,7 +64,7 @@ def test_a_new_file_is_held_from_its_first_moment_on(path, holder):
     file = holder.create(path, [CONTENT, b'', b' more'])
 
     assert is_held(path)
-    assert file.read().read() == CONTENT + b' more'
+    assert file.read() == CONTENT + b' more'
     assert (file.name, file.path, file.closed) == ('file', path, False)
 
 
@@ -105,14 +105,14 @@ def test_everything_is_written_even_if_the_system_takes_it_in_small_pieces(path,
     with intercepted(three_octets):
         file = holder.create(path, pieces)
 
-    assert file.read().read() == b''.join(pieces)
+    assert file.read() == b''.join(pieces)
 
 
 def test_a_file_that_is_there_already_is_not_touched(free_path, holder):
     with no_open_files_are_left(), pytest.raises(FileExistsError):
         holder.create(free_path, [b'other'])
 
-    assert holder.take(free_path).read().read() == CONTENT
+    assert holder.take(free_path).read() == CONTENT
 
 
 def test_an_interrupt_while_a_file_is_written_leaves_nothing_behind(path, holder):
@@ -133,7 +133,7 @@ def test_an_interrupt_while_a_file_is_written_leaves_nothing_behind(path, holder
 def test_a_free_file_can_be_taken_once(free_path, holder):
     file = holder.take(free_path)
 
-    assert file.read().read() == CONTENT
+    assert file.read() == CONTENT
     assert is_held(free_path)
     assert holder.take(free_path) is None, 'not even by the same process'
     assert Holder().take(free_path) is None

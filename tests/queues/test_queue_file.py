@@ -131,9 +131,9 @@ def test_what_was_written_is_read_and_the_message_is_next():
 
 
 def test_line_feeds_alone_are_tolerated():
-    fp = BytesIO(EXAMPLE.replace(b'\r\n', b'\n') + b'Subject: x\n\nHello\n')
+    data = EXAMPLE.replace(b'\r\n', b'\n') + b'Subject: x\n\nHello\n'
 
-    assert read_envelope(fp) == (
+    assert read_envelope(data) == (
         EXAMPLE_HEADER,
         Envelope('sender@site.example', ('a@site.example', 'b@site.example'), b'Subject: x\r\n\r\nHello\r\n'),
     )
@@ -245,7 +245,7 @@ def test_any_envelope_survives_the_file(sender, recipients, content, queued_at, 
     header = QueueHeader(envelope.sender, envelope.recipients, queued_at, attempts, last_attempt, last_reply)
 
     data = serialize_header(header) + envelope.content
-    read_back, its_envelope = read_envelope(BytesIO(data))
+    read_back, its_envelope = read_envelope(data)
 
     assert its_envelope == envelope
     assert (read_back.sender, read_back.recipients) == (envelope.sender, envelope.recipients)
