@@ -18,7 +18,9 @@ from typing import Generic, TypeVar
 __all__ = [
     'KIB',
     'MB',
+    'RECIPIENT',
     'ROOT',
+    'SENDER',
     'Failed',
     'Measured',
     'Outcome',
@@ -166,13 +168,20 @@ def options(description: str | None, *, rounds: int, peers: str = '') -> argpars
         parser.add_argument(
             'peers',
             nargs='?',
-            type=lambda path: Path(path).absolute(),
+            type=_program,
             help=f'the python of a virtual environment with benchmarks/peers.txt, for {peers}',
         )
     parser.add_argument(
         '--rounds', type=int, default=rounds, help='in each of them every way has its turn (%(default)s)'
     )
     return parser
+
+
+def _program(path: str) -> Path:
+    if not os.access(path, os.X_OK):
+        raise argparse.ArgumentTypeError(f'{path} is no program')
+    # Not resolved: what a virtual environment has lies beside its link.
+    return Path(path).absolute()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str] | Failed]) -> None:

@@ -24,6 +24,8 @@ Argument = str | Path
 @dataclass(frozen=True)
 class Way:
     """
+    One way to drain a queue.
+
     :param name: what people see
     :param package: what fills the queue, as ``benchmarks.fill`` knows it
     :param python: what has that package
