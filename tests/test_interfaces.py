@@ -28,6 +28,7 @@ from pyramid_mailqueue.interfaces import (
 )
 from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -50,13 +51,19 @@ def objects(queue_dir, tmp_path):
     queue = MaildirQueue(queue_dir)
     handler = MessageHandler([])
     background = BackgroundDispatcher(handler, queue)
-    claim = queue.put_claimed(Envelope('a@site.example', ('b@site.example',), b'Subject: hello\r\n\r\nHello\r\n'))
+    envelope = Envelope('a@site.example', ('b@site.example',), b'Subject: hello\r\n\r\nHello\r\n')
+    claim = queue.put_claimed(envelope)
+    in_memory = MemoryQueue()
     yield [
         (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
         (IQueueAdmin, queue.admin),
         (IStaging, queue.staging()),
         (IClaim, claim),
+        (IMailQueue, in_memory),
+        (IQueueAdmin, in_memory.admin),
+        (IStaging, in_memory.staging()),
+        (IClaim, in_memory.put_claimed(envelope)),
         (ITransport, SMTPTransport(hostname='localhost')),
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),

@@ -8,9 +8,12 @@ one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
-__all__ = ['delivery_log', 'log_event', 'log_trouble', 'queue_log', 'why']
+from pyramid_mailqueue.envelope import Envelope
+
+__all__ = ['delivery_log', 'log_event', 'log_queued', 'log_trouble', 'queue_log', 'why']
 
 delivery_log = logging.getLogger('mailqueue.delivery_log')
 queue_log = logging.getLogger('mailqueue.queue_log')
@@ -35,6 +38,13 @@ def _quoted(value: str) -> str:
         return value
     escaped = value.replace('\\', '\\\\').replace('"', '\\"')
     return '"' + ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in escaped) + '"'
+
+
+def log_queued(id: str, envelope: Envelope) -> None:
+    """Log that a message is in the queue.  Raises no Exception: somebody's handler must not tell a commit otherwise."""
+    told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
+    with contextlib.suppress(Exception):
+        log_event(queue_log, logging.INFO, status='queued', id=id, msgid=envelope.message_id, **told)
 
 
 def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:

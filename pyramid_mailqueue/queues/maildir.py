@@ -39,7 +39,6 @@ one batch, and cannot lose one.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import logging
 import math
@@ -49,7 +48,7 @@ from collections.abc import Callable, Iterator
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event, log_trouble, queue_log
+from pyramid_mailqueue.delivery.logs import log_event, log_queued, log_trouble, queue_log
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
@@ -119,7 +118,7 @@ class MaildirQueue(MaildirFolders):
                 sync_folder(self.place(folder))
         except OSError as error:
             raise self.refusal(error) from error
-        _tell_queued(file, envelope)
+        log_queued(file.name, envelope)
         return file
 
     # -- out of the queue
@@ -330,7 +329,7 @@ class MaildirStaging:
                 log_trouble('holds messages that a power cut may lose', folder, error, logging.CRITICAL)
         for file, (envelope, _) in zip(files, added, strict=True):
             if not file.path.startswith(self._queue.place('prepared')):
-                _tell_queued(file, envelope)
+                log_queued(file.name, envelope)
         return claims
 
     def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
@@ -385,10 +384,3 @@ class MaildirStaging:
         except OSError as error:
             problem = 'may show dropped messages again after a power cut'
             log_trouble(problem, self._queue.place('prepared'), error)
-
-
-def _tell_queued(file: LockedFile, envelope: Envelope) -> None:
-    told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
-    # What is in the queue is in the queue: somebody's log handler that raises must not tell a commit otherwise.
-    with contextlib.suppress(Exception):
-        log_event(queue_log, logging.INFO, status='queued', id=file.name, msgid=envelope.message_id, **told)
