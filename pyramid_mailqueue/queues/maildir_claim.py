@@ -229,6 +229,8 @@ class FileName(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> FileName:
         """Read the name of a file; any text is one."""
+        if ',' not in name:
+            return cls(name)
         match = _FILE_NAME.fullmatch(name)
         assert match
         return cls(match[1], int(match[2] or 0), int(match[3] or 0))
