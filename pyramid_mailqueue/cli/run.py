@@ -8,8 +8,6 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
-import os
-import pwd
 import re
 import signal
 import sys
@@ -22,21 +20,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
+from pyramid_mailqueue.cli.common import (
+    EX_OK,
+    EX_TEMPFAIL,
+    add_ini_arguments,
+    blaming,
+    complain,
+    duration,
+    exit_status_of,
+    read_settings,
+    refuse_root,
+    silence_stdout,
+)
+from pyramid_mailqueue.cli.config import parse_override, read_app_settings, setup_logging
 from pyramid_mailqueue.cli.progress import open_progress
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.settings import Settings, parse_duration
+from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
-
-# The names and numbers of sysexits.h, which init systems and mail servers know.
-EX_OK = 0
-EX_SOFTWARE = 70
-EX_TEMPFAIL = 75
-EX_CONFIG = 78
 
 #: How often ``--watch`` looks again, in seconds.
 WATCH_INTERVAL = 5
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = parser.parse_args(_with_interval(sys.argv[1:] if argv is None else argv))
     if arguments.app and arguments.queue_dir:
         parser.error('with --app the queue is that of the application: leave out the queue directory')
-    sys.exit(_run(arguments))
+    sys.exit(exit_status_of('mq-run', lambda: _run(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,18 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('ini', help="the application's ini file, as pserve takes it: app.ini or app.ini#name")
+    add_ini_arguments(parser)
     parser.add_argument(
         'queue_dir', nargs='?', help='the queue directory, before the one in the ini file (needed for [mqrunner])'
-    )
-    parser.add_argument('-n', '--name', help='the name of the application in the ini file (default: main)')
-    parser.add_argument(
-        '--set',
-        action='append',
-        default=[],
-        dest='overrides',
-        metavar='KEY=VALUE',
-        help='use this value for %%(KEY)s in the ini file, and before the setting KEY; may be repeated',
     )
     parser.add_argument(
         '--app',
@@ -92,12 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--watch',
-        type=_span,
+        type=duration,
         metavar='SECONDS',
         help='stay, and look again every so many seconds (default: 5), until told to stop',
     )
     parser.add_argument('--max-messages', type=_number, metavar='N', help='begin with no more than N messages')
-    parser.add_argument('--max-time', type=_span, metavar='SECONDS', help='begin with no message after so long')
+    parser.add_argument('--max-time', type=duration, metavar='SECONDS', help='begin with no message after so long')
     parser.add_argument('-v', '--verbose', action='store_true', help='print a summary even if there was nothing to do')
     return parser
 
@@ -112,13 +107,6 @@ def _with_interval(argv: Sequence[str]) -> list[str]:
     return told
 
 
-def _span(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError('must be a whole number, 1 or more')
@@ -126,29 +114,14 @@ def _number(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        runner = _build_runner(arguments)
-        work = _watch if arguments.watch is not None else _run_once
-        with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
-            return work(runner, signals, arguments)
-    except ConfigurationError as error:
-        for line in str(error).splitlines():
-            _complain(line)
-        return EX_CONFIG
-    except QueueError as error:
-        _complain(str(error))
-        return EX_TEMPFAIL
-    except KeyboardInterrupt:
-        # Before there was anything to be finished.
-        return EX_TEMPFAIL
-    except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
-        _complain('this is a defect of pyramid_mailqueue; please report it with these lines:')
-        traceback.print_exc()
-        return EX_SOFTWARE
+    runner = _build_runner(arguments)
+    work = _watch if arguments.watch is not None else _run_once
+    with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
+        return work(runner, signals, arguments)
 
 
 def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
-    total = runner.queue.count_due(time.time()) if sys.stderr.isatty() else None
+    total = runner.queue.count_due(time.time()) if sys.stderr and sys.stderr.isatty() else None
     if total and arguments.max_messages is not None:
         total = min(total, arguments.max_messages)
     with open_progress(sys.stderr, total=total) as progress:
@@ -193,8 +166,8 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
     return EX_OK
 
 
-def _complain(line: str) -> None:
-    print(f'mq-run: {line}', file=sys.stderr)
+def _complain(text: str) -> None:
+    complain('mq-run', text)
 
 
 class _Signals:
@@ -255,38 +228,17 @@ def _heard_signals(*, reopens_logs: bool) -> Iterator[_Signals]:
 def _build_runner(arguments: argparse.Namespace) -> Runner:
     overrides = dict(map(parse_override, arguments.overrides))
     build = _runner_of_app if arguments.app else _runner_of_ini
-    with _blaming(arguments.ini):
+    with blaming(arguments.ini):
         return build(arguments, overrides)
-
-
-@contextmanager
-def _blaming(ini: str) -> Iterator[None]:
-    """Name the file in each line of an error that does not name one."""
-    try:
-        yield
-    except ConfigurationError as error:
-        name = Path(ini.partition('#')[0]).name
-        lines = (line if name in line else f'{ini}: {line}' for line in str(error).splitlines())
-        raise ConfigurationError('\n'.join(lines)) from error
 
 
 def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
     from pyramid_mailqueue.wiring import build_runner
 
-    settings = _settings(arguments, overrides)
-    _refuse_root(settings.queue_dir)
+    settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+    refuse_root(settings.queue_dir, 'mq-run')
     setup_logging(arguments.ini, overrides, settings)
     return build_runner(settings, lookup=_look_up)
-
-
-def _settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
-    """The settings of the app; if there is a [mqrunner] section and we know the queue directory, those of that."""
-    given = {'queue_dir': Path(arguments.queue_dir).absolute()} if arguments.queue_dir else {}
-    section = read_mqrunner_section(arguments.ini, overrides) if arguments.name is None else None
-    if section is not None and (given or section.get('queue_dir')):
-        return Settings.from_mqrunner_section({**section, **given})
-    of_app = read_app_settings(arguments.ini, arguments.name, overrides)
-    return Settings.from_mapping({**of_app, **{f'mailqueue.{key}': value for key, value in given.items()}})
 
 
 def _look_up(name: str) -> None:
@@ -295,25 +247,6 @@ def _look_up(name: str) -> None:
         raise ConfigurationError(
             f'mailqueue.transports = {name}: only the application knows the transport of this name. Use --app.'
         )
-
-
-def _refuse_root(queue_dir: Path | None) -> None:
-    """What root leaves in a queue, its owner could not open any more."""
-    if queue_dir is None or os.geteuid() != 0:
-        return
-    # The folders inside are made by the application, whoever owns the one around them.
-    places = (queue_dir / 'new', queue_dir, *queue_dir.parents)
-    owner = next(path for path in places if path.exists()).stat().st_uid
-    if owner == 0:
-        return
-    try:
-        user = pwd.getpwuid(owner).pw_name
-    except KeyError:
-        user = f'#{owner}'
-    raise ConfigurationError(
-        f'mailqueue.queue_dir = {queue_dir} belongs to the user {user}, and this is root: the application could not '
-        f'open the files that root leaves there. Run mq-run as {user}, for instance with: sudo -u {user} mq-run ...'
-    )
 
 
 def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
@@ -328,7 +261,7 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
         value = settings.get(f'mailqueue.{key}')
         return Path(value).expanduser().absolute() if value else None
 
-    _refuse_root(path_of('queue_dir'))
+    refuse_root(path_of('queue_dir'), 'mq-run')
     logs = Settings(
         logging_conf=path_of('logging_conf'), delivery_log=path_of('delivery_log'), queue_log=path_of('queue_log')
     )
@@ -387,7 +320,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     except OSError:
         # Nobody hears it (a full disk, a pager that was left).  The mail is where it should be, and that is what the
         # exit status tells; but the interpreter would try once more when it ends, and then say otherwise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
 
 
 if __name__ == '__main__':
