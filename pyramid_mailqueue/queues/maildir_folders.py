@@ -28,7 +28,8 @@ __all__ = ['FOLDERS', 'MaildirFolders', 'modified_time']
 
 FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
 
-#: Settled claims are made durable together: after this many changes, or this many seconds after the first of them.
+#: Settled claims are made durable together: with this many changes, or with the first one that comes this many seconds
+#: after the others began.
 SYNC_EVERY = 100
 SYNC_SECONDS = 0.5
 
@@ -155,6 +156,8 @@ class _UnsyncedChanges:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
+        # Held while folders are made durable: who has filled the next batch meanwhile has to wait.
+        self._syncing = threading.Lock()
         self._folders: set[str] = set()
         self._count = 0
         self._since = 0.0
@@ -171,14 +174,19 @@ class _UnsyncedChanges:
         self.flush()
 
     def flush(self) -> None:
-        with self._lock:
-            folders, self._folders, self._count = self._folders, set(), 0
-        for folder in folders:
-            path = os.path.join(self._path, folder)
-            try:
-                sync_folder(path)
-            except OSError as error:
-                log_trouble('holds changes that a power cut may undo', path, error)
+        # Told of when nothing is held any more: who hears of it may deliver mail.
+        troubles = []
+        with self._syncing:
+            with self._lock:
+                folders, self._folders, self._count = self._folders, set(), 0
+            for folder in folders:
+                path = os.path.join(self._path, folder)
+                try:
+                    sync_folder(path)
+                except OSError as error:
+                    troubles.append((path, error))
+        for path, trouble in troubles:
+            log_trouble('holds changes that a power cut may undo', path, trouble)
 
 
 def _create_folder(path: str) -> bool:

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from tests.crash.drain_parts import MAX_RECIPIENTS, assert_is_made_good, fill
+from pyramid_mailqueue.queues.maildir_folders import SYNC_EVERY
+from tests.crash.drain_parts import MAX_RECIPIENTS, assert_is_made_good, fill, letters
 from tests.crash.queue_parts import names
 
 pytestmark = pytest.mark.usefixtures('needs_strace')
@@ -103,6 +104,23 @@ def test_what_is_accepted_and_not_yet_removed_is_repeated(mq_run, queue, office,
     die(mq_run, ALSO_CALLED['unlink'], number)
 
     assert list(assert_is_made_good(queue, office, deaths=1)) == [last]
+
+
+def test_what_is_delivered_is_removed_durably_in_batches(mq_run, queue, tmp_path):
+    fill(queue, letters(2 * SYNC_EVERY + 20))
+    log = tmp_path / 'strace'
+
+    assert mq_run('-y', '-o', str(log), '-e', f'trace=fsync,{ALSO_CALLED["unlink"]}') == 0
+
+    batches = ['']
+    for line in log.read_text().splitlines():
+        if f'{queue.path}/cur/' in line:
+            batches[-1] += 'u'
+        elif f'{queue.path}/cur>' in line:
+            batches.append('')
+    assert sum(map(len, batches)) == 2 * SYNC_EVERY + 20
+    assert max(map(len, batches)) <= SYNC_EVERY
+    assert batches[-1] == ''
 
 
 def test_mq_run_that_lives_repeats_nothing(mq_run, queue, office):
