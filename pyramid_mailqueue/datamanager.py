@@ -27,7 +27,7 @@ The traps, each of which has a test:
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transaction.interfaces
@@ -54,6 +54,8 @@ class MailDataManager:
     :param manager: its transaction manager
     :param staging: a new, empty staging of the queue
     :param dispatchers: who delivers after the commit, by the name of the way of delivery
+    :param tell_queued: called after the commit with the id (``''`` if nobody knows it) and the envelope of each message;
+        must not raise
     """
 
     def __init__(
@@ -62,14 +64,18 @@ class MailDataManager:
         manager: transaction.interfaces.ITransactionManager,
         staging: IStaging,
         dispatchers: Mapping[str, IDispatcher],
+        tell_queued: Callable[[str, Envelope], None] = lambda id, envelope: None,
     ) -> None:
         self.transaction_manager = manager
         self._txn = txn
         self._staging = staging
         self._dispatchers = dispatchers
-        self._deliveries: list[str] = []
+        self._tell_queued = tell_queued
+        self._added: list[tuple[str, Envelope]] = []
+        self._queued: list[tuple[str, Envelope]] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
+        self._ours: tuple[object, ...] = ()
         self._committing = False
         self._decided = False
 
@@ -85,15 +91,17 @@ class MailDataManager:
         if not self._joined:
             self._join()
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
-        self._deliveries.append(delivery)
+        self._added.append((delivery, envelope))
 
     def _join(self) -> None:
+        first = _FirstToFinish(self)
         try:
-            self._txn.join(_FirstToFinish(self))
+            self._txn.join(first)
             self._txn.join(self)
         except (ValueError, transaction.interfaces.TransactionError) as error:
             raise NoActiveTransaction(_too_late(self._txn)) from error
         self._joined = True
+        self._ours = (first, self)
         self._txn.addAfterCommitHook(self._dispatch)
 
     def sortKey(self) -> str:
@@ -114,7 +122,13 @@ class MailDataManager:
 
     def tpc_vote(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Raises QueueError if the queue cannot take the mail."""
-        self._staging.prepare()
+        self._staging.prepare(alone=not self._others_rely_on_this())
+
+    def _others_rely_on_this(self) -> bool:
+        """Whether there may be somebody who commits because of our "yes"."""
+        # Of a transaction that does not tell (it is not public) we think the worst.
+        resources = getattr(self._txn, '_resources', None)
+        return resources is None or any(resource not in self._ours for resource in resources)
 
     def decide(self) -> None:
         """The second phase has begun: from here on the mail may not be dropped, whatever happens."""
@@ -122,10 +136,11 @@ class MailDataManager:
 
     def tpc_finish(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Never raises."""
-        deliveries, self._deliveries = self._deliveries, []
+        added, self._added = self._added, []
         try:
-            claims = zip(deliveries, self._staging.publish(), strict=True)
-            self._claims = [(delivery, claim) for delivery, claim in claims if claim is not None]
+            published = [*zip(added, self._staging.publish(), strict=True)]
+            self._claims = [(delivery, claim) for (delivery, _), claim in published if claim is not None]
+            self._queued = [(claim.id if claim is not None else '', envelope) for (_, envelope), claim in published]
         except Exception:
             # The queue broke its promise; but the others have committed, and must not be told that this failed.
             self._staging.leave_in_doubt()
@@ -142,7 +157,7 @@ class MailDataManager:
 
     def _discard(self) -> None:
         self._joined = False
-        self._deliveries = []
+        self._added = []
         if self._decided:
             self._staging.leave_in_doubt()
         else:
@@ -154,16 +169,19 @@ class MailDataManager:
 
     def mark(self) -> tuple[object, int]:
         """Return a mark of the mail added so far."""
-        return self._staging.mark(), len(self._deliveries)
+        return self._staging.mark(), len(self._added)
 
     def rollback(self, mark: tuple[object, int]) -> None:
         """Drop the mail that was added since *mark*."""
         staged, count = mark
-        del self._deliveries[count:]
+        del self._added[count:]
         _log_discarded(self._staging.rollback(staged))
 
     def _dispatch(self, committed: bool) -> None:
         """The after-commit hook; *committed* says nothing about our claims (see the docstring of the module)."""
+        queued, self._queued = self._queued, []
+        for id, envelope in queued:
+            self._tell_queued(id, envelope)
         while self._claims:
             way = self._claims[0][0]
             claims = [claim for delivery, claim in self._claims if delivery == way]

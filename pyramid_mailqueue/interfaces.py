@@ -188,9 +188,12 @@ class IStaging(Interface):
     def rollback(mark: object) -> Sequence[Envelope]:
         """Drop what was added since *mark*; return the dropped envelopes."""
 
-    def prepare() -> None:
+    def prepare(alone: bool = False) -> None:
         """
         Write every message durably but invisibly: the "yes" of the first phase.
+
+        If *alone*, nothing else takes part in the transaction, so nobody does anything because of this "yes" before
+        ``publish``.
 
         Raises :class:`~.exceptions.QueueError` if one of them cannot be written: the "no" of the first phase, after
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
@@ -254,7 +257,7 @@ class ITransport(Interface):
     Anything that can be offered a message.
 
     ``send`` is called from several threads at once.  Any object with a fitting ``send`` will do; ``name``, ``close``
-    and two more methods are used where they exist:
+    and the following methods are used where they exist:
 
     ``stream(first, more)``
         Used instead of ``send``.  *first* is an :class:`~.delivery.results.Offer`, and each call of *more* gives
@@ -266,6 +269,14 @@ class ITransport(Interface):
 
     ``abort()``
         Break off what is under way in other threads.
+
+    A queue that is used as a transport may have two more:
+
+    ``leads_to(queue)``
+        Whether it is the way into *queue*: messages of that queue are not offered to it.
+
+    ``bury(sender, content, burials)``
+        Keep dead letters of a message that is in no queue, one for each :class:`~.delivery.results.Burial`.
     """
 
     name: str = Attribute('A short name for logs; the name of the class where there is none.')

@@ -298,7 +298,7 @@ class MaildirStaging:
         del self._added[mark:]
         return dropped
 
-    def prepare(self) -> None:
+    def prepare(self, alone: bool = False) -> None:
         """See `IStaging`."""
         if not self._added:
             return
@@ -308,8 +308,9 @@ class MaildirStaging:
                 self._files.append(queue.create(envelope))
             for file in self._files:
                 file.move(queue.place('prepared', file.name))
-            # A "yes" must outlive a power cut: the other resources may commit on the strength of it.
-            sync_folder(queue.place('prepared'))
+            # A "yes" must outlive a power cut where other resources commit on the strength of it.
+            if not alone:
+                sync_folder(queue.place('prepared'))
         except BaseException as error:
             self._drop_files()
             if isinstance(error, OSError):

@@ -140,7 +140,7 @@ class MemoryStaging:
         del self._added[mark:]
         return dropped
 
-    def prepare(self) -> None:
+    def prepare(self, alone: bool = False) -> None:
         """See `IStaging`."""
         self._is_prepared = True
 

@@ -6,7 +6,9 @@ import re
 import time
 
 import pytest
+import transaction
 
+from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
@@ -91,6 +93,19 @@ def test_a_message_is_durable_before_anybody_relies_on_it(queue, trace, tmp_path
     # The second phase returns when these are durable too, in any order; then the commit returns.
     assert sorted(found[11:15]) == ['fsync cur', 'fsync new', 'open cur', 'open new']
     assert found[15:] == ['acknowledged']
+
+
+def test_where_nobody_relies_on_the_vote_two_syncs_do(queue, trace):
+    def commit_alone():
+        with transaction.manager as txn:
+            MailDataManager(txn, transaction.manager, queue.staging(), {}).add(ENVELOPE, 'queue')
+
+    assert trace(f'fsync,{RENAME}', commit_alone) == [
+        'fsync tmp',
+        'rename tmp prepared',
+        'rename prepared new',
+        'fsync new',
+    ]
 
 
 def test_a_message_that_is_put_is_durable_before_its_sender_goes_on(queue, trace):
