@@ -105,6 +105,9 @@ def includeme(config: Any) -> None:
         from pyramid_mailqueue.wiring import build_mailer
 
         registry = config.registry
+        if registry.queryUtility(IMailer) is not None:
+            # The tests of an application have theirs.
+            return
         mailer = build_mailer(
             Settings.from_mapping(registry.settings),
             transactions=ThreadTransaction(),

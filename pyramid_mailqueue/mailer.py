@@ -56,7 +56,7 @@ class Mailer:
 
     def bound_to(self, transactions: ITransactionSource) -> Mailer:
         """Return the same mailer, but for the transactions of one request."""
-        return Mailer(
+        return type(self)(
             self.queue,
             self.handler,
             self._dispatchers,

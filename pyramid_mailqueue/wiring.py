@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.transactions import ITransactionSource
 
-__all__ = ['build_handler', 'build_mailer', 'build_queue', 'build_runner']
+__all__ = ['build_compose', 'build_handler', 'build_mailer', 'build_queue', 'build_runner']
 
 log = logging.getLogger('mailqueue.delivery')
 
@@ -49,14 +49,20 @@ def build_mailer(
 
     queue = build_queue(settings)
     handler = build_handler(settings, lookup)
-    compose = partial(
+    dispatchers = _build_dispatchers(settings, handler, queue)
+    return Mailer(
+        queue, handler, dispatchers, build_compose(settings), delivery=settings.delivery, transactions=transactions
+    )
+
+
+def build_compose(settings: Settings) -> Callable[..., Envelope]:
+    """Return what makes an envelope of a message, a sender and recipients."""
+    return partial(
         Envelope.from_message,
         default_sender=settings.default_sender,
         max_size=settings.max_message_size,
         local_hostname=settings.smtp_local_hostname,
     )
-    dispatchers = _build_dispatchers(settings, handler, queue)
-    return Mailer(queue, handler, dispatchers, compose, delivery=settings.delivery, transactions=transactions)
 
 
 def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMailQueue) -> dict[str, IDispatcher]:

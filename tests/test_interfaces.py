@@ -29,6 +29,7 @@ from pyramid_mailqueue.interfaces import (
 from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
+from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -54,6 +55,7 @@ def objects(queue_dir, tmp_path):
     envelope = Envelope('a@site.example', ('b@site.example',), b'Subject: hello\r\n\r\nHello\r\n')
     claim = queue.put_claimed(envelope)
     in_memory = MemoryQueue()
+    capturing = make_mailer()
     yield [
         (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
@@ -64,6 +66,10 @@ def objects(queue_dir, tmp_path):
         (IQueueAdmin, in_memory.admin),
         (IStaging, in_memory.staging()),
         (IClaim, in_memory.put_claimed(envelope)),
+        (IMailer, capturing),
+        (IMailQueue, capturing.queue),
+        (IStaging, capturing.queue.staging()),
+        (ITransport, AcceptingTransport()),
         (ITransport, SMTPTransport(hostname='localhost')),
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),

@@ -1,9 +1,4 @@
-"""
-What tests need, those of this package and those of an application.
-
-:class:`ScriptedSMTPServer` is a real SMTP server on a real socket that says what a test wants it to say, when the test
-wants it.
-"""
+"""A real SMTP server on a real socket that says what a test wants it to say, when the test wants it."""
 
 from __future__ import annotations
 
@@ -18,10 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import final
 
-__all__ = ['Close', 'Drip', 'ReceivedMessage', 'ScriptedSMTPServer', 'ServerSession', 'Silence', 'Wait']
-
-
-# --- a scripted SMTP server ---
+__all__ = ['EXTENSIONS', 'Close', 'Drip', 'ReceivedMessage', 'ScriptedSMTPServer', 'ServerSession', 'Silence', 'Wait']
 
 
 @dataclass(frozen=True)

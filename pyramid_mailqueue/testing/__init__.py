@@ -1,0 +1,66 @@
+"""
+What tests need, those of this package and those of an application.
+
+In the tests of an application::
+
+    config.include('pyramid_mailqueue.testing')     # before, after or instead of 'pyramid_mailqueue'
+    ...
+    (mail,) = captured_mail(app)                    # what was committed
+
+is the real mailer over a queue in memory, so that everything is refused that it refuses otherwise; see
+:mod:`~.testing.outbox`.  :class:`ScriptedSMTPServer` is a real SMTP server on a real socket that says what a test
+wants it to say, when the test wants it.  For pytest there is a fixture in :mod:`~.testing.fixtures`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramid_mailqueue.interfaces import IMailer
+from pyramid_mailqueue.testing.outbox import CapturedMail, CapturingMailer, Outbox, captured_mail, make_mailer
+from pyramid_mailqueue.testing.smtp_server import (
+    EXTENSIONS,
+    Close,
+    Drip,
+    ReceivedMessage,
+    ScriptedSMTPServer,
+    ServerSession,
+    Silence,
+    Wait,
+)
+from pyramid_mailqueue.transactions import ThreadTransaction
+
+__all__ = [
+    'EXTENSIONS',
+    'CapturedMail',
+    'CapturingMailer',
+    'Close',
+    'Drip',
+    'Outbox',
+    'ReceivedMessage',
+    'ScriptedSMTPServer',
+    'ServerSession',
+    'Silence',
+    'Wait',
+    'captured_mail',
+    'includeme',
+    'make_mailer',
+]
+
+# Before the mailer of pyramid_mailqueue is made, which leaves one alone that is there.
+_BEFORE_THE_LAST = 999
+
+
+def includeme(config: Any) -> None:
+    """
+    Set up a mailer that keeps its mail in memory, in the place of that of :func:`pyramid_mailqueue.includeme`.
+
+    It needs no settings; those that there are have to be right.  Nothing is written, and nothing talks to a server.
+    """
+
+    def register() -> None:
+        mailer = make_mailer(config.registry.settings, ThreadTransaction())
+        config.registry.registerUtility(mailer, IMailer)
+
+    config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)
+    config.include('pyramid_mailqueue')

@@ -1,0 +1,272 @@
+"""
+The mail that an application has sent in a test.
+
+Nothing is pretended but the end: a :class:`CapturingMailer` is the mailer that the application has in production, with
+its envelopes, its data manager and its queue's two phases.  Only the queue is in memory, and whatever is tried is
+taken.  The outbox sees what goes through the queue::
+
+    send() --> pending --commit--> the outbox itself
+                  |
+                  +----abort, or a savepoint that is rolled back--> discarded
+
+Mail is tried before the commit returns, also if ``mailqueue.delivery = background``: a test need not wait for anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import default
+from functools import cached_property
+from typing import Any
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.interfaces import IClaim, IMailer, ITransport
+from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.queues.memory import MemoryClaim, MemoryQueue, MemoryStaging
+from pyramid_mailqueue.queues.memory_messages import MemoryMessages
+from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
+from pyramid_mailqueue.wiring import build_compose
+
+__all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'make_mailer']
+
+# What is required in production, and of no use here.
+_NOT_NEEDED = {'mailqueue.queue_dir': '/nowhere', 'mailqueue.smtp_hostname': 'localhost'}
+
+
+@dataclass(frozen=True, repr=False)
+class CapturedMail:
+    """
+    One message, as it would have gone out.
+
+    :param envelope: the sender and the recipients that a server would have been told, and the bytes of the content
+    """
+
+    envelope: Envelope
+
+    def __repr__(self) -> str:
+        return f'<CapturedMail {self.subject!r} to {", ".join(self.recipients)}>'
+
+    @property
+    def sender(self) -> str:
+        """The envelope sender; ``''`` is the null sender."""
+        return self.envelope.sender
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """Everybody who would get the message, ``Bcc`` too."""
+        return self.envelope.recipients
+
+    @property
+    def message_id(self) -> str:
+        """What ``send()`` has returned."""
+        return self.envelope.message_id
+
+    @cached_property
+    def message(self) -> EmailMessage:
+        """The content, parsed: its headers are decoded, and its line ends are those of Python."""
+        return message_from_bytes(self.envelope.content.replace(b'\r\n', b'\n'), policy=default)
+
+    @property
+    def subject(self) -> str:
+        """The subject, decoded; ``''`` if there is none."""
+        return str(self.message['Subject'] or '')
+
+    @property
+    def text(self) -> str:
+        """The body in plain text; ``''`` if there is none."""
+        return self._body('plain')
+
+    @property
+    def html(self) -> str:
+        """The body in HTML; ``''`` if there is none."""
+        return self._body('html')
+
+    def _body(self, kind: str) -> str:
+        part = self.message.get_body((kind,))
+        return '' if part is None else str(part.get_content())
+
+
+class Outbox(list[CapturedMail]):
+    """
+    The mail that was committed, or sent outside of a transaction, in its order.
+
+    :ivar discarded: what was dropped by an abort, or by a savepoint that was rolled back
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discarded: list[CapturedMail] = []
+        self._open: dict[CapturingStaging, None] = {}
+
+    @property
+    def pending(self) -> list[CapturedMail]:
+        """
+        The mail of transactions that have not ended.
+
+        For tests that run an application in a transaction of their own, which never commits.
+        """
+        return [CapturedMail(envelope) for staging in list(self._open) for envelope in staging.envelopes]
+
+    def clear(self) -> None:
+        """Forget everything, for the next test."""
+        super().clear()
+        self.discarded.clear()
+        self._open.clear()
+
+    def begin(self, staging: CapturingStaging) -> None:
+        """Note that a transaction has mail."""
+        self._open[staging] = None
+
+    def end(self, staging: CapturingStaging) -> None:
+        """Note that it has none any more."""
+        self._open.pop(staging, None)
+
+
+class CapturingQueue(MemoryQueue):
+    """See `IMailQueue`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outbox = Outbox()
+
+    def staging(self) -> CapturingStaging:
+        """See `IMailQueue`."""
+        return CapturingStaging(self._messages, self.outbox)
+
+    def put(self, envelope: Envelope) -> str:
+        """See `IMailQueue`."""
+        self.outbox.append(CapturedMail(envelope))
+        return super().put(envelope)
+
+    def put_claimed(self, envelope: Envelope) -> MemoryClaim:
+        """See `IMailQueue`."""
+        self.outbox.append(CapturedMail(envelope))
+        return super().put_claimed(envelope)
+
+
+class CapturingStaging(MemoryStaging):
+    """See `IStaging`."""
+
+    def __init__(self, messages: MemoryMessages, outbox: Outbox) -> None:
+        super().__init__(messages)
+        self._outbox = outbox
+
+    @property
+    def envelopes(self) -> list[Envelope]:
+        """What was added, and is not decided yet."""
+        return [envelope for envelope, _ in self._added]
+
+    def add(self, envelope: Envelope, claimed: bool) -> None:
+        """See `IStaging`."""
+        super().add(envelope, claimed)
+        self._outbox.begin(self)
+
+    def rollback(self, mark: object) -> list[Envelope]:
+        """See `IStaging`."""
+        return self._discarded(super().rollback(mark))
+
+    def publish(self) -> list[IClaim | None]:
+        """See `IStaging`."""
+        self._outbox.extend(map(CapturedMail, self.envelopes))
+        self._outbox.end(self)
+        return super().publish()
+
+    def discard(self) -> list[Envelope]:
+        """See `IStaging`."""
+        self._outbox.end(self)
+        return self._discarded(super().discard())
+
+    def _discarded(self, envelopes: list[Envelope]) -> list[Envelope]:
+        self._outbox.discarded.extend(map(CapturedMail, envelopes))
+        return envelopes
+
+
+@implementer(ITransport)
+class AcceptingTransport:
+    """See `ITransport`.  The queue has captured what is sent here."""
+
+    name = 'testing'
+
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult:
+        """See `ITransport`."""
+        reply = Reply(250, 'captured by a test', '2.0.0', from_server=False)
+        return SendResult(dict.fromkeys(recipients, reply), self.name)
+
+    def close(self) -> None:
+        """See `ITransport`."""
+
+
+class CapturingMailer(Mailer):
+    """See `IMailer`.  What it sends is in its :attr:`outbox`."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """The mail that was sent; the same list for all requests."""
+        assert isinstance(self.queue, CapturingQueue)
+        return self.queue.outbox
+
+
+def make_mailer(
+    settings: Mapping[str, object] | None = None, transactions: ITransactionSource | None = None
+) -> CapturingMailer:
+    """
+    Return a mailer for the tests of an application without Pyramid, in the place of ``mailer_from_settings()``.
+
+    :param settings: a mapping with ``mailqueue.*`` keys, of which none is required
+    :param transactions: knows the transaction to join; None is the manager of the thread (``transaction.manager``)
+    :raises ConfigurationError: a setting is unknown, malformed, or contradicts another one
+    """
+    given = {key: value for key, value in (settings or {}).items() if value not in (None, '')}
+    read = Settings.from_mapping({**_NOT_NEEDED, **given})
+    queue = CapturingQueue()
+    handler = MessageHandler([AcceptingTransport()], plugins=read.plugins)
+    inline = InlineDispatcher(handler, queue)
+    return CapturingMailer(
+        queue,
+        handler,
+        {'background': inline, 'inline': inline},
+        build_compose(read),
+        delivery=read.delivery,
+        transactions=transactions or ManagerTransaction(),
+    )
+
+
+def captured_mail(app: Any = None) -> Outbox:
+    """
+    Return the outbox of an application that has included ``pyramid_mailqueue.testing``.
+
+    :param app: a Pyramid application, a ``TestApp`` of WebTest around one, a configurator, a request, or a registry.
+        None is the configuration of this thread (``pyramid.testing.setUp()``), or else the application that was made
+        last
+    :raises ConfigurationError: there is none
+    """
+    for registry in _registries(app):
+        mailer = registry.queryUtility(IMailer)
+        if isinstance(mailer, CapturingMailer):
+            return mailer.outbox
+    raise ConfigurationError(
+        'No application here captures its mail: in tests it has to include pyramid_mailqueue.testing, for instance by '
+        'the setting pyramid.includes = pyramid_mailqueue.testing.'
+    )
+
+
+def _registries(app: Any) -> Sequence[Any]:
+    if app is None:
+        from pyramid.config import global_registries
+        from pyramid.threadlocal import get_current_registry
+
+        return [get_current_registry(), *filter(None, [global_registries.last])]
+    while not hasattr(app, 'queryUtility'):
+        # Of an application, a request or a configurator; TestApp, and middleware as a rule, have the application.
+        app = getattr(app, 'registry', None) or app.app
+    return [app]
