@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import threading
 
 from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
 from pyramid_mailqueue.transports import smtp
@@ -174,6 +175,37 @@ class Fault:
             return False
         self._count += 1
         return self._count == self._number or (self._lasts and self._count > self._number)
+
+
+class Refusal:
+    """All calls for which ``fails(call)`` is true fail with the errno of this name."""
+
+    def __init__(self, name, fails):
+        self.error = getattr(errno, name)
+        self._fails = fails
+
+    def __call__(self, call):
+        if self._fails(call):
+            raise OSError(self.error, os.strerror(self.error))
+        return without_sync(call)
+
+
+class Freeze:
+    """The process is stopped before the *number*-th of its calls of these names, until somebody lets it go on."""
+
+    def __init__(self, number, names):
+        self._number = number
+        self._names = names
+        self._numbers = itertools.count(1)
+
+    def __repr__(self):
+        return f'freeze before call {self._number}'
+
+    def __call__(self, call):
+        if call.name in self._names and next(self._numbers) == self._number:
+            # For this thread: of a signal for the process it would hear later.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        return without_sync(call)
 
 
 class Death:

@@ -15,7 +15,7 @@ import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from tests.crash.children import fork
-from tests.crash.drain_parts import assert_is_made_good, drain, everybody, fill
+from tests.crash.drain_parts import assert_is_made_good, blaming, drain, everybody, fill
 from tests.crash.faults import Death, DeathInSend, Log
 
 
@@ -35,10 +35,8 @@ def die(queue, office):
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         office.send_home()
         assert status in {0, -signal.SIGKILL}
-        try:
-            repeated = assert_is_made_good(queue, office, deaths=connections if status else 0)
-        except AssertionError as error:
-            raise AssertionError(f'after a {around}') from error
+        with blaming(around):
+            repeated = assert_is_made_good(queue, office, in_hand=connections if status else 0)
         return repeated if status else None
 
     return die

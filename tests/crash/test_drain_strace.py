@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import SYNC_EVERY
-from tests.crash.drain_parts import MAX_RECIPIENTS, assert_is_made_good, fill, letters
+from tests.crash import drain_parts
+from tests.crash.drain_parts import assert_is_made_good, fill, letters
 from tests.crash.queue_parts import names
 
 pytestmark = pytest.mark.usefixtures('needs_strace')
@@ -24,25 +24,14 @@ def queue(tmp_path):
 
 
 @pytest.fixture
-def mq_run(tmp_path, office, queue):
+def mq_run(office, queue):
     """Run the command under strace and return its exit status, or, negative, the signal that killed it."""
-    ini = tmp_path / 'app.ini'
 
     def mq_run(*options, connections=1):
         office.open_for(connections)
-        keys = {
-            'queue_dir': queue.path,
-            'smtp_hostname': office.server.host,
-            'smtp_port': office.server.port,
-            'smtp_local_hostname': 'client.test',
-            'smtp_connections': connections,
-            'max_recipients': MAX_RECIPIENTS,
-            'plugins': 'none',
-        }
-        ini.write_text('\n'.join(['[app:main]', 'use = egg:none', *(f'mailqueue.{k} = {v}' for k, v in keys.items())]))
         strace = ['strace', '-f', '-o', '/dev/null', *options]
-        command = [*strace, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(ini)]
-        status = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+        command = drain_parts.mq_run(queue, office, connections=connections)
+        status = subprocess.run([*strace, *command], capture_output=True, check=False).returncode
         office.send_home()
         return status
 
@@ -79,14 +68,14 @@ def test_mq_run_that_is_killed_loses_nobody_and_repeats_at_most_the_message_in_h
 ):
     die(mq_run, ALSO_CALLED.get(call, call), number)
 
-    assert_is_made_good(queue, office, deaths=1)
+    assert_is_made_good(queue, office, in_hand=1)
 
 
 @pytest.mark.parametrize('call', ['recvfrom', 'rename', 'sendto'])
 def test_mq_run_over_three_connections_that_is_killed_repeats_at_most_one_message_for_each(mq_run, queue, office, call):
     die(mq_run, ALSO_CALLED.get(call, call), 3, connections=3)
 
-    assert_is_made_good(queue, office, deaths=3)
+    assert_is_made_good(queue, office, in_hand=3)
 
 
 @pytest.mark.parametrize('number', [0, 3])
@@ -96,14 +85,14 @@ def test_mq_run_that_is_killed_when_it_opens_a_message_leaves_that_where_it_was(
     die(mq_run, 'openat', 1, '-P', queue.place('new', name))
 
     assert name in names(queue, 'new')
-    assert_is_made_good(queue, office, deaths=1)
+    assert_is_made_good(queue, office, in_hand=1)
 
 
 @pytest.mark.parametrize(('number', 'last'), [(1, ('first', 'taken-1@x.example')), (4, ('last', 'taken-7@x.example'))])
 def test_what_is_accepted_and_not_yet_removed_is_repeated(mq_run, queue, office, number, last):
     die(mq_run, ALSO_CALLED['unlink'], number)
 
-    assert list(assert_is_made_good(queue, office, deaths=1)) == [last]
+    assert list(assert_is_made_good(queue, office, in_hand=1)) == [last]
 
 
 def test_what_is_delivered_is_removed_durably_in_batches(mq_run, queue, tmp_path):
@@ -126,4 +115,4 @@ def test_what_is_delivered_is_removed_durably_in_batches(mq_run, queue, tmp_path
 def test_mq_run_that_lives_repeats_nothing(mq_run, queue, office):
     assert mq_run('-e', 'trace=none') == 0
 
-    assert not assert_is_made_good(queue, office, deaths=0)
+    assert not assert_is_made_good(queue, office, in_hand=0)
