@@ -95,7 +95,12 @@ class Supply:
         if self._take_from_rate is None:
             return 0
         try:
-            seconds = self._take_from_rate(len(claim.envelope.recipients))
+            recipients = claim.envelope.recipients
+        except (OSError, MailqueueError):
+            # Whoever delivers tells of it.
+            return 0
+        try:
+            seconds = self._take_from_rate(len(recipients))
         except (OSError, MailqueueError) as error:
             self._fail(error)
             seconds = PATIENCE + 1
