@@ -100,6 +100,7 @@ def includeme(config: Any) -> None:
     """
 
     def register() -> None:
+        from pyramid_mailqueue.events import notify
         from pyramid_mailqueue.settings import Settings
         from pyramid_mailqueue.transactions import ThreadTransaction
         from pyramid_mailqueue.wiring import build_mailer
@@ -112,6 +113,7 @@ def includeme(config: Any) -> None:
             Settings.from_mapping(registry.settings),
             transactions=ThreadTransaction(),
             lookup=partial(registry.queryUtility, ITransport),
+            notify=partial(notify, registry),
         )
         registry.registerUtility(mailer, IMailer)
 

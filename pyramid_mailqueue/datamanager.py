@@ -54,8 +54,8 @@ class MailDataManager:
     :param manager: its transaction manager
     :param staging: a new, empty staging of the queue
     :param dispatchers: who delivers after the commit, by the name of the way of delivery
-    :param tell_queued: called after the commit with the id (``''`` if nobody knows it) and the envelope of each message;
-        must not raise
+    :param tell_queued: called for each message after the commit, with its id (``''`` if nobody knows it) and its
+        envelope; must not raise
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MailDataManager:
         manager: transaction.interfaces.ITransactionManager,
         staging: IStaging,
         dispatchers: Mapping[str, IDispatcher],
-        tell_queued: Callable[[str, Envelope], None] = lambda id, envelope: None,
+        tell_queued: Callable[[str, Envelope], None] | None = None,
     ) -> None:
         self.transaction_manager = manager
         self._txn = txn
@@ -180,8 +180,9 @@ class MailDataManager:
     def _dispatch(self, committed: bool) -> None:
         """The after-commit hook; *committed* says nothing about our claims (see the docstring of the module)."""
         queued, self._queued = self._queued, []
-        for id, envelope in queued:
-            self._tell_queued(id, envelope)
+        for name, envelope in queued:
+            if self._tell_queued is not None:
+                self._tell_queued(name, envelope)
         while self._claims:
             way = self._claims[0][0]
             claims = [claim for delivery, claim in self._claims if delivery == way]

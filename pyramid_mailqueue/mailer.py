@@ -16,6 +16,7 @@ from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.events import MailEvent, MailQueued
 from pyramid_mailqueue.interfaces import IDispatcher, IMailer, IMailQueue
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 
@@ -35,6 +36,7 @@ class Mailer:
     :param compose: makes an envelope of a message, a sender and recipients
     :param delivery: the way of delivery for messages that do not name one
     :param transactions: knows the transaction to join; None is the manager of the thread, ``transaction.manager``
+    :param notify: called with a :class:`~.events.MailQueued` for each message; must not raise
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Mailer:
         *,
         delivery: str = 'background',
         transactions: ITransactionSource | None = None,
+        notify: Callable[[MailEvent], None] | None = None,
     ) -> None:
         self.queue = queue
         self.handler = handler
@@ -53,6 +56,7 @@ class Mailer:
         self._dispatchers = dispatchers
         self._compose = compose
         self._transactions = transactions or ManagerTransaction()
+        self._notify = notify
 
     def bound_to(self, transactions: ITransactionSource) -> Mailer:
         """Return the same mailer, but for the transactions of one request."""
@@ -63,6 +67,7 @@ class Mailer:
             self._compose,
             delivery=self.delivery,
             transactions=transactions,
+            notify=self._notify,
         )
 
     def send(
@@ -83,21 +88,24 @@ class Mailer:
         self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None
     ) -> SendResult:
         """See `IMailer`."""
-        claim = self.queue.put_claimed(self._compose(message, sender, recipients))
+        envelope = self._compose(message, sender, recipients)
+        claim = self.queue.put_claimed(envelope)
         try:
-            if not self.handler.may_send(claim):
-                return SendResult(queued=True)
-            return self.handler.deliver(claim)
+            self._tell_queued(claim.id, envelope)
+            return self.handler.send_message(claim)
         finally:
-            # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.
             claim.release()
             self.queue.flush()
 
     def enqueue(self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
         """See `IMailer`."""
         envelope = self._compose(message, sender, recipients)
-        self.queue.put(envelope)
+        self._tell_queued(self.queue.put(envelope), envelope)
         return envelope.message_id
+
+    def _tell_queued(self, id: str, envelope: Envelope) -> None:
+        if self._notify is not None:
+            self._notify(MailQueued(id=id, envelope=envelope, recipients=envelope.recipients))
 
     def close(self) -> None:
         """Stop the deliveries of this process; what is not delivered yet waits in the queue."""
@@ -117,6 +125,7 @@ class Mailer:
         try:
             found: MailDataManager = txn.data(self.queue)
         except KeyError:
-            found = MailDataManager(txn, self._transactions.manager, self.queue.staging(), self._dispatchers)
+            manager, staging = self._transactions.manager, self.queue.staging()
+            found = MailDataManager(txn, manager, staging, self._dispatchers, self._tell_queued)
             txn.set_data(self.queue, found)
         return found

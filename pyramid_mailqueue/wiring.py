@@ -17,6 +17,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.settings import Settings
@@ -35,23 +36,34 @@ Lookup = Callable[[str], Any]
 
 
 def build_mailer(
-    settings: Settings, *, transactions: ITransactionSource | None = None, lookup: Lookup | None = None
+    settings: Settings,
+    *,
+    transactions: ITransactionSource | None = None,
+    lookup: Lookup | None = None,
+    notify: Callable[[MailEvent], None] | None = None,
 ) -> Mailer:
     """
     Return the :class:`~.mailer.Mailer` that *settings* describe.
 
     :param transactions: knows the transaction to join; None is the manager of the thread
     :param lookup: finds a registered transport by its name, or returns None
+    :param notify: called with each event (see :mod:`~.events`); must not raise
     :raises ConfigurationError: something that the settings name cannot be used
     """
     # mq-run has no transactions, and does not load what makes them.
     from pyramid_mailqueue.mailer import Mailer
 
     queue = build_queue(settings)
-    handler = build_handler(settings, lookup)
+    handler = build_handler(settings, lookup, notify)
     dispatchers = _build_dispatchers(settings, handler, queue)
     return Mailer(
-        queue, handler, dispatchers, build_compose(settings), delivery=settings.delivery, transactions=transactions
+        queue,
+        handler,
+        dispatchers,
+        build_compose(settings),
+        delivery=settings.delivery,
+        transactions=transactions,
+        notify=notify,
     )
 
 
@@ -103,7 +115,9 @@ def _maildir_queue(settings: Settings) -> IMailQueue:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
 
 
-def build_handler(settings: Settings, lookup: Lookup | None = None) -> MessageHandler:
+def build_handler(
+    settings: Settings, lookup: Lookup | None = None, notify: Callable[[MailEvent], None] | None = None
+) -> MessageHandler:
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
     transports = [_transport(name, settings, lookup) for name in settings.transports]
     policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)
@@ -113,6 +127,7 @@ def build_handler(settings: Settings, lookup: Lookup | None = None) -> MessageHa
         plugins=settings.plugins,
         connections=settings.smtp_connections,
         take_from_rate=_rate(settings),
+        notify=notify,
     )
 
 

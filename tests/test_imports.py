@@ -17,7 +17,7 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 LAYERS = (
     ('exceptions', 'interfaces', 'addresses', 'forks', 'hosts'),
     ('content', 'envelope', 'settings', 'delivery.results'),
-    ('queues', 'transports', 'delivery', 'datamanager', 'transactions'),
+    ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),
     ('testing', '__init__', 'cli', 'dashboard'),

@@ -2,7 +2,8 @@
 Attempts at messages: offer each to the transports, settle its claim, and only then tell of it.
 
 Settled first: whatever a logger or a plugin does afterwards, the message cannot be delivered a second time because
-of it.
+of it.  Only receivers of ``delivery_failed`` are asked before that, as they may end the message; who has accepted it is
+written down by then (see :mod:`~.plugins`).
 
 A :class:`_Shift` is one thread's work.  It offers its messages in a stream, so that a transport can speak of the next
 one while the one before is under way::
@@ -17,23 +18,25 @@ one while the one before is under way::
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
-from pyramid_mailqueue.delivery.report import tell
-from pyramid_mailqueue.delivery.results import Offer, SendResult
-from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+from pyramid_mailqueue.delivery.results import Burial, Offer, SendResult, Settlement
+from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
 from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
+from pyramid_mailqueue.events import MailEvent
+from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ITransport
 
 __all__ = ['Claims', 'MessageHandler']
@@ -76,6 +79,7 @@ class MessageHandler:
     :param connections: how many threads a run may deliver with at once; each uses one connection
     :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
         common rate and returns 0, or takes nothing and returns in how many seconds to ask again
+    :param notify: called with each event (see :mod:`~.events`); must not raise
     :param clock: seconds since the epoch
     """
 
@@ -87,6 +91,7 @@ class MessageHandler:
         plugins: Sequence[str] = (),
         connections: int = 1,
         take_from_rate: Callable[[int], float] | None = None,
+        notify: Callable[[MailEvent], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.retry_policy = retry_policy or ExponentialBackoff()
@@ -94,6 +99,7 @@ class MessageHandler:
         self.routes = [Route(transport, Pause()) for transport in transports]
         self.connections = connections
         self.take_from_rate = take_from_rate
+        self.notify = notify
         self._rate_allows_at = 0.0
         self._plugins = tuple(plugins)
         self._has_loaded_plugins = False
@@ -109,12 +115,12 @@ class MessageHandler:
         pause = min((route.pause.remaining for route in self.routes), default=0.0)
         return max(pause, self._rate_allows_at - time.monotonic(), 0.0)
 
-    def may_send(self, claim: IClaim) -> bool:
+    def may_send(self, message: IClaim | _Attempt) -> bool:
         """Whether the rate allows to send this message now; then it is taken from it.  Never raises."""
         if self.take_from_rate is None:
             return True
         try:
-            seconds = self.take_from_rate(len(claim.envelope.recipients))
+            seconds = self.take_from_rate(len(message.envelope.recipients))
         except (OSError, MailqueueError) as error:
             log.error('%s Mail waits in the queue.', error)
             seconds = RATE_TROUBLE_REST
@@ -145,17 +151,84 @@ class MessageHandler:
         finally:
             shift.release()
 
-    def offer(self, envelope: Envelope) -> SendResult:
-        """Offer *envelope* to the transports until nobody is open; queue nothing and log no outcome."""
+    # --- for programs that bring their own messages ---
+
+    def send_message(
+        self,
+        msg: Any,
+        sender: str | None = None,
+        recipient: str | None = None,
+        recipients: Iterable[str] | str | None = None,
+    ) -> SendResult:
+        """
+        Send a message now; return a result that is true if it was sent, or waits in a queue.
+
+        A message that waits in no queue is offered to the transports in their order, and nothing is kept of what none
+        of them has taken.  A queued message is settled as any other.
+
+        :param msg: bytes, an :class:`email.message.Message` or whatever else
+            :meth:`~.envelope.Envelope.from_message` takes, or a queued message: a claim
+        :param sender: by default taken from the header, as the recipients are; a queued message has its own
+        :param recipient: one address; or else *recipients*: one or several
+        :raises MessageError: the message cannot be sent as it is, or a queued message is for others
+        :raises WrongState: the queued message was sent before, or was given back to its queue
+        """
+        if recipient is not None and recipients is not None:
+            raise MessageError('Give either recipient= or recipients=, not both.')
+        addresses = recipients if recipient is None else recipient
+        if hasattr(msg, 'settle'):
+            return self._send_queued(msg, sender, addresses)
+        return self._send_at_once(Envelope.from_message(msg, sender, addresses))
+
+    def _send_queued(self, claim: IClaim, sender: str | None, recipients: Iterable[str] | str | None) -> SendResult:
+        if getattr(claim, 'is_over', False):
+            raise WrongState(f'The message {claim.id} was sent before, or was given back to its queue.')
+        if sender is not None or recipients is not None:
+            own = claim.envelope
+            given = Envelope.from_message(own.content, sender or own.sender, recipients or own.recipients)
+            if given.sender != own.sender or {*given.recipients} != {*own.recipients}:
+                raise MessageError(f'The message {claim.id} has another sender or other recipients in its queue.')
+        self.load_plugins()
+        try:
+            if not self.may_send(claim):
+                return SendResult(queued=True)
+            return self.for_queue(getattr(claim, 'queue', None)).deliver(claim)
+        finally:
+            # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.
+            claim.release()
+
+    def for_queue(self, queue: Any) -> MessageHandler:
+        """Return the same handler, without transports that put into *queue* what has come from there."""
+        twin = copy.copy(self)
+        twin.routes = [route for route in self.routes if not route.leads_to(queue)]
+        return twin
+
+    def _send_at_once(self, envelope: Envelope) -> SendResult:
+        self.load_plugins()
         attempt = _Attempt(envelope)
+        if not self.may_send(attempt):
+            attempt.note(SendResult(trouble=ServerTrouble('mailqueue.rate_limit allows no more mail now.')))
         while (route := self.next_route(attempt)) is not None:
-            for result in route.stream(attempt.offer, _nothing_more):
+            for result in route.stream(attempt.offer, _do_nothing):
                 if result.trouble is None:
                     route.worked()
                 elif not route.forgives(result.trouble):
                     self.rest(route, result.trouble)
                 attempt.note(result)
-        return attempt.result
+        result, now = attempt.result, self.clock()
+        account = Account('', envelope, attempt.answers, attempts=0, queued_at=now, now=now)
+        if len(result.accepted) < len(envelope.recipients):
+            heed_plugins(account, result, before=_do_nothing)
+        tell(account, result, Settlement(burials=self._bury(envelope, result)), self.notify)
+        return result
+
+    def _bury(self, envelope: Envelope, result: SendResult) -> tuple[Burial, ...]:
+        """Keep who was refused where a person finds it, if a transport can; return what it has kept."""
+        burials = refusals(envelope.recipients, result)
+        for route in self.routes:
+            if burials and route.bury(envelope, burials):
+                return burials
+        return ()
 
     def rest(self, route: Route, trouble: ServerTrouble) -> None:
         """Let a transport rest because of its server's trouble."""
@@ -346,10 +419,14 @@ class _Shift:
         claim, result, now = attempt.claim, attempt.result, self._handler.clock()
         decide = self._handler.retry_policy.decide
         settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
-        claim.settle(settlement)
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
-        tell(claim, attempt.envelope, attempt.answers, result, age=now - claim.queued_at)
+        account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)
+        if has_failed(settlement):
+            result = heed_plugins(account, result, before=attempt.keep)
+            settlement = result.settlement or settlement
+        claim.settle(settlement)
+        tell(account, result, settlement, self._handler.notify)
         return claim, result
 
     def release(self) -> None:
@@ -376,5 +453,5 @@ class _One:
         return False
 
 
-def _nothing_more() -> None:
+def _do_nothing() -> None:
     return None

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any
 
 from pyramid_mailqueue.envelope import Envelope
 
-__all__ = ['delivery_log', 'log_event', 'log_queued', 'log_trouble', 'queue_log', 'why']
+__all__ = ['delivery_log', 'log_event', 'log_queued', 'log_trouble', 'name_of', 'queue_log', 'why']
 
 delivery_log = logging.getLogger('mailqueue.delivery_log')
 queue_log = logging.getLogger('mailqueue.queue_log')
@@ -55,3 +56,9 @@ def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ER
 def why(error: Exception) -> str:
     """What the operating system said, without the paths that are named beside it."""
     return getattr(error, 'strerror', None) or str(error)
+
+
+def name_of(receiver: Any) -> str:
+    """Return where a person finds the code of *receiver*, which has raised."""
+    name = getattr(receiver, '__qualname__', None)
+    return f'{receiver.__module__}.{name}' if name else repr(receiver)

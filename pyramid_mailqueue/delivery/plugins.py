@@ -10,8 +10,13 @@ In ``initialize`` it connects its receivers::
 
     def on_failure(sender, msg, send_result): ...
 
-Receivers are called after the message has been settled, in the thread that delivered it.  What they raise is logged,
-and changes nothing: a defect of theirs cannot deliver a message twice.
+A receiver of ``delivery_failed`` may end a message by returning ``MQAction.DISCARD``.  So these are asked *before* the
+claim is settled: nobody else can take the message meanwhile, and the answer always has its effect.  Who has accepted
+the message in this attempt is written down before they are asked.  If the process dies in a receiver the message is
+an orphan, and is tried again for those who had deferred it: it can neither be lost nor reach anybody twice.  Receivers
+of ``delivery_successful`` have nothing to decide, and are called when the message has been settled.
+
+All are called in the thread that delivers.  What they raise is logged by their name, and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,26 +24,32 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from schwarz.puzzle_plugins import SignalRegistry
 
+from pyramid_mailqueue.delivery.logs import name_of
 from pyramid_mailqueue.delivery.results import SendResult
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.interfaces import IClaim
 
-__all__ = ['MQSignal', 'PluginRegistry', 'notify', 'registry']
+__all__ = ['MQAction', 'MQSignal', 'Message', 'PluginRegistry', 'call_receivers', 'registry']
 
 log = logging.getLogger('mailqueue.plugins')
 
 #: The group of entry points.
 GROUP = 'mailqueue.plugins'
 
+#: How long the mail waits for one plugin to load, in seconds.  One that hangs must not stop it.
+PATIENCE = 10
+
 
 class MQSignal:
     """
-    The names of the signals; each is sent with ``msg`` (the claim) and ``send_result``.
+    The names of the signals; each is sent with ``msg`` (a :class:`Message`) and ``send_result``.
 
     ``send_result.settlement`` tells whether a failed message waits for another attempt or is given up.
     """
@@ -47,26 +58,92 @@ class MQSignal:
     delivery_failed = 'mq:delivery_failed'
 
 
-class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no types
-    """Where receivers are connected, and the plugins that were asked to connect theirs."""
+class MQAction:
+    """
+    What a receiver of ``delivery_failed`` may return.
 
-    def __init__(self) -> None:
+    ``DISCARD`` gives up the recipients who would wait for another attempt: they become a dead letter, with the reason
+    "discarded by a plugin".
+    """
+
+    DISCARD = 'discard'
+
+
+@dataclass(frozen=True)
+class Message:
+    """
+    A message, as receivers are told of it.
+
+    :param id: its name in the queue; ``''`` if it is in none
+    :param envelope: whom it was for in this attempt, and its content
+    :param retries: how many attempts have failed, with this one
+    :param queued_at: when it came into the queue, in seconds since the epoch
+    """
+
+    id: str
+    envelope: Envelope
+    retries: int
+    queued_at: float
+
+    @property
+    def from_addr(self) -> str:
+        """The envelope sender; ``''`` is the null sender."""
+        return self.envelope.sender
+
+    @property
+    def to_addrs(self) -> tuple[str, ...]:
+        """Whom it was for in this attempt."""
+        return self.envelope.recipients
+
+    @property
+    def msg_bytes(self) -> bytes:
+        """The message as it goes out."""
+        return self.envelope.content
+
+    @property
+    def msg_id(self) -> str | None:
+        """The Message-ID without its angle brackets."""
+        return self.envelope.message_id.strip('<>') or None
+
+    @property
+    def queue_date(self) -> datetime:
+        """When it came into the queue."""
+        return datetime.fromtimestamp(self.queued_at, timezone.utc)
+
+    @property
+    def is_in_queue(self) -> bool:
+        """Whether the attempt was made at a message of a queue."""
+        return bool(self.id)
+
+
+class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no types
+    """
+    Where receivers are connected, and the plugins that were asked to connect theirs.
+
+    :param patience: how long to wait for one plugin, in seconds
+    """
+
+    def __init__(self, patience: float = PATIENCE) -> None:
         super().__init__()
+        self._patience = patience
         self._asked: set[str] = set()
-        self._loaded: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self._plugins: dict[str, _Plugin] = {}
         self._make_lock()
         call_in_children(self._make_lock)
 
     def _make_lock(self) -> None:
-        # A plugin that sends mail while it is initialised comes back here.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def load(self, names: Iterable[str]) -> None:
         """
         Initialise the plugins of these *names*, ``'*'`` for every one that is installed, unless that is done already.
 
-        Returns when all of them can hear.  One that is broken or missing is logged by its name and stops no other.
+        Returns when all of them can hear.  One that is broken or missing, or that takes too long, is logged by its name
+        and stops no other.
         """
+        if isinstance(threading.current_thread(), _Plugin):
+            # A plugin sends mail while it is initialised; whoever has called for it waits for it.
+            return
         with self._lock:
             new = set(names) - self._asked
             if not new:
@@ -76,40 +153,78 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             for missing in sorted(new - installed.keys() - {'*'}):
                 log.error('The plugin %s is not installed: there is no such entry point in %s', missing, GROUP)
             for name in sorted(installed.keys() if '*' in new else installed.keys() & new):
-                if name not in self._loaded:
+                if name not in self._plugins:
                     self._load(installed[name])
 
     def _load(self, entry_point: EntryPoint) -> None:
-        # Not by PluginLoader: on Python 3.10 and 3.11 that asks importlib in a deprecated way.
-        context: dict[str, Any] = {}
-        try:
-            found = entry_point.load()
-            plugin = found() if callable(found) else found
-            plugin.initialize(context, self)
-        except Exception:
-            log.exception('The plugin %s cannot be loaded', entry_point.name)
-        else:
-            self._loaded[entry_point.name] = plugin, context
+        plugin = self._plugins[entry_point.name] = _Plugin(entry_point, self)
+        plugin.start()
+        plugin.join(self._patience)
+        if plugin.is_alive():
+            log.error(
+                'The plugin %s is not ready after %g seconds; mail goes on without it until it is',
+                plugin.entry_point.name,
+                self._patience,
+            )
 
     def terminate(self) -> None:
         """Let the plugins write down what they have collected; who delivers after that loads them again."""
         with self._lock:
-            loaded, self._loaded, self._asked = self._loaded, {}, set()
-        for name, (plugin, context) in loaded.items():
-            try:
-                plugin.terminate(context)
-            except Exception:
-                log.exception('The plugin %s failed at its end', name)
+            # Those that hang still are loading, and would do the same again.
+            hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_alive()}
+            ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
+            self._plugins, self._asked = hanging, set(hanging)
+        for plugin in ready:
+            plugin.terminate()
+
+
+class _Plugin(threading.Thread):
+    """
+    One plugin, and the thread that loads it.
+
+    Not by Puzzle's PluginLoader: that asks importlib in a way that is deprecated on Python 3.10 and 3.11, and waits for
+    ever.
+    """
+
+    def __init__(self, entry_point: EntryPoint, registry: PluginRegistry) -> None:
+        super().__init__(name=f'mailqueue-plugin-{entry_point.name}', daemon=True)
+        self.entry_point = entry_point
+        self._registry = registry
+        self._context: dict[str, Any] = {}
+        self._plugin: Any = None
+
+    def run(self) -> None:
+        try:
+            found = self.entry_point.load()
+            plugin = found() if callable(found) else found
+            plugin.initialize(self._context, self._registry)
+        except (Exception, SystemExit):
+            log.exception('The plugin %s cannot be loaded', self.entry_point.name)
+        else:
+            self._plugin = plugin
+
+    def terminate(self) -> None:
+        if self._plugin is None:
+            return
+        try:
+            self._plugin.terminate(self._context)
+        except (Exception, SystemExit):
+            log.exception('The plugin %s failed at its end', self.entry_point.name)
 
 
 #: One for the process, as plugins are.
 registry = PluginRegistry()
 
 
-def notify(signal: str, msg: IClaim, send_result: SendResult) -> None:
-    """Call every receiver of *signal*.  Never raises."""
-    for receiver in registry.signal(signal).receivers_for(None):
-        try:
-            receiver(None, msg=msg, send_result=send_result)
-        except (Exception, SystemExit):
-            log.exception('A receiver of %s failed: %r', signal, receiver)
+def call_receivers(signal: str, msg: Message, send_result: SendResult) -> bool:
+    """Call every receiver of *signal*; return whether one of them wants the message to be discarded.  Never raises."""
+    answers = [_call(receiver, signal, msg, send_result) for receiver in registry.signal(signal).receivers_for(None)]
+    return any(isinstance(answer, str) and answer == MQAction.DISCARD for answer in answers)
+
+
+def _call(receiver: Any, signal: str, msg: Message, send_result: SendResult) -> Any:
+    try:
+        return receiver(None, msg=msg, send_result=send_result)
+    except (Exception, SystemExit):
+        log.exception('A receiver of %s failed: %s', signal, name_of(receiver))
+        return None

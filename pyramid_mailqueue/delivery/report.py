@@ -1,17 +1,55 @@
-"""What is told of one attempt: to the logs first, then to the receivers of signals."""
+"""
+What is told of one attempt: to plugins, to the logs, and to the subscribers of an application.
+
+Receivers of ``delivery_failed`` are heard before the claim is settled, because they may decide about the message (see
+:mod:`~.plugins`); everything else is told after that.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import NamedTuple
 
 from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
-from pyramid_mailqueue.delivery.results import Reply, SendResult, Settlement
+from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.interfaces import IClaim
+from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
 
-__all__ = ['plugins', 'tell']
+__all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell']
+
+#: A message that is older than this, in seconds, and still waits is worth a warning.
+LONG = 3600
+
+DISCARDED = 'discarded by a plugin'
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """
+    One attempt at a message, when it is over.
+
+    :param id: the name of the message in its queue; ``''`` if it is in none
+    :param envelope: the message, with those whom it was open for
+    :param answers: what each transport said, in their order
+    :param attempts: how many were made before this one
+    :param queued_at: when the message came into the queue, in seconds since the epoch
+    :param now: the same, of the attempt
+    """
+
+    id: str
+    envelope: Envelope
+    answers: Sequence[SendResult]
+    attempts: int
+    queued_at: float
+    now: float
+
+    @property
+    def age(self) -> float:
+        """How long the message has been in the queue, in seconds."""
+        return max(self.now - self.queued_at, 0.0)
 
 
 def plugins() -> ModuleType:
@@ -21,48 +59,168 @@ def plugins() -> ModuleType:
     return plugins
 
 
-def tell(claim: IClaim, envelope: Envelope, answers: Sequence[SendResult], result: SendResult, *, age: float) -> None:
-    """
-    Tell of an attempt that is over, and settled.
-
-    :param answers: what each transport said
-    :param result: all of that together, and the settlement
-    :param age: how long the message has been in the queue, in seconds
-    """
-    assert result.settlement is not None
-    _log(claim, envelope, answers, result.settlement, age)
-    room = plugins()
-    if result.accepted:
-        room.notify(room.MQSignal.delivery_successful, claim, result)
-    if has_failed(result.settlement):
-        room.notify(room.MQSignal.delivery_failed, claim, result)
-
-
 def has_failed(settlement: Settlement) -> bool:
     """Whether somebody has to wait because of this attempt, or is given up."""
     return bool(settlement.burials or (settlement.waiting and settlement.counted))
 
 
-def _log(claim: IClaim, envelope: Envelope, answers: Sequence[SendResult], settlement: Settlement, age: float) -> None:
-    if not (delivery_log.isEnabledFor(logging.INFO) or has_failed(settlement)):
-        return
-    common = {'id': claim.id, 'msgid': envelope.message_id, 'from': f'<{envelope.sender}>'}
-    figures = {'attempts': claim.attempts + settlement.counted, 'delay': f'{max(age, 0):.1f}'}
+def heed_plugins(account: Account, result: SendResult, before: Callable[[], None]) -> SendResult:
+    """
+    Tell the receivers of ``delivery_failed``, and return *result* with what follows from their answers.
 
-    def log(logger: logging.Logger, level: int, status: str, to: Sequence[str], **said: str) -> None:
-        log_event(logger, level, status=status, **common, to=','.join(to), **figures, **said)
+    :param result: the outcome, with the settlement that is going to be
+    :param before: called before the first of them, if there is any
+    """
+    room = plugins()
+    if not room.registry.has_receivers(room.MQSignal.delivery_failed):
+        return result
+    before()
+    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, _message(account, failed=True), result)
+    settlement = result.settlement
+    if not is_unwanted or settlement is None or not settlement.waiting:
+        return result
+    burials = (*settlement.burials, Burial(settlement.waiting, DISCARDED))
+    return replace(
+        result,
+        settlement=Settlement(counted=settlement.counted, burials=burials),
+        queued=any(answer.queued for answer in account.answers),
+    )
 
-    for answer in answers:
+
+def _message(account: Account, *, failed: bool) -> object:
+    return plugins().Message(account.id, account.envelope, account.attempts + failed, account.queued_at)
+
+
+def tell(
+    account: Account, result: SendResult, settlement: Settlement, notify: Callable[[MailEvent], None] | None
+) -> None:
+    """
+    Tell of an attempt that is over, and settled.
+
+    :param notify: called with each event; must not raise
+    """
+    is_kept = bool(account.id)
+    if notify is not None or has_failed(settlement) or not is_kept or delivery_log.isEnabledFor(logging.INFO):
+        outcomes = [*_outcomes(account, settlement)]
+        _log(account, outcomes, settlement)
+        if notify is not None:
+            for event in _events(account, outcomes, settlement):
+                notify(event)
+    room = plugins()
+    if result.accepted and room.registry.has_receivers(room.MQSignal.delivery_successful):
+        room.call_receivers(room.MQSignal.delivery_successful, _message(account, failed=False), result)
+
+
+# --- what became of each recipient ------------------------------------------
+
+
+class _Outcome(NamedTuple):
+    """
+    What became of one recipient.
+
+    :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried`` or ``discarded``
+    :param via: the transport that had the last word
+    :param smtp: what a server said
+    :param error: what else went wrong
+    """
+
+    recipient: str
+    status: str
+    via: str
+    smtp: str = ''
+    error: str = ''
+
+
+def _outcomes(account: Account, settlement: Settlement) -> Iterator[_Outcome]:
+    said: dict[str, list[tuple[SendResult, Reply]]] = {}
+    for answer in account.answers:
         for recipient, reply in answer.replies.items():
-            said = {'smtp' if reply.from_server else 'reply': str(reply)}
-            log(delivery_log, logging.INFO, _status(answer, reply), [recipient], via=answer.transport, **said)
+            said.setdefault(recipient, []).append((answer, reply))
+    fates = {recipient: _status_of(burial) for burial in settlement.burials for recipient in burial.recipients}
+    fates |= dict.fromkeys(settlement.waiting, 'deferred' if settlement.counted else '')
+    troubles = [str(answer.trouble) for answer in account.answers if answer.trouble is not None]
+    for recipient in account.envelope.recipients:
+        words = said.get(recipient, [])
+        # What is neither kept in a queue nor accepted is gone.
+        fate = fates.get(recipient, 'discarded')
+        if words and words[-1][1].accepted:
+            yield _accepted(recipient, words, troubles)
+        elif fate:
+            yield _failed(recipient, fate, words, troubles or [settlement.last_reply])
+
+
+def _status_of(burial: Burial) -> str:
+    return 'discarded' if burial.reason == DISCARDED else 'buried'
+
+
+def _accepted(recipient: str, words: Sequence[tuple[SendResult, Reply]], troubles: Sequence[str]) -> _Outcome:
+    answer, reply = words[-1]
+    if reply.from_server:
+        return _Outcome(recipient, 'sent', answer.transport, smtp=str(reply))
+    if not answer.queued:
+        return _Outcome(recipient, 'sent', answer.transport)
+    # Why it could not be sent.
+    before = [str(earlier) for _, earlier in words[:-1]] or troubles
+    return _Outcome(recipient, 'queued', answer.transport, error=before[-1] if before else '')
+
+
+def _failed(recipient: str, fate: str, words: Sequence[tuple[SendResult, Reply]], otherwise: Sequence[str]) -> _Outcome:
+    if not words:
+        return _Outcome(recipient, fate, '', error=otherwise[-1])
+    answer, reply = words[-1]
+    if reply.from_server:
+        return _Outcome(recipient, fate, answer.transport, smtp=str(reply))
+    return _Outcome(recipient, fate, answer.transport, error=str(reply))
+
+
+# --- to the logs ------------------------------------------------------------
+
+
+def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement) -> None:
+    envelope = account.envelope
+    common = {'id': account.id, 'msgid': envelope.message_id, 'from': f'<{envelope.sender}>'}
+    figures: dict[str, object] = {}
+    if account.id:
+        figures = {'attempts': account.attempts + settlement.counted, 'delay': f'{account.age:.1f}'}
+
+    def log(logger: logging.Logger, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
+        log_event(logger, level, status=status, **common, to=','.join(to), via=via, **figures, **said)
+
+    for it in outcomes:
+        log(delivery_log, logging.INFO, it.status, [it.recipient], it.via, smtp=it.smtp, error=it.error)
     if settlement.waiting and settlement.counted:
-        log(queue_log, logging.INFO, 'deferred', settlement.waiting, error=settlement.last_reply)
+        level = logging.WARNING if account.age >= LONG else logging.INFO
+        log(queue_log, level, 'deferred', settlement.waiting, error=settlement.last_reply)
     for burial in settlement.burials:
-        log(queue_log, logging.ERROR, 'buried', burial.recipients, error=burial.reason)
+        log(queue_log, logging.ERROR, _status_of(burial), burial.recipients, error=burial.reason)
+    if not account.id:
+        for it in outcomes:
+            if it.status == 'discarded':
+                log(queue_log, logging.WARNING, it.status, [it.recipient], error=it.smtp or it.error)
 
 
-def _status(answer: SendResult, reply: Reply) -> str:
-    if reply.accepted:
-        return 'queued' if answer.queued else 'sent'
-    return 'refused' if reply.refused else 'deferred'
+# --- to the application -----------------------------------------------------
+
+
+def _events(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement) -> Iterator[MailEvent]:
+    name, envelope = account.id, account.envelope
+    accepted: dict[tuple[str, str], list[str]] = {}
+    for it in outcomes:
+        if it.status in ('sent', 'queued'):
+            accepted.setdefault((it.status, it.via), []).append(it.recipient)
+    for (status, via), recipients in accepted.items():
+        if status == 'sent':
+            yield MailDelivered(id=name, envelope=envelope, recipients=tuple(recipients), via=via)
+        else:
+            yield MailQueued(id='', envelope=envelope, recipients=tuple(recipients))
+    if settlement.waiting and settlement.counted:
+        yield MailDeferred(
+            id=name,
+            envelope=envelope,
+            recipients=settlement.waiting,
+            reason=settlement.last_reply,
+            attempts=account.attempts + 1,
+            due=settlement.due,
+        )
+    for burial in settlement.burials:
+        yield MailBuried(id=name, envelope=envelope, recipients=burial.recipients, reason=burial.reason)

@@ -24,7 +24,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.results import Burial, SendResult, Settlement
 from pyramid_mailqueue.interfaces import IRetryPolicy
 
-__all__ = ['ExponentialBackoff']
+__all__ = ['ExponentialBackoff', 'refusals']
 
 
 @implementer(IRetryPolicy)
@@ -49,7 +49,7 @@ class ExponentialBackoff:
         self, recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
     ) -> Settlement:
         """See `IRetryPolicy`."""
-        burials = _refusals(recipients, result)
+        burials = refusals(recipients, result)
         still_open = result.open_of(recipients)
         if not still_open:
             return Settlement(burials=burials)
@@ -78,8 +78,8 @@ class ExponentialBackoff:
         return wait * (1 + self.jitter * (2 * share - 1))
 
 
-def _refusals(recipients: Sequence[str], result: SendResult) -> tuple[Burial, ...]:
-    """One burial for each thing that was said, of everybody of whom it was said."""
+def refusals(recipients: Sequence[str], result: SendResult) -> tuple[Burial, ...]:
+    """Return a burial for each thing that was said, of everybody of whom it was said."""
     by_reason: dict[str, list[str]] = {}
     for recipient in recipients:
         reply = result.replies.get(recipient)

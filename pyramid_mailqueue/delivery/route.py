@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
+from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
 
@@ -119,6 +120,25 @@ class Route:
             # In the midst of another one.
             trouble = ServerTrouble(str(trouble), code=trouble.code)
         return SendResult(transport=self.name, trouble=trouble)
+
+    # --- queues as transports ---
+
+    def leads_to(self, queue: object) -> bool:
+        """Whether what is sent here ends up in *queue*."""
+        leads_to = getattr(self.transport, 'leads_to', None)
+        return leads_to is not None and bool(leads_to(queue))
+
+    def bury(self, envelope: Envelope, burials: Sequence[Burial]) -> bool:
+        """Keep dead letters of a message here, if that can be done."""
+        bury = getattr(self.transport, 'bury', None)
+        if bury is None:
+            return False
+        try:
+            bury(envelope.sender, envelope.content, burials)
+        except Exception:
+            log.exception('The transport %s cannot keep a dead letter', self.name)
+            return False
+        return True
 
     # --- the end ---
 

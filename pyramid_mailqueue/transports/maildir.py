@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.queues.maildir import MaildirQueue
@@ -33,6 +34,16 @@ class MaildirBackend:
         name = self._queue.put(Envelope(sender, tuple(recipients), content))
         reply = Reply(250, f'queued as {name}', '2.0.0', from_server=False)
         return SendResult(dict.fromkeys(recipients, reply), self.name, queued=True)
+
+    def leads_to(self, queue: object) -> bool:
+        """See `ITransport`."""
+        return isinstance(queue, MaildirQueue) and queue.path == self._queue.path
+
+    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> None:
+        """See `ITransport`.  Raises QueueError if the queue cannot take them."""
+        recipients = tuple(recipient for burial in burials for recipient in burial.recipients)
+        claim = self._queue.put_claimed(Envelope(sender, recipients, content))
+        claim.settle(Settlement(burials=tuple(burials)))
 
     def close(self) -> None:
         """See `ITransport`."""

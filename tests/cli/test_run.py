@@ -626,7 +626,7 @@ def test_the_logging_of_the_ini_file_is_respected(mq_run, shop_ini, put, server,
 
     assert mq_run(path, *option) == (0, 'mq-run: 1 refused; 0 waiting\n', '')
     log = (tmp_path / 'app.log').read_text()
-    assert 'INFO mailqueue.delivery_log status=refused' in log
+    assert 'INFO mailqueue.delivery_log status=buried' in log
     assert 'ERROR mailqueue.queue_log status=buried' in log
     assert 'C: RCPT TO:<eve@x.example>' in log
     assert '4711' not in log

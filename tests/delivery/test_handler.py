@@ -93,11 +93,6 @@ def test_what_the_last_transport_said_holds(queue, envelope, says):
     assert queue.headers('new')[0].last_reply == '450 4.2.1 mailbox busy'
 
 
-def test_an_envelope_can_be_offered_without_a_queue(envelope, says, trouble):
-    assert MessageHandler([says(YES)]).offer(envelope()).accepted == (ADA,)
-    assert MessageHandler([says(trouble)]).offer(envelope()) == SendResult(transport='says', trouble=trouble)
-
-
 # --- what a transport may answer --------------------------------------------
 
 
@@ -143,7 +138,7 @@ def test_a_message_that_a_transport_has_put_into_another_queue_is_told_as_queued
 
     assert result.queued
     assert queue.state == {}
-    assert told('status', 'via') == [('deferred', 'says'), ('queued', 'maildir')]
+    assert told('status', 'via', 'smtp', 'error') == [('queued', 'maildir', None, '451 4.3.0 later')]
 
 
 def test_a_transport_that_raises_counts_as_an_attempt_and_shows_where_it_fell(queue, envelope, says, told, caplog):
@@ -355,6 +350,9 @@ class Claim:
     def settle(self, settlement):
         self.steps.append('settled')
 
+    def keep(self, recipients):
+        self.steps.append(f'kept {recipients}')
+
     def release(self):
         self.steps.append('released')
 
@@ -385,23 +383,26 @@ def test_close_closes_every_transport_that_can_be_closed(says):
 # --- what is told -----------------------------------------------------------
 
 
-def test_settled_first_then_logged_then_signalled(envelope, says, listen):
+def test_failure_is_signalled_before_the_claim_is_settled_and_all_else_told_after_it(envelope, says, listen):
     steps = []
 
     class Steps(logging.Handler):
         def emit(self, record):
             steps.append(record.name)
 
-    def receive(sender, msg, send_result):
-        steps.append('signal')
+    def failed(sender, msg, send_result):
+        steps.append('failed')
+
+    def successful(sender, msg, send_result):
+        steps.append('successful')
 
     loggers = [logging.getLogger(f'mailqueue.{name}') for name in ('delivery_log', 'queue_log')]
     handler = Steps()
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    listen(MQSignal.delivery_successful, receive)
-    listen(MQSignal.delivery_failed, receive)
+    listen(MQSignal.delivery_successful, successful)
+    listen(MQSignal.delivery_failed, failed)
     result = SendResult({ADA: OK, BOB: LATER})
     try:
         MessageHandler([says(result)]).deliver(Claim(envelope('ada', 'bob'), steps))
@@ -411,7 +412,8 @@ def test_settled_first_then_logged_then_signalled(envelope, says, listen):
             logger.setLevel(logging.NOTSET)
 
     assert steps == [
-        'settled', 'mailqueue.delivery_log', 'mailqueue.delivery_log', 'mailqueue.queue_log', 'signal', 'signal',
+        f"kept ('{BOB}',)", 'failed', 'settled', 'mailqueue.delivery_log', 'mailqueue.delivery_log',
+        'mailqueue.queue_log', 'successful',
     ]  # fmt: skip
 
 
@@ -419,8 +421,8 @@ def test_settled_first_then_logged_then_signalled(envelope, says, listen):
     ('replies', 'signals'),
     [
         ({ADA: OK, BOB: OK}, ['successful']),
-        ({ADA: OK, BOB: LATER}, ['successful', 'failed']),
-        ({ADA: OK, BOB: NEVER}, ['successful', 'failed']),
+        ({ADA: OK, BOB: LATER}, ['failed', 'successful']),
+        ({ADA: OK, BOB: NEVER}, ['failed', 'successful']),
         ({ADA: LATER, BOB: LATER}, ['failed']),
         ({ADA: NEVER, BOB: NEVER}, ['failed']),
     ],
@@ -456,7 +458,7 @@ def test_a_receiver_can_read_the_message_it_hears_of(queue, envelope, says, list
     heard = []
 
     def receive(sender, msg, send_result):
-        heard.append((msg.envelope, msg.attempts))
+        heard.append((msg.envelope, msg.retries))
 
     listen(MQSignal.delivery_successful, receive)
     sent = envelope()
@@ -498,7 +500,7 @@ def test_each_result_for_a_recipient_is_one_event(queue, envelope, says, told):
     assert told('status', 'id', 'msgid', 'from', 'attempts', 'to', 'via', 'smtp', 'error') == [
         ('sent', *same, ADA, 'smtp:mx.example:25', '250 2.1.5 ok', None),
         ('deferred', *same, BOB, 'smtp:mx.example:25', '451 4.3.0 later', None),
-        ('refused', *same, EVE, 'smtp:mx.example:25', '550 5.1.1 no such user', None),
+        ('buried', *same, EVE, 'smtp:mx.example:25', '550 5.1.1 no such user', None),
         ('deferred', *same, BOB, None, None, '451 4.3.0 later'),
         ('buried', *same, EVE, None, None, '550 5.1.1 no such user'),
     ]
@@ -511,15 +513,19 @@ def test_an_event_is_a_line_of_pairs(queue, envelope, says, told, caplog):
     MessageHandler([says(SendResult({ADA: OK}))]).deliver(claim)
 
     assert re.sub(r'delay=\d+\.\d', 'delay=0.1', caplog.messages[-1]) == (
-        f'status=sent id={claim.id} msgid={sent.message_id} from=<shop@site.example> to={ADA} attempts=1 delay=0.1 '
-        'via=says smtp="250 2.1.5 ok"'
+        f'status=sent id={claim.id} msgid={sent.message_id} from=<shop@site.example> to={ADA} via=says '
+        'attempts=1 delay=0.1 smtp="250 2.1.5 ok"'
     )
 
 
 def test_what_a_server_did_not_say_is_not_told_as_its_reply(queue, envelope, says, told):
-    MessageHandler([says(YES)]).deliver(queue.claimed(envelope()))
+    for answer in (YES, NO):
+        MessageHandler([says(answer)]).deliver(queue.claimed(envelope()))
 
-    assert told('smtp', 'reply') == [(None, '250 sent')]
+    assert told('status', 'smtp', 'error')[:2] == [
+        ('sent', None, None),
+        ('deferred', None, '451 4.3.0 the transport did not take the message'),
+    ]
 
 
 def test_the_delay_is_counted_from_the_queue_and_never_negative(queue, envelope, says, told):

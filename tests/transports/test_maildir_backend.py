@@ -8,13 +8,16 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.results import Burial
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.queue_file import read_envelope
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 
-ENVELOPE = Envelope('shop@site.example', ('ada@x.example', 'bob@x.example'), b'Subject: hello\r\n\r\n')
+CONTENT = b'Subject: hello\r\nDate: Tue, 24 Nov 2026 07:28:11 +0000\r\nMessage-ID: <1@site.example>\r\n\r\n'
+ENVELOPE = Envelope('shop@site.example', ('ada@x.example', 'bob@x.example'), CONTENT)
 
 
 class Down:
@@ -66,11 +69,27 @@ def test_the_reply_names_the_message(backend, queue_dir):
 
 
 def test_as_the_last_transport_it_catches_what_the_others_could_not_deliver(backend, waiting):
-    result = MessageHandler([Down(), backend]).offer(ENVELOPE)
+    result = MessageHandler([Down(), backend]).send_message(CONTENT, ENVELOPE.sender, recipients=ENVELOPE.recipients)
 
     assert waiting() == [ENVELOPE]
     assert result.queued
     assert result.trouble is None
+
+
+def test_dead_letters_are_kept_with_their_reasons(backend, queue_dir):
+    backend.bury(ENVELOPE.sender, ENVELOPE.content, [Burial(('bob@x.example',), '550 5.1.1 no such user')])
+
+    (path,) = (queue_dir / 'dead').iterdir()
+    with path.open('rb') as file:
+        header, envelope = read_envelope(file.read())
+    assert (header.last_reply, envelope.recipients) == ('550 5.1.1 no such user', ('bob@x.example',))
+    assert [path.name for path in queue_dir.iterdir() if any(path.iterdir())] == ['dead']
+
+
+def test_it_leads_to_its_own_queue_and_to_no_other(backend, queue_dir, tmp_path):
+    assert backend.leads_to(MaildirQueue(queue_dir))
+    assert not backend.leads_to(MaildirQueue(tmp_path / 'other'))
+    assert not backend.leads_to(None)
 
 
 def test_a_queue_that_cannot_take_the_message_says_so(backend, queue_dir):
