@@ -14,8 +14,10 @@ wants it to say, when the test wants it.  For pytest there is a fixture in :mod:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from pyramid_mailqueue.events import notify
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.testing.outbox import CapturedMail, CapturingMailer, Outbox, captured_mail, make_mailer
 from pyramid_mailqueue.testing.smtp_server import (
@@ -59,8 +61,9 @@ def includeme(config: Any) -> None:
     """
 
     def register() -> None:
-        mailer = make_mailer(config.registry.settings, ThreadTransaction())
-        config.registry.registerUtility(mailer, IMailer)
+        registry = config.registry
+        mailer = make_mailer(registry.settings, ThreadTransaction(), partial(notify, registry))
+        registry.registerUtility(mailer, IMailer)
 
     config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)
     config.include('pyramid_mailqueue')

@@ -14,7 +14,7 @@ Mail is tried before the commit returns, also if ``mailqueue.delivery = backgrou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -28,6 +28,7 @@ from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Reply, SendResult
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IClaim, IMailer, ITransport
 from pyramid_mailqueue.mailer import Mailer
@@ -217,19 +218,22 @@ class CapturingMailer(Mailer):
 
 
 def make_mailer(
-    settings: Mapping[str, object] | None = None, transactions: ITransactionSource | None = None
+    settings: Mapping[str, object] | None = None,
+    transactions: ITransactionSource | None = None,
+    notify: Callable[[MailEvent], None] | None = None,
 ) -> CapturingMailer:
     """
     Return a mailer for the tests of an application without Pyramid, in the place of ``mailer_from_settings()``.
 
     :param settings: a mapping with ``mailqueue.*`` keys, of which none is required
     :param transactions: knows the transaction to join; None is the manager of the thread (``transaction.manager``)
+    :param notify: called with each event (see :mod:`~.events`)
     :raises ConfigurationError: a setting is unknown, malformed, or contradicts another one
     """
     given = {key: value for key, value in (settings or {}).items() if value not in (None, '')}
     read = Settings.from_mapping({**_NOT_NEEDED, **given})
     queue = CapturingQueue()
-    handler = MessageHandler([AcceptingTransport()], plugins=read.plugins)
+    handler = MessageHandler([AcceptingTransport()], plugins=read.plugins, notify=notify)
     inline = InlineDispatcher(handler, queue)
     return CapturingMailer(
         queue,
@@ -238,6 +242,7 @@ def make_mailer(
         build_compose(read),
         delivery=read.delivery,
         transactions=transactions or ManagerTransaction(),
+        notify=notify,
     )
 
 

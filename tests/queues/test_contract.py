@@ -191,6 +191,16 @@ def test_what_is_published_is_claimed_or_waits_as_it_was_added(queue):
     assert claim_one(queue).envelope == OTHER
 
 
+@pytest.mark.parametrize('alone', [True, False])
+def test_it_is_the_same_whether_or_not_others_take_part_in_the_transaction(queue, alone):
+    staging = queue.staging()
+    staging.add(ENVELOPE, claimed=False)
+    staging.prepare(alone=alone)
+    staging.publish()
+
+    assert claim_one(queue).envelope == ENVELOPE
+
+
 def test_an_empty_staging_may_go_every_way(queue):
     for last in ('publish', 'discard', 'leave_in_doubt'):
         staging = queue.staging()

@@ -14,8 +14,8 @@ from pyramid.request import apply_request_extensions
 from webtest import TestApp
 
 from pyramid_mailqueue import ConfigurationError, IMailer, MessageError, NoActiveTransaction, NoRecipients, get_mailer
-from pyramid_mailqueue.delivery.plugins import MQSignal, registry
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.events import MailDelivered, MailEvent, MailQueued
 from pyramid_mailqueue.testing import CapturedMail, captured_mail, make_mailer
 from pyramid_mailqueue.transactions import ManagerTransaction
 
@@ -132,17 +132,17 @@ def test_mail_is_in_the_order_in_which_it_was_committed(make_app):
 
 
 @pytest.mark.parametrize('delivery', ['background', 'inline'])
-def test_mail_is_tried_before_the_request_returns(make_app, delivery):
+def test_mail_is_delivered_before_the_request_returns_and_subscribers_hear_of_it(make_app, delivery):
     seen = []
 
-    def on_success(_, msg, send_result):
-        seen.append((threading.current_thread(), msg.envelope.message_id))
+    def remember(event):
+        seen.append((type(event), event.message_id, threading.current_thread()))
 
-    registry.connect(MQSignal.delivery_successful, on_success)
     app = make_app(greet, **{'mailqueue.delivery': delivery})
+    app.app.registry.registerHandler(remember, [MailEvent])
     response = app.get('/greet')
 
-    assert seen == [(threading.current_thread(), response.text)]
+    assert seen == [(kind, response.text, threading.current_thread()) for kind in (MailQueued, MailDelivered)]
     assert not any(app.app.registry.getUtility(IMailer).queue.counts().values())
 
 
