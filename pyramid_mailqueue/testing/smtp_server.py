@@ -448,7 +448,7 @@ def _path(command: str) -> str:
 
 
 def _code(said: Said) -> int:
-    """The code of what is said; of the last reply if there are several, 0 if there is none."""
+    """The code of what is said; of the first reply if there are several, 0 if there is none."""
     text = said if isinstance(said, str) else getattr(said, 'reply', '')
-    last = re.match('[0-9]{3}', text.rpartition('\n')[2])
-    return int(last[0]) if last else 0
+    first = re.match('[0-9]{3}', text)
+    return int(first[0]) if first else 0

@@ -196,7 +196,7 @@ class SMTPTransport:
         try:
             transactions = deque([self._submit(session, first)])
             while offers:
-                if len(offers) < 2 and (offer := more()) is not None:
+                if len(offers) < 2 and session.dialogue.trouble is None and (offer := more()) is not None:
                     offers.append(offer)
                     transactions.append(self._submit(session, offer))
                 transaction = transactions[0]
@@ -212,7 +212,7 @@ class SMTPTransport:
                 if session.takes_no_more(transaction):
                     session.say_quit()
                     self._pool.discard(session)
-                    session = self._connect()
+                    session = self._pool.take() or self._connect()
                     transactions = deque(self._submit(session, offer) for offer in offers)
                     continue
                 offers.popleft()
@@ -235,11 +235,16 @@ class SMTPTransport:
     # --- a new session ---
 
     def _connect(self) -> _Session:
+        aborts = self._pool.aborts
         try:
             client = self._open()
         except (OSError, ValueError, smtplib.SMTPException) as error:
             raise self._explained(error) from error
-        return self._pool.add(_Session(client, self._server))
+        session = _Session(client, self._server)
+        if not self._pool.add(session, aborts):
+            session.close()
+            raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
+        return session
 
     def _open(self) -> _Client:
         client = self._greeted()
@@ -526,6 +531,7 @@ class _Session:
         self.was_used = False
         self.idle_since = 0.0
         self._has_delivered = False
+        self._is_broken_off = False
         self._server = server
         self._client = client
         self._sock = client.sock
@@ -538,11 +544,27 @@ class _Session:
         """
         Go on until *transaction* is done.
 
-        Raises :class:`~.exceptions.ServerTrouble`.  A deadline begins anew when a chunk has left and when a reply is
-        complete, but not with single bytes, so that a slow server cannot hold us for ever.
+        Raises :class:`~.exceptions.ServerTrouble`.  What comes behind the last reply, such as a farewell (421), is not
+        about this transaction: it is raised for the next one.
         """
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
+        try:
+            self._go_on_until_done(transaction)
+        except ServerTrouble:
+            if not transaction.done:
+                raise
+        self.was_used = True
+        self._has_delivered |= transaction.delivered
+
+    def _go_on_until_done(self, transaction: MailTransaction) -> None:
+        """
+        A deadline begins anew when a chunk has left and when a reply is complete.
+
+        Not with single bytes: a slow server could hold us for ever.
+        """
         began = self._server.clock()
+        if self.dialogue.trouble and not transaction.done:
+            raise self.dialogue.trouble
         while not transaction.done:
             if chunk := self.dialogue.data_to_send():
                 count = self._send(chunk)
@@ -557,12 +579,12 @@ class _Session:
             # In the midst of a long content too: the server may have something to say about what it has seen so far.
             if self._hear():
                 began = self._server.clock()
-        self.was_used = True
-        self._has_delivered |= transaction.delivered
 
     def was_stale(self, transaction: MailTransaction) -> bool:
         """The server had ended this session while it was idle: nothing of *transaction* was answered."""
-        return self.was_used and self.dialogue.closed_by_server and not transaction.answered
+        if transaction.answered or transaction.done or self._is_broken_off:
+            return False
+        return self.was_used and self.dialogue.closed_by_server
 
     def takes_no_more(self, transaction: MailTransaction) -> bool:
         """
@@ -595,6 +617,7 @@ class _Session:
 
     def shut_down(self) -> None:
         """End the connection from another thread; the one that uses it will hear of it."""
+        self._is_broken_off = True
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -663,6 +686,8 @@ class _Pool:
     def _start_anew(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        #: How often everything was broken off.
+        self.aborts = 0
         self._open: set[_Session] = set()
         self._idle: list[_Session] = []
         self._timer: threading.Timer | None = None
@@ -673,11 +698,13 @@ class _Pool:
         for session in inherited:
             session.close()
 
-    def add(self, session: _Session) -> _Session:
-        """Take note of a new session, in use."""
+    def add(self, session: _Session, aborts: int) -> bool:
+        """Take note of a new session, in use; False if everything was broken off while it was opened."""
         with self._lock:
+            if self.aborts != aborts:
+                return False
             self._open.add(session)
-        return session
+            return True
 
     def take(self) -> _Session | None:
         """Return a session that was idle and is alive, if there is one."""
@@ -696,16 +723,17 @@ class _Pool:
 
     def give_back(self, session: _Session) -> None:
         """Keep *session* for the next message, if it is fit for that."""
-        if not session.dialogue.is_idle:
-            self.discard(session)
-            return
         with self._lock:
-            session.idle_since = self._clock()
-            self._idle.append(session)
-            self._start_timer()
+            # Not one that was discarded, because no other could be had for it.
+            if session in self._open and session.dialogue.is_idle:
+                session.idle_since = self._clock()
+                self._idle.append(session)
+                self._start_timer()
+                return
+        self.discard(session)
 
     def discard(self, session: _Session) -> None:
-        """Close a session that broke."""
+        """Close a session that broke, or is of no use any more."""
         with self._lock:
             self._open.discard(session)
         session.close()
@@ -713,6 +741,7 @@ class _Pool:
     def abort(self) -> None:
         """Break off all sessions, for the threads that use them."""
         with self._lock:
+            self.aborts += 1
             sessions = list(self._open)
         for session in sessions:
             session.shut_down()

@@ -1135,7 +1135,7 @@ def test_a_forked_child_leaves_the_sessions_of_its_parent_alone(authority, tls):
     with ScriptedSMTPServer(tls=authority.good) as server, transport_to(server, **options) as transport:
         transport.send(SENDER, (A,), CONTENT)
         inherited = transport._pool._idle[0]._sock
-        in_use = transport._pool.add(transport._connect())
+        in_use = transport._connect()
         child = os.fork()
         if not child:
             status = 1
