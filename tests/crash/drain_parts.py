@@ -166,36 +166,43 @@ def named_in(queue, folder):
     return found
 
 
-def assert_is_made_good(queue, office, *, in_hand, later=0):
+def assert_is_made_good(queue, office, *, in_hand):
     """
-    Let two runs go undisturbed, one now and one when the server takes the grey ones too: nobody is lost.
+    What a run has left is made good by the next ones, which repeat only what was in hand; return that.
 
     :param in_hand: so many messages may have been accepted before, and not written down as such
-    :param later: in how many seconds "now" is
-    :returns: who has got a message twice
     """
-    drain(queue.path, office, later=later)
-    accepted, taken = office.accepted, everybody('taken')
-    repeated = accepted - taken
-    assert accepted.keys() == taken.keys()
+    repeated = assert_nobody_is_lost(queue, office)
     assert set(repeated.values()) <= {1}
     # Of a message that goes out in several transactions one was in hand.
     times = Counter(name for name, _ in repeated)
     assert len(times) <= in_hand
     assert all(recipients <= MAX_RECIPIENTS for recipients in times.values())
+    # Versions that were being written.
+    assert len(names(queue, 'tmp')) <= in_hand
+    return repeated
+
+
+def assert_nobody_is_lost(queue, office, *, later=0):
+    """
+    Let two runs go undisturbed, the second one when the server takes the grey ones too; return who got a message twice.
+
+    :param later: in how many seconds the first one begins
+    """
+    drain(queue.path, office, later=later)
+    accepted, taken = office.accepted, everybody('taken')
+    assert accepted.keys() == taken.keys()
     assert named_in(queue, 'new') == everybody('grey')
     assert all(is_not_due(queue, name) for name in names(queue, 'new'))
     assert named_in(queue, 'dead') == everybody('refused')
     assert where(queue).keys() <= {'tmp', 'new', 'dead'}
-    # A version that was being written.
-    assert len(names(queue, 'tmp')) <= in_hand
 
     office.is_late = True
-    drain(queue.path, office, later=2 * HOUR)
+    drain(queue.path, office, later=later + 2 * HOUR)
     assert office.accepted - accepted == everybody('grey')
     assert named_in(queue, 'dead') == everybody('refused')
     assert where(queue).keys() <= {'tmp', 'dead'}
-    return repeated
+    return accepted - taken
 
 
 def is_not_due(queue, name):

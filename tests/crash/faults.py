@@ -153,9 +153,9 @@ class Fault:
     ``hit`` is the call that failed first; None if there are not so many.
     """
 
-    def __init__(self, name, number, *, lasts=False):
+    def __init__(self, name, number, *, lasts=False, can_fail=None):
         self.error = getattr(errno, name)
-        self._can_fail = CAN_FAIL[name]
+        self._can_fail = can_fail or CAN_FAIL[name]
         self._number = number
         self._lasts = lasts
         self._count = 0
