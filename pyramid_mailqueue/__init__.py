@@ -7,12 +7,20 @@ In a Pyramid application::
     request.mailer.send(message)            # in a view: sent if, and only if, the transaction commits
 
 Without Pyramid, :func:`mailer_from_settings` returns the same mailer, which joins ``transaction.manager``.
+
+Without a transaction a program puts together a :class:`~.delivery.handler.MessageHandler` of its own::
+
+    handler = MessageHandler([init_smtp_mailer(settings), MaildirBackend('/path/to/queue')])
+    handler.send_message(message)           # sent or, if that fails, queued
+
+These parts are imported when they are first asked for: who needs none of them does not wait for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.exceptions import (
@@ -33,31 +41,83 @@ from pyramid_mailqueue.exceptions import (
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
+    from pyramid_mailqueue.delivery.handler import MessageHandler
+    from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, registry
+    from pyramid_mailqueue.delivery.results import Reply, SendResult
+    from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
     from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.queue_runner import enqueue_message, one_shot_queue_run
+    from pyramid_mailqueue.transports.maildir import MaildirBackend
+    from pyramid_mailqueue.wiring import init_smtp_mailer
 
 __all__ = [
     'AddressError',
     'ConfigurationError',
     'IMailer',
     'ITransport',
+    'MQAction',
+    'MQSignal',
+    'MailBuried',
+    'MailDeferred',
+    'MailDelivered',
+    'MailEvent',
+    'MailQueued',
+    'MaildirBackend',
     'MailqueueError',
     'MessageError',
+    'MessageHandler',
     'MessageTooLarge',
     'NoActiveTransaction',
     'NoRecipients',
     'NoSuchMessage',
     'QueueError',
     'QueueFileError',
+    'Reply',
+    'SendResult',
     'ServerTrouble',
     'TooManyRecipients',
     'WrongState',
+    'enqueue_message',
     'get_mailer',
     'includeme',
+    'init_smtp_mailer',
     'mailer_from_settings',
+    'one_shot_queue_run',
+    'registry',
 ]
+
+_LATER = {
+    'MQAction': 'delivery.plugins',
+    'MQSignal': 'delivery.plugins',
+    'MailBuried': 'events',
+    'MailDeferred': 'events',
+    'MailDelivered': 'events',
+    'MailEvent': 'events',
+    'MailQueued': 'events',
+    'MaildirBackend': 'transports.maildir',
+    'MessageHandler': 'delivery.handler',
+    'Reply': 'delivery.results',
+    'SendResult': 'delivery.results',
+    'enqueue_message': 'queue_runner',
+    'init_smtp_mailer': 'wiring',
+    'one_shot_queue_run': 'queue_runner',
+    'registry': 'delivery.plugins',
+}
 
 # The order of an action that comes after those of the application, which may register transports and change settings.
 _LAST = 1000
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return getattr(import_module(f'{__name__}.{_LATER[name]}'), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, prefix: str = 'mailqueue.') -> Mailer:

@@ -407,16 +407,39 @@ class Settings:
     @classmethod
     def from_mqrunner_section(cls, section: Mapping[str, object]) -> Settings:
         """
-        Read a ``[mqrunner]`` section: the same keys without prefix, and two more that mailqueue-runner has there.
+        Read a ``[mqrunner]`` section: the same keys without prefix, and those that mailqueue-runner has there.
 
-        ``smtp_tls = yes`` is implicit on port 465, else starttls; ``from`` is left to the caller.
         ``queue_dir`` may be missing, because the command line can name it; the caller has to look.  Raises
         :class:`~.exceptions.ConfigurationError`, as :meth:`from_mapping` does.
         """
-        own = {key: value for key, value in section.items() if key not in ('here', '__file__', 'from')}
-        if own.get('smtp_tls') == 'yes':
-            own['smtp_tls'] = 'implicit' if str(own.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 'starttls'
-        return _read(own, lambda name: f'[mqrunner] {name}', _smtp_contradictions)
+        own = {key: value for key, value in section.items() if key not in ('here', '__file__')}
+        return _read_as_mailqueue_runner(own, lambda name: f'[mqrunner] {name}', _smtp_contradictions)
+
+    @classmethod
+    def from_program(
+        cls, settings: Mapping[str, object], prefix: str = 'mailqueue.', *, needs_server: bool = True
+    ) -> Settings:
+        """
+        Read what a program brings along: the keys of a ``[mqrunner]`` section, with *prefix* or without.
+
+        Those with *prefix* come first, and if there are any, what has none and is no known key is somebody else's.
+
+        :param needs_server: whether ``smtp_hostname`` must be there
+        :raises ConfigurationError: as :meth:`from_mapping` does
+        """
+        prefixed = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        known = known_keys()
+        plain = {
+            key: value
+            for key, value in settings.items()
+            if not key.startswith(prefix) and (not prefixed or key in known)
+        }
+
+        def full(name: str) -> str:
+            return f'{prefix}{name}' if name in prefixed else name
+
+        contradictions = _smtp_contradictions if needs_server else _no_contradictions
+        return _read_as_mailqueue_runner({**plain, **prefixed}, full, contradictions)
 
 
 def default_tls(hostname: str, port: int, *, has_ca_file: bool) -> str:
@@ -469,6 +492,36 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
     if texts:
         raise ConfigurationError('\n'.join(texts))
     return settings
+
+
+def _read_as_mailqueue_runner(own: Mapping[str, object], full: FullName, contradictions: Contradictions) -> Settings:
+    """Read keys as mailqueue-runner has them, beside our own."""
+    ours = dict(own)
+    spelled = {}
+    for theirs, name in (('from', 'default_sender'), ('logging_config', 'logging_conf')):
+        value = ours.pop(theirs, None)
+        if not _is_unset(value) and _is_unset(ours.get(name)):
+            ours[name] = value
+            spelled[name] = theirs
+    if ours.get('smtp_tls') == 'yes':
+        ours['smtp_tls'] = 'implicit' if str(ours.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 'starttls'
+    if 'smtp_tls_verify' in ours and _is_what_we_do_anyway(ours['smtp_tls_verify'], ours):
+        del ours['smtp_tls_verify']
+    return _read(ours, lambda name: full(spelled.get(name, name)), contradictions)
+
+
+def _is_what_we_do_anyway(verify: object, own: Mapping[str, object]) -> bool:
+    """Whether ``smtp_tls_verify = verify`` asks for what follows from the other keys."""
+    word = str(verify).strip().lower()
+    if word not in _YES | _NO:
+        return _is_unset(verify)
+    port = IMPLICIT_TLS_PORT if str(own.get('smtp_port')) == str(IMPLICIT_TLS_PORT) else 0
+    default = default_tls(str(own.get('smtp_hostname')), port, has_ca_file=bool(own.get('smtp_tls_ca_file')))
+    return (word in _YES) == ((own.get('smtp_tls') or default) in ('starttls', 'implicit'))
+
+
+def _no_contradictions(settings: Settings, full: FullName) -> Iterator[_Contradiction]:
+    return iter(())
 
 
 def _is_unset(value: object) -> bool:

@@ -7,7 +7,7 @@ A web process makes a mailer, and mq-run a runner; both stand on the same queue,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.transactions import ITransactionSource
 
-__all__ = ['build_compose', 'build_handler', 'build_mailer', 'build_queue', 'build_runner']
+__all__ = ['build_compose', 'build_handler', 'build_mailer', 'build_queue', 'build_runner', 'init_smtp_mailer']
 
 log = logging.getLogger('mailqueue.delivery')
 
@@ -113,6 +113,22 @@ def _maildir_queue(settings: Settings) -> IMailQueue:
         return MaildirQueue(settings.queue_dir, in_doubt=settings.in_doubt, horizon=settings.retry_max + DAY)
     except QueueError as error:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
+
+
+def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:
+    """
+    Return a transport for the mail server that *settings* name, for a handler of one's own.
+
+    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; what else
+        is in it does not matter
+    :raises ConfigurationError: a key is missing, unknown or malformed, or contradicts another one
+    """
+    own = {
+        key: value
+        for key, value in settings.items()
+        if key.removeprefix('mailqueue.').startswith(('smtp_', 'max_recipients'))
+    }
+    return _smtp(Settings.from_program(own))
 
 
 def build_handler(

@@ -20,7 +20,7 @@ LAYERS = (
     ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),
-    ('testing', '__init__', 'cli', 'dashboard'),
+    ('testing', '__init__', 'cli', 'queue_runner', 'dashboard'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -27,6 +27,7 @@ from pyramid_mailqueue.interfaces import (
     ITransport,
 )
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
@@ -62,6 +63,7 @@ def objects(queue_dir, tmp_path):
         (IQueueAdmin, queue.admin),
         (IStaging, queue.staging()),
         (IClaim, claim),
+        (IClaim, QueuedMessage(in_memory, in_memory.put_claimed(envelope))),
         (IMailQueue, in_memory),
         (IQueueAdmin, in_memory.admin),
         (IStaging, in_memory.staging()),

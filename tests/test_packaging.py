@@ -128,8 +128,9 @@ def test_all_names_that_a_module_offers_are_there(name):
 def test_the_package_offers_what_it_exports_and_nothing_else():
     ours = {
         name
-        for name, value in vars(pyramid_mailqueue).items()
-        if not name.startswith('_') and getattr(value, '__module__', '').startswith('pyramid_mailqueue')
+        for name in dir(pyramid_mailqueue)
+        if not name.startswith('_')
+        and getattr(getattr(pyramid_mailqueue, name), '__module__', '').startswith('pyramid_mailqueue')
     }
 
     assert ours == set(pyramid_mailqueue.__all__)

@@ -477,13 +477,14 @@ def test_the_database_is_that_of_the_app_unless_another_is_named(own, of_the_app
 
 # --- [mqrunner] -------------------------------------------------------------
 
-# A configuration of mailqueue-runner 1.0, with all of its documented keys but smtp_tls_verify and logging_conf.
+# A configuration of mailqueue-runner 1.0, with all of its documented keys but logging_conf.
 MQRUNNER = {
     'smtp_hostname': 'mail.example.org',
     'smtp_port': '587',
     'smtp_username': 'someuser@site.example',
     'smtp_password': 'secret',
     'smtp_tls': 'yes',
+    'smtp_tls_verify': 'yes',
     'queue_dir': '/path/to/mailqueue',
     'from': 'user@host.example',
     'plugins': '*',
@@ -499,6 +500,7 @@ def test_a_configuration_of_mailqueue_runner_is_read(tmp_path):
     logging_conf.touch()
 
     assert Settings.from_mqrunner_section({**MQRUNNER, 'logging_conf': str(logging_conf)}) == Settings(
+        default_sender='user@host.example',
         smtp_hostname='mail.example.org',
         smtp_port=587,
         smtp_username='someuser@site.example',
@@ -526,10 +528,9 @@ def test_mqrunner_may_leave_the_queue_directory_to_the_command_line():
     ('values', 'text'),
     [
         ({'smtp_port': 'x'}, "[mqrunner] smtp_port = 'x': must be a whole number from 1 to 65535."),
-        (
-            {'logging_config': '/x'},
-            "[mqrunner] logging_config = '/x': there is no such key. Did you mean [mqrunner] logg",
-        ),
+        ({'logging_config': '/x'}, "[mqrunner] logging_config = '/x': must be a file that can be read"),
+        ({'from': 'me'}, "[mqrunner] from = 'me': must be one mail address"),
+        ({'log': '/x'}, "[mqrunner] log = '/x': there is no such key."),
         ({'smtp_hostname': ''}, '[mqrunner] smtp_hostname is missing: [mqrunner] transports has smtp'),
         (
             {'smtp_tls_verify': 'no'},
@@ -543,3 +544,86 @@ def test_errors_of_mqrunner_name_section_and_key(values, text):
         Settings.from_mqrunner_section({**MQRUNNER, **values})
 
     assert str(caught.value).startswith(text)
+
+
+def test_what_mailqueue_runner_calls_otherwise_is_taken_unless_it_is_there_under_our_name(tmp_path):
+    (tmp_path / 'logging.conf').touch()
+    theirs = {'from': 'theirs@host.example', 'logging_config': str(tmp_path / 'logging.conf')}
+    ours = {'default_sender': 'ours@host.example', 'logging_conf': '/dev/null/nothing'}
+
+    read = Settings.from_mqrunner_section({**MQRUNNER, **theirs})
+    assert (read.default_sender, read.logging_conf) == ('theirs@host.example', tmp_path / 'logging.conf')
+    with pytest.raises(ConfigurationError, match=r'\[mqrunner\] logging_conf = '):
+        Settings.from_mqrunner_section({**MQRUNNER, **theirs, **ours})
+
+
+@pytest.mark.parametrize(
+    ('verify', 'own', 'is_taken'),
+    [
+        ('yes', {}, True),
+        ('true', {'smtp_tls': None}, True),
+        (True, {'smtp_tls': None, 'smtp_port': 465}, True),
+        ('no', {'smtp_tls': 'opportunistic'}, True),
+        ('No', {'smtp_tls': None, 'smtp_hostname': 'localhost'}, True),
+        ('', {}, True),
+        ('no', {}, False),
+        ('yes', {'smtp_tls': 'opportunistic'}, False),
+        ('yes', {'smtp_tls': None, 'smtp_hostname': 'localhost'}, False),
+        ('no', {'smtp_tls': None, 'smtp_hostname': 'localhost', 'smtp_port': '465'}, False),
+        ('maybe', {}, False),
+    ],
+)
+def test_smtp_tls_verify_is_taken_where_it_asks_for_what_is_done_anyway(verify, own, is_taken):
+    section = {**MQRUNNER, **own, 'smtp_tls_verify': verify}
+
+    if is_taken:
+        assert Settings.from_mqrunner_section(section)
+    else:
+        with pytest.raises(ConfigurationError, match='certificates are verified wherever TLS is required'):
+            Settings.from_mqrunner_section(section)
+
+
+# --- what a program brings along --------------------------------------------
+
+
+@pytest.mark.parametrize('prefix', ['', 'mailqueue.'])
+def test_a_program_brings_its_keys_with_the_prefix_or_without(prefix):
+    given = {'smtp_hostname': 'mail.example.org', 'smtp_port': 587, 'smtp_tls': 'yes', 'plugins': 'one, two'}
+
+    assert Settings.from_program({f'{prefix}{key}': value for key, value in given.items()}) == Settings(
+        smtp_hostname='mail.example.org', smtp_port=587, smtp_tls='starttls', plugins=('one', 'two')
+    )
+
+
+def test_a_key_with_the_prefix_goes_before_the_same_without_it():
+    given = {'mailqueue.smtp_hostname': 'first.example', 'smtp_hostname': 'second.example', 'smtp_port': '26'}
+
+    assert Settings.from_program(given) == Settings(smtp_hostname='first.example', smtp_port=26)
+
+
+def test_beside_keys_with_the_prefix_what_is_not_known_is_somebody_elses():
+    given = {'mailqueue.smtp_hostname': 'mail.example', 'pyramid.includes': 'x', 'debug': True}
+
+    assert Settings.from_program(given) == Settings(smtp_hostname='mail.example')
+
+
+@pytest.mark.parametrize(
+    ('given', 'text'),
+    [
+        (
+            {'smtp_hostname': 'mail.example', 'smtp_prot': 25},
+            'smtp_prot = 25: there is no such key. Did you mean smtp',
+        ),
+        ({'mailqueue.smtp_port': 'x', 'smtp_hostname': 'mail.example'}, "mailqueue.smtp_port = 'x': must be a whole"),
+        ({'smtp_port': 25}, 'smtp_hostname is missing: transports has smtp'),
+    ],
+)
+def test_errors_name_the_keys_as_the_program_has_written_them(given, text):
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.from_program(given)
+
+    assert str(caught.value).startswith(text)
+
+
+def test_who_brings_a_handler_needs_no_server():
+    assert Settings.from_program({'plugins': 'one'}, needs_server=False) == Settings(plugins=('one',))

@@ -22,7 +22,10 @@ from urllib.parse import unquote
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings, known_keys
 
-__all__ = ['parse_override', 'read_app_settings', 'read_mqrunner_section', 'setup_logging']
+__all__ = ['parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
+
+#: What a command also prints; it is logged for those whose logs go elsewhere.
+run_log = logging.getLogger('mailqueue.run')
 
 # What plaster makes of a plain path with one of these suffixes: known without a look at every installed package.
 _INI_SCHEMES = ('file+ini', 'file+conf', 'file+cfg')
@@ -83,7 +86,7 @@ def read_mqrunner_section(uri: str, overrides: Mapping[str, str]) -> dict[str, s
     return {**{key: file.get('mqrunner', key) for key in own}, **overrides}
 
 
-def setup_logging(uri: str, overrides: Mapping[str, str], settings: Settings) -> None:
+def setup_logging(uri: str | None, overrides: Mapping[str, str], settings: Settings) -> None:
     """
     Set up the logging of a command: by ``logging_conf``, else by the ``[loggers]`` of *uri*, else warnings to stderr.
 
@@ -91,6 +94,8 @@ def setup_logging(uri: str, overrides: Mapping[str, str], settings: Settings) ->
     """
     if settings.logging_conf:
         _configure_logging(_IniFile(settings.logging_conf, overrides))
+    elif uri is None:
+        _log_warnings_to_stderr()
     else:
         _setup_logging_of(uri, overrides)
     for key in ('delivery_log', 'queue_log'):
@@ -390,6 +395,7 @@ def _configure_logging(file: _IniFile) -> None:
 
 def _log_warnings_to_stderr() -> None:
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name != run_log.name)
     # On the handler: a logger that says more, for a file of its own, must not make a cron job send mail.
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter('%(levelname)s %(name)s: %(message)s'))

@@ -32,7 +32,7 @@ from pyramid_mailqueue.cli.common import (
     refuse_root,
     silence_stdout,
 )
-from pyramid_mailqueue.cli.config import parse_override, read_app_settings, setup_logging
+from pyramid_mailqueue.cli.config import parse_override, read_app_settings, run_log, setup_logging
 from pyramid_mailqueue.cli.progress import open_progress
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
 from pyramid_mailqueue.delivery.results import Recovery
@@ -131,11 +131,7 @@ def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) 
             max_seconds=arguments.max_time,
             on_progress=lambda so_far: progress.update(so_far.done, so_far.sent, so_far.deferred, so_far.refused),
         )
-    if report.trouble:
-        _complain(str(report.trouble))
-    if report.stopped:
-        _complain('stopped; what was not delivered waits for the next run')
-    _summarize(report, runner, verbose=arguments.verbose)
+    tell_of(report, runner, verbose=arguments.verbose)
     return EX_TEMPFAIL if report.trouble or report.stopped else EX_OK
 
 
@@ -158,12 +154,31 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
             if report.done or report.recovery != Recovery():
                 _summarize(report, runner, verbose=False)
         if trouble is not None and str(trouble) != told:
-            _complain(str(trouble))
+            _complain_of(trouble)
         told = '' if trouble is None else str(trouble)
         notify_systemd(f'STATUS={told or "waiting for mail"}')
         signals.sleep(max(arguments.watch, runner.handler.rests_for))
     notify_systemd('STOPPING=1')
     return EX_OK
+
+
+def tell_of(report: RunReport, runner: Runner, *, verbose: bool) -> None:
+    """
+    Print what a run did, and nothing if that was nothing: cron would send it by mail.
+
+    :param verbose: also if that was nothing
+    """
+    if report.trouble:
+        _complain_of(report.trouble)
+    if report.stopped:
+        _complain('stopped; what was not delivered waits for the next run')
+    _summarize(report, runner, verbose=verbose)
+
+
+def _complain_of(trouble: Exception) -> None:
+    _complain(str(trouble))
+    # For logs that go elsewhere.
+    run_log.warning('%s Mail waits in the queue.', trouble)
 
 
 def _complain(text: str) -> None:
@@ -298,7 +313,6 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
 
 
 def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
-    """Say what was done, and nothing if that was nothing: cron would send it by mail."""
     recovery = report.recovery
     done = {
         'recovered': len(recovery.orphans),

@@ -101,7 +101,7 @@ class MessageHandler:
         self.take_from_rate = take_from_rate
         self.notify = notify
         self._rate_allows_at = 0.0
-        self._plugins = tuple(plugins)
+        self.plugins = tuple(plugins)
         self._has_loaded_plugins = False
 
     @property
@@ -197,9 +197,14 @@ class MessageHandler:
             # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.
             claim.release()
 
-    def for_queue(self, queue: Any) -> MessageHandler:
-        """Return the same handler, without transports that put into *queue* what has come from there."""
+    def for_queue(self, queue: Any, plugins: Sequence[str] = ()) -> MessageHandler:
+        """
+        Return the same handler, without transports that put into *queue* what has come from there.
+
+        :param plugins: the names of more plugins to load
+        """
         twin = copy.copy(self)
+        twin.plugins = (*self.plugins, *plugins)
         twin.routes = [route for route in self.routes if not route.leads_to(queue)]
         return twin
 
@@ -249,9 +254,9 @@ class MessageHandler:
 
     def load_plugins(self) -> None:
         """Called before the first attempt."""
-        if self._plugins:
+        if self.plugins:
             self._has_loaded_plugins = True
-            load_plugins_module().registry.load(self._plugins)
+            load_plugins_module().registry.load(self.plugins)
 
     def close(self) -> None:
         """Let go of the transports' connections, and let the plugins finish.  The handler may be used again."""

@@ -1,0 +1,181 @@
+"""
+A queue directory for programs that bring their own settings: put a message into it, and deliver what is due.
+
+These are the functions of mailqueue-runner, under their names there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.cli.common import read_settings, refuse_root
+from pyramid_mailqueue.cli.config import setup_logging
+from pyramid_mailqueue.cli.run import tell_of
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.delivery.runner import Runner, RunReport
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.wiring import build_handler, build_queue
+
+__all__ = ['QueuedMessage', 'enqueue_message', 'one_shot_queue_run']
+
+# What is no setting of ours in the settings of a run.
+_FOR_THE_RUN = frozenset({'basic_logging_configured', 'mh', 'here', '__file__'})
+
+
+@overload
+def enqueue_message(
+    msg: Any,
+    queue_path: str | os.PathLike[str],
+    sender: str | None = None,
+    recipients: Iterable[str] | str | None = None,
+    *,
+    return_msg: Literal[False] = False,
+    in_progress: bool = False,
+) -> str: ...
+
+
+@overload
+def enqueue_message(
+    msg: Any,
+    queue_path: str | os.PathLike[str],
+    sender: str | None = None,
+    recipients: Iterable[str] | str | None = None,
+    *,
+    return_msg: Literal[True],
+    in_progress: bool = False,
+) -> QueuedMessage: ...
+
+
+def enqueue_message(
+    msg: Any,
+    queue_path: str | os.PathLike[str],
+    sender: str | None = None,
+    recipients: Iterable[str] | str | None = None,
+    *,
+    return_msg: bool = False,
+    in_progress: bool = False,
+) -> str | QueuedMessage:
+    """
+    Make a message durable in a queue directory, now, outside of any transaction.
+
+    :param msg: whatever :meth:`~.envelope.Envelope.from_message` takes; it also says what *sender* and *recipients* are
+        by default
+    :param queue_path: the queue directory; it is created if it is missing
+    :param return_msg: return the message, in progress, for :meth:`~.delivery.handler.MessageHandler.send_message`.  It
+        waits as soon as the process ends, or forgets it.  Otherwise the message waits for ``mq-run``, and its path is
+        returned
+    :param in_progress: can only be asked for together with *return_msg*: who is to hold the message otherwise?
+    :raises MessageError: the message can never be sent
+    :raises QueueError: the directory cannot be used, or cannot take the message
+    """
+    if in_progress and not return_msg:
+        raise ValueError('in_progress=True needs return_msg=True: a message is in progress for as long as it is held.')
+    envelope = Envelope.from_message(msg, sender, recipients)
+    queue = MaildirQueue(queue_path)
+    if return_msg:
+        return QueuedMessage(queue, queue.put_claimed(envelope))
+    return queue.place('new', queue.put(envelope))
+
+
+@implementer(IClaim)
+class QueuedMessage:
+    """
+    See `IClaim`.  A message that a program holds, to be sent once.
+
+    Other than a claim of a run, its end is durable at once.
+
+    :param queue: the queue that it is in
+    :param claim: of the message
+    :ivar is_over: it was sent or given back, and is somebody else's
+    """
+
+    def __init__(self, queue: IMailQueue, claim: IClaim) -> None:
+        self.queue = queue
+        self.is_over = False
+        self.id: str = claim.id
+        self._claim = claim
+
+    @property
+    def attempts(self) -> int:
+        """See `IClaim`."""
+        return self._claim.attempts
+
+    @property
+    def queued_at(self) -> float:
+        """See `IClaim`."""
+        return self._claim.queued_at
+
+    @property
+    def envelope(self) -> Envelope:
+        """See `IClaim`."""
+        return self._claim.envelope
+
+    def keep(self, recipients: tuple[str, ...]) -> None:
+        """See `IClaim`."""
+        self._claim.keep(recipients)
+
+    def settle(self, settlement: Settlement) -> None:
+        """See `IClaim`."""
+        self._claim.settle(settlement)
+        self._end()
+
+    def release(self) -> None:
+        """See `IClaim`."""
+        self._claim.release()
+        self._end()
+
+    def _end(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.queue.flush()
+
+
+def one_shot_queue_run(
+    queue_dir: str | os.PathLike[str],
+    config_path: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RunReport:
+    """
+    Make one run over a queue directory, as ``mq-run`` does, and print what that prints.  Return what was done.
+
+    :param queue_dir: the queue directory
+    :param config_path: an ini file to read, as ``mq-run`` does; or else *settings*
+    :param options: ``verbose``: print a summary even if there was nothing to do; ``quiet``: print nothing
+    :param settings: the keys of a ``[mqrunner]`` section, with ``mailqueue.`` in front or without, and two more:
+        ``basic_logging_configured`` leaves logging to the program, and ``mh`` is a
+        :class:`~.delivery.handler.MessageHandler` of its own
+    :raises ConfigurationError: a key or the directory cannot be used
+    :raises QueueError: the queue cannot be read
+    """
+    if (config_path is None) == (settings is None):
+        raise ConfigurationError('Give one_shot_queue_run() either config_path or settings.')
+    path = Path(queue_dir).absolute()
+    given = settings or {}
+    read = _read(given, path) if config_path is None else read_settings(os.fspath(config_path), None, str(path), {})
+    refuse_root(path, 'the program')
+    if not given.get('basic_logging_configured'):
+        setup_logging(None if config_path is None else os.fspath(config_path), {}, read)
+    queue = build_queue(read)
+    handler: MessageHandler = given.get('mh') or build_handler(read)
+    runner = Runner(queue, handler.for_queue(queue, read.plugins))
+    report = runner.run()
+    if not (options or {}).get('quiet'):
+        tell_of(report, runner, verbose=bool((options or {}).get('verbose')))
+    return report
+
+
+def _read(given: Mapping[str, Any], queue_dir: Path) -> Settings:
+    own = {key: value for key, value in given.items() if key not in _FOR_THE_RUN}
+    own['mailqueue.queue_dir' if 'mailqueue.queue_dir' in own else 'queue_dir'] = queue_dir
+    return Settings.from_program(own, needs_server=given.get('mh') is None)
