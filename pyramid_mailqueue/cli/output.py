@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyramid_mailqueue.queues.entries import QueueEntry
+if TYPE_CHECKING:
+    from pyramid_mailqueue.queues.entries import QueueEntry
 
 __all__ = [
     'STYLES',

@@ -47,6 +47,8 @@ class LockedFile:
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
+        # Looked at when it was taken: nobody else changes it from then on.
+        self._stat: os.stat_result | None = None
 
     @property
     def closed(self) -> bool:
@@ -61,11 +63,24 @@ class LockedFile:
     @property
     def modified(self) -> float:
         """The time of modification, in seconds since the epoch.  Raises OSError."""
-        return os.fstat(self.fd).st_mtime
+        return (self._stat or os.fstat(self.fd)).st_mtime
+
+    def lock(self) -> bool:
+        """
+        Lock a file that was opened by its name; False if somebody else has it, or if the name means another file now.
+
+        :raises OSError: there are no locks on this file system
+        """
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stat, named = os.fstat(self.fd), os.stat(self.path, follow_symlinks=False)
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        return stat.S_ISREG(self._stat.st_mode) and os.path.samestat(self._stat, named)
 
     def read(self) -> bytes:
         """Return what is in the file.  Raises OSError."""
-        size = os.fstat(self.fd).st_size
+        size = (self._stat or os.fstat(self.fd)).st_size
         content = os.pread(self.fd, size, 0)
         if len(content) < size:
             raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
@@ -147,7 +162,7 @@ class Holder:
                 return None
             raise
         try:
-            is_ours = _lock(file)
+            is_ours = file.lock()
         except BaseException:
             file.close()
             raise
@@ -164,16 +179,6 @@ class Holder:
     def _abandon_all(self) -> None:
         for file in self._held:
             file.abandon()
-
-
-def _lock(file: LockedFile) -> bool:
-    """Lock a file that was opened by its name; False if somebody else has it, or if the name means another file now."""
-    try:
-        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held, named = os.fstat(file.fd), os.stat(file.path, follow_symlinks=False)
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    return stat.S_ISREG(held.st_mode) and os.path.samestat(held, named)
 
 
 def _write_all(fd: int, pieces: Sequence[bytes]) -> None:

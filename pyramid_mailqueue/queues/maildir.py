@@ -51,9 +51,8 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, log_queued, log_trouble, queue_log
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
-from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, STUMBLES, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders, modified_time
 
@@ -246,8 +245,11 @@ class MaildirQueue(MaildirFolders):
     # -- for people
 
     @property
-    def admin(self) -> MaildirAdmin:
+    def admin(self) -> IQueueAdmin:
         """See `IMailQueue`."""
+        # Who delivers does not load what only people need.
+        from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
+
         return MaildirAdmin(self)
 
     def counts(self) -> dict[str, int]:
