@@ -63,13 +63,18 @@ class Route:
                     yield result
                     if result.trouble is not None:
                         return
+            if under_way and under_way[0] is first:
+                # Else it would be offered again, for ever.
+                yield self._deferred(first.recipients, 'the transport said nothing of this message')
         except ServerTrouble as trouble:
-            yield SendResult(transport=self.name, trouble=trouble)
+            if under_way:
+                yield SendResult(transport=self.name, trouble=trouble)
         except Exception as error:
             # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
             log.exception('The transport %s failed', self.name)
-            text = f'the transport failed: {type(error).__name__}: {error}'
-            yield self._deferred(under_way.popleft().recipients, text)
+            if under_way:
+                text = f'the transport failed: {type(error).__name__}: {error}'
+                yield self._deferred(under_way.popleft().recipients, text)
 
     def _one_by_one(self, offer: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Any]:
         while offer is not None:
@@ -85,10 +90,10 @@ class Route:
         if isinstance(answer, SendResult):
             if answer.transport and answer.replies.keys() == set(recipients):
                 return answer
-            if answer.trouble is not None or (may_go_on and answer.replies):
-                replies = {r: answer.replies[r] for r in recipients if r in answer.replies}
-            else:
-                replies = {r: answer.replies.get(r, _SILENCE) for r in recipients}
+            replies = {r: answer.replies[r] for r in recipients if r in answer.replies}
+            # Who has said nothing of anybody here would not be heard of next time either.
+            if answer.trouble is None and not (may_go_on and replies):
+                replies = {r: replies.get(r, _SILENCE) for r in recipients}
             return replace(answer, replies=replies, transport=answer.transport or self.name)
         if not answer:
             return self._deferred(recipients, 'the transport did not take the message')
