@@ -12,6 +12,7 @@ from zope.interface.verify import verifyClass, verifyObject
 
 import pyramid_mailqueue
 from pyramid_mailqueue import interfaces
+from pyramid_mailqueue.cli.send_test import ClaimForOneAttempt, OneAttempt
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
@@ -76,6 +77,8 @@ def objects(queue_dir, tmp_path):
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),
         (IRetryPolicy, ExponentialBackoff()),
+        (IRetryPolicy, OneAttempt()),
+        (IClaim, ClaimForOneAttempt(in_memory.put_claimed(envelope))),
         (IDispatcher, InlineDispatcher(handler, queue)),
         (IDispatcher, background),
     ]

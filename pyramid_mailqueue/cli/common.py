@@ -24,6 +24,7 @@ __all__ = [
     'EX_OK',
     'EX_SOFTWARE',
     'EX_TEMPFAIL',
+    'EX_UNAVAILABLE',
     'add_ini_arguments',
     'blaming',
     'complain',
@@ -38,6 +39,7 @@ __all__ = [
 EX_OK = 0
 # A message was not found, or is in a state in which this cannot be done.
 EX_NOT_DONE = 1
+EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
 EX_IOERR = 74
 EX_TEMPFAIL = 75

@@ -1,0 +1,163 @@
+"""The dialog with a mail server: shown to a person as it goes, and read for what that person can look at afterwards."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyramid_mailqueue.cli.common import silence_stdout
+from pyramid_mailqueue.cli.output import printable
+from pyramid_mailqueue.exceptions import ServerTrouble
+
+__all__ = ['Dialog', 'advice', 'is_final', 'say', 'shown_dialog']
+
+_LINE = re.compile(r'\S+ ([CS]): (\S+)(.*)', re.DOTALL)
+_BAD = re.compile('[45][0-9][0-9]')
+
+_CONNECT, _GREETING, _CONTENT = 'connect', 'greeting', 'content'
+
+_DNS = ('Is the name right, and does this machine know it?  getent hosts {host}',)
+_TLS = (
+    'Does TLS work without us?  openssl s_client -connect {host}:{port}{starttls} -verify_return_error',
+    'Do smtp_port and smtp_tls fit together?  465 goes with implicit, 587 and 25 with starttls.',
+)
+_AUTH = (
+    'Are mailqueue.smtp_username and smtp_password right?  Many providers want a password that is for programs only.',
+)
+
+# What a person can look at, by how far the dialog had come.
+_ADVICE = {
+    _CONNECT: (
+        *_DNS,
+        'Does anybody listen there?  nc -vz {host} {port}',
+        'Is there a firewall in between?  Many providers let nothing out to port 25; 587 is for programs that log in.',
+    ),
+    _GREETING: (
+        'Does the server know this machine?  It may take mail from some addresses only, or have a block list.',
+    ),
+    'EHLO': (
+        'Does the server offer what is required, STARTTLS and AUTH?  If not, it may be the wrong port, or smtp_tls.',
+        'Does it mind the name that this machine gives itself?  It is set by mailqueue.smtp_local_hostname.',
+    ),
+    'STARTTLS': _TLS,
+    'AUTH': _AUTH,
+    'MAIL': (
+        'May the sender <{sender}> send here?  Try another one with --from, such as one of your own domain.',
+        'Does the server want a login?  Then set mailqueue.smtp_username and smtp_password.',
+    ),
+    'RCPT': (
+        'Does <{recipient}> exist?  Try an address in the domain of the server itself.',
+        'If the server says "relay": it does not pass on mail for this machine.  It may want a login (smtp_username).',
+    ),
+    _CONTENT: ('Is it the content, for a filter of spam?  Or a full disk there?  The log of the server says more.',),
+}
+
+
+class Dialog(logging.Handler):
+    """
+    Prints what is said, and remembers how far that came.
+
+    :ivar step: at what it ended: ``connect``, ``greeting``, a command such as ``RCPT``, or ``content``
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = _CONNECT
+        self._awaited: deque[str] = deque()
+        self._refused = ''
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging.  Raises nothing that could be taken for trouble with the server."""
+        line = record.getMessage()
+        match = _LINE.fullmatch(line)
+        if match:
+            self._note(match[1], match[2])
+            line = f'{match[1]}: {match[2]}{match[3]}'.rstrip()
+        say(f'  {line}')
+
+    def _note(self, side: str, word: str) -> None:
+        if side == 'C':
+            self._last = _step_of(word)
+            self._awaited.append(self._last)
+            return
+        if self._last == _CONNECT:
+            self._last = _GREETING
+        # Commands are said in groups: a reply is about the first one that has none.  (Each line of the reply to EHLO is
+        # a line here, but nothing else is said before the last of them.)
+        step = self._awaited.popleft() if self._awaited else self._last
+        if _BAD.match(word) and not self._refused:
+            self._refused = step
+
+    @property
+    def step(self) -> str:
+        """See the class."""
+        return self._refused or (self._awaited[0] if self._awaited else self._last)
+
+
+def _step_of(word: str) -> str:
+    """Which step begins with a command, or with what stands for it in the log."""
+    if word == 'DATA' or word.startswith('<'):
+        return _CONTENT
+    if word.startswith('['):
+        return 'AUTH'
+    return 'EHLO' if word == 'HELO' else word
+
+
+def say(line: str) -> None:
+    """Print a line at once.  If nobody hears it, what is to be done is done none the less."""
+    try:
+        print(printable(line), flush=True)
+    except OSError:
+        silence_stdout()
+
+
+@contextmanager
+def shown_dialog() -> Iterator[Dialog]:
+    """Show the dialog with a server while the block is at work, and only here."""
+    logger, dialog = logging.getLogger('mailqueue.smtp'), Dialog()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(dialog)
+    try:
+        yield dialog
+    finally:
+        logger.removeHandler(dialog)
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+def advice(step: str, trouble: ServerTrouble | None, **words: str) -> list[str]:
+    """
+    Return what a person can look at.
+
+    :param step: at what the dialog ended
+    :param trouble: why it broke off, if it did
+    :param words: ``host``, ``port``, ``starttls`` (an option of openssl), ``sender`` and ``recipient``
+    """
+    cause = trouble.__cause__ if trouble else None
+    if isinstance(cause, ssl.SSLError):
+        lines: tuple[str, ...] = _TLS
+    elif isinstance(cause, (socket.gaierror, UnicodeError)):
+        lines = _DNS
+    else:
+        lines = _ADVICE.get(step, ())
+    return [line.format_map(words) for line in lines]
+
+
+def is_final(step: str, trouble: ServerTrouble) -> bool:
+    """Whether it is no use to try again, before the server or the settings have changed."""
+    if trouble.code is not None:
+        return trouble.code >= 500
+    cause = trouble.__cause__
+    if isinstance(cause, socket.gaierror):
+        return cause.errno != socket.EAI_AGAIN
+    if isinstance(cause, ssl.SSLError):
+        return not isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    # Without a cause, and after EHLO, it is that the server does not offer what the settings require.
+    return isinstance(cause, UnicodeError) or (cause is None and step == 'EHLO')

@@ -1,0 +1,277 @@
+"""
+``mq-send-test``: send one message the way an application sends its mail, and show what happens.
+
+The way is the real one: the settings of the ini file, the queue, a claim, the transports.  Only the end is another one:
+there is one attempt, and then the message is gone, whatever became of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import io
+import math
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from email.message import EmailMessage
+from typing import NoReturn
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.addresses import parse_mailbox
+from pyramid_mailqueue.cli.common import (
+    EX_OK,
+    EX_TEMPFAIL,
+    EX_UNAVAILABLE,
+    add_ini_arguments,
+    blaming,
+    complain,
+    exit_status_of,
+    read_settings,
+    refuse_root,
+)
+from pyramid_mailqueue.cli.config import parse_override, setup_logging
+from pyramid_mailqueue.cli.dialog import Dialog, advice, is_final, say, shown_dialog
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.results import SendResult, Settlement
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import ConfigurationError, MessageError
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
+from pyramid_mailqueue.settings import Settings, default_tls
+
+__all__ = ['main']
+
+NAME = 'mq-send-test'
+
+_DESCRIPTION = """\
+Send one message to see whether mail leaves, and if it does not, why.
+
+It goes the way on which the application sends its mail: the settings of its ini file, its queue, its mail server.  What
+is said with the server is shown, but for passwords and content.  Nothing else in the queue is touched, and nothing
+stays behind: there is one attempt.
+"""
+
+_EPILOG = """\
+  mq-send-test production.ini --to=me@site.example
+  mq-send-test production.ini --to=me@site.example --set mailqueue.smtp_port=587
+  mq-send-test mailqueue-runner.ini /var/spool/shop --to=me@site.example
+
+exit status:
+  0   the server has taken the message
+  2   the command line cannot be used
+  69  it was refused, or cannot be sent in this way at all
+  70  a defect of pyramid_mailqueue
+  75  it was not sent, and may be later: no connection, a temporary refusal, a rate limit
+  78  the configuration cannot be used
+
+"Taken" is not "arrived": look into the mailbox, into the folder for spam too, and then into the log of the server.
+
+Run it as the user that the application runs as: both must be able to read and write the queue.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command with the arguments *argv*, those of the process if None, and exit."""
+    arguments = _parser().parse_args(argv)
+    # Whatever a server says, and whatever the terminal can show: it can be printed.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+    sys.exit(exit_status_of(NAME, lambda: _send(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_ini_arguments(parser)
+    parser.add_argument(
+        'queue_dir',
+        nargs='?',
+        metavar='QUEUE',
+        help='the queue directory, before the one in the ini file (needed for [mqrunner])',
+    )
+    parser.add_argument('--to', required=True, type=_address, metavar='ADDRESS', help='who is to get the message')
+    parser.add_argument(
+        '--from',
+        dest='sender',
+        type=_address,
+        metavar='ADDRESS',
+        help='who sends it (default: mailqueue.default_sender, else this user at this host)',
+    )
+    return parser
+
+
+def _address(text: str) -> str:
+    try:
+        return parse_mailbox(text)
+    except MessageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# --- the attempt ------------------------------------------------------------
+
+
+def _send(arguments: argparse.Namespace) -> int:
+    overrides = dict(map(parse_override, arguments.overrides))
+    with blaming(arguments.ini):
+        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+        refuse_root(settings.queue_dir, NAME)
+        setup_logging(arguments.ini, overrides, settings)
+        queue, handler = _build(settings)
+        envelope = _compose(settings, arguments.sender, arguments.to)
+    say(f'{NAME}: from <{envelope.sender}> to <{envelope.recipients[0]}>, by {_way(settings)}')
+    with _interruptible(), closing(handler), shown_dialog() as dialog:
+        result = _attempt(queue, handler, envelope)
+    if result is None:
+        complain(NAME, _rate_is_reached(settings, handler))
+        return EX_TEMPFAIL
+    return _tell(result, envelope, settings, dialog)
+
+
+def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
+    from pyramid_mailqueue.wiring import build_handler, build_queue
+
+    # Plugins may write down what real mail has become of.
+    handler = build_handler(replace(settings, plugins=()), _look_up)
+    handler.retry_policy = OneAttempt()
+    return build_queue(settings), handler
+
+
+def _look_up(name: str) -> None:
+    """Called with the name of each transport: there is no registry here, and a plain name means one that is in it."""
+    if name not in ('smtp', 'inbox') and not {'.', ':'} & set(name):
+        raise ConfigurationError(
+            f'mailqueue.transports = {name}: only the application knows the transport of this name. '
+            'Try another one with --set mailqueue.transports=smtp.'
+        )
+
+
+def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope:
+    from pyramid_mailqueue.wiring import build_compose
+
+    host = settings.smtp_local_hostname or socket.getfqdn()
+    message = EmailMessage()
+    message['Subject'] = f'Test from {host}'
+    message['To'] = recipient
+    # RFC 3834: nobody's holiday notice is to answer.
+    message['Auto-Submitted'] = 'auto-generated'
+    message.set_content(f'{NAME} has sent this from {host}.  If you read it, mail gets through.\n')
+    try:
+        address = parse_mailbox(sender or settings.default_sender or f'{getpass.getuser()}@{host}')
+        message['From'] = address
+        return build_compose(settings)(message, address, recipient)
+    except MessageError as error:
+        raise ConfigurationError(f'The test message cannot be made: {error}') from error
+
+
+def _attempt(queue: IMailQueue, handler: MessageHandler, envelope: Envelope) -> SendResult | None:
+    """Return what became of the message; None if the rate does not allow to send it now."""
+    claim = ClaimForOneAttempt(queue.put_claimed(envelope))
+    try:
+        return handler.deliver(claim) if handler.may_send(claim) else None
+    finally:
+        claim.release()
+        queue.flush()
+
+
+@implementer(IRetryPolicy)
+class OneAttempt:
+    """See `IRetryPolicy`.  Nothing is tried again, and there are no dead letters."""
+
+    def decide(
+        self, recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
+    ) -> Settlement:
+        """See `IRetryPolicy`."""
+        return Settlement()
+
+
+@implementer(IClaim)
+class ClaimForOneAttempt:
+    """See `IClaim`.  However it ends, the message is gone then, also if Ctrl-C breaks off the attempt."""
+
+    def __init__(self, claim: IClaim) -> None:
+        self._claim = claim
+        self.id = claim.id
+        self.attempts = claim.attempts
+        self.queued_at = claim.queued_at
+        self.envelope = claim.envelope
+
+    def settle(self, settlement: Settlement) -> None:
+        """See `IClaim`."""
+        self._claim.settle(Settlement())
+
+    def keep(self, recipients: tuple[str, ...]) -> None:
+        """See `IClaim`."""
+
+    def release(self) -> None:
+        """See `IClaim`."""
+        self._claim.settle(Settlement())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does: the message must not stay behind."""
+    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# --- what is told of it -----------------------------------------------------
+
+
+def _way(settings: Settings) -> str:
+    """Where the message goes, in words."""
+    server = settings.smtp_hostname
+    names = [f'smtp ({server}, port {settings.smtp_port})' if name == 'smtp' else name for name in settings.transports]
+    return ', then '.join(names)
+
+
+def _rate_is_reached(settings: Settings, handler: MessageHandler) -> str:
+    limit = settings.rate_limit
+    assert limit
+    return (
+        f'not sent: mailqueue.rate_limit = {limit.count}/{limit.seconds:g}s allows no more now. '
+        f'Try again in {math.ceil(handler.rests_for)} seconds.'
+    )
+
+
+def _tell(result: SendResult, envelope: Envelope, settings: Settings, dialog: Dialog) -> int:
+    """Tell the outcome, and return the exit status."""
+    trouble, reply = result.trouble, result.replies.get(envelope.recipients[0])
+    if reply is not None and reply.accepted:
+        say(f'{NAME}: sent. {result.transport} has taken {envelope.message_id} and said: {reply}')
+        return EX_OK
+    for_good = reply.refused if reply is not None else trouble is not None and is_final(dialog.step, trouble)
+    said = trouble if reply is None else f'{result.transport} says: {reply}'
+    complain(NAME, f'failed, and {"it is no use to try again as it is" if for_good else "may work later"}. {said}')
+    if 'smtp' in settings.transports:
+        for line in advice(dialog.step, trouble, **_words(settings, envelope)):
+            complain(NAME, f'  {line}')
+    return EX_UNAVAILABLE if for_good else EX_TEMPFAIL
+
+
+def _words(settings: Settings, envelope: Envelope) -> dict[str, str]:
+    host = settings.smtp_hostname or ''
+    tls = settings.smtp_tls or default_tls(host, settings.smtp_port, has_ca_file=settings.smtp_tls_ca_file is not None)
+    return {
+        'host': host,
+        'port': str(settings.smtp_port),
+        'starttls': '' if tls == 'implicit' else ' -starttls smtp',
+        'sender': envelope.sender,
+        'recipient': envelope.recipients[0],
+    }
+
+
+if __name__ == '__main__':
+    main()
