@@ -62,7 +62,8 @@ def test_mq_run_that_is_frozen_over_a_message_delivers_it_when_it_goes_on(queue,
             go_on.wait()
 
     office.server.script['.'] = answer
-    with subprocess.Popen(mq_run(queue, office)) as first:
+    first = subprocess.Popen(mq_run(queue, office))
+    try:
         assert reached.wait(DEADLINE)
         first.send_signal(signal.SIGSTOP)
         os.waitpid(first.pid, os.WUNTRACED)
@@ -70,10 +71,12 @@ def test_mq_run_that_is_frozen_over_a_message_delivers_it_when_it_goes_on(queue,
         subprocess.run(mq_run(queue, office), check=True)
 
         # One is with the server, and the next one was spoken of.
-        in_progress = named_in(queue, 'cur')
+        assert {name for name, _ in named_in(queue, 'cur')} == {'mixed', 'bounce'}
         go_on.set()
         first.send_signal(signal.SIGCONT)
         assert first.wait(DEADLINE) == 0
+    finally:
+        first.kill()
+        first.wait()
 
-    assert {name for name, _ in in_progress} == {'mixed', 'bounce'}
     assert_is_made_good(queue, office, in_hand=0)

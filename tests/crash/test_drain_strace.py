@@ -46,11 +46,11 @@ def die(mq_run, call, number, *options, connections=1):
 
 SAMPLE = {
     'flock': (7, 18),
-    'fsync': (1, 10),
-    'poll': (2, 7),
-    'recvfrom': (4, 11),
+    'fsync': (1, 9),
+    'poll': (2, 5),
+    'recvfrom': (4, 9),
     'rename': (4, 10, 16),
-    'sendto': (3, 8),
+    'sendto': (3, 7),
     'utimensat': (2,),
     'writev': (6,),
 }
