@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 
 import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.plugins import GROUP, MQSignal, PluginRegistry, registry
+from pyramid_mailqueue.delivery.plugins import GROUP, MQAction, MQSignal, PluginRegistry, registry
+from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
+from pyramid_mailqueue.envelope import Envelope
 
-YES = True
+YES, NO = True, False
+ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
+OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Reply(550, 'no such user', '5.1.1')
+FIVE_MINUTES = 300
 
 GOOD = """
 from pyramid_mailqueue.delivery.plugins import MQSignal
@@ -33,6 +39,20 @@ BAD_AT_IMPORT = 'raise RuntimeError("a defect at its import")'
 BAD_AT_START = """
 def initialize(context, registry):
     raise RuntimeError("a defect at its start")
+"""
+BAD_BY_EXIT = 'raise SystemExit("a defect that ends the process")'
+HANGS = """
+import threading
+go_on, steps = threading.Event(), []
+if AT_IMPORT:
+    go_on.wait(30)
+
+def initialize(context, registry):
+    go_on.wait(30)
+    steps.append('initialized')
+
+def terminate(context):
+    steps.append('terminated')
 """
 BAD_AT_END = """
 def initialize(context, registry):
@@ -159,7 +179,10 @@ def test_one_that_is_missing_is_reported_by_its_name(install, plugins, caplog):
     assert plugin('one').steps == ['initialized']
 
 
-@pytest.mark.parametrize(('code', 'text'), [(BAD_AT_IMPORT, 'at its import'), (BAD_AT_START, 'at its start')])
+@pytest.mark.parametrize(
+    ('code', 'text'),
+    [(BAD_AT_IMPORT, 'at its import'), (BAD_AT_START, 'at its start'), (BAD_BY_EXIT, 'that ends the process')],
+)
 def test_one_that_is_broken_stops_no_other(install, plugins, caplog, code, text):
     install('a_bad_one', code)
     install('good', GOOD)
@@ -252,3 +275,299 @@ def test_the_signals_have_the_names_that_plugins_know():
         'mq:delivery_successful',
         'mq:delivery_failed',
     )
+
+
+# --- one that hangs ---------------------------------------------------------
+
+
+@pytest.fixture
+def let_go():
+    """Names of plugins that hang; they are let go in the end."""
+    names = []
+    yield names
+    for name in names:
+        plugin(name).go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == f'mailqueue-plugin-{name}':
+                thread.join(30)
+
+
+@pytest.mark.parametrize('at_import', [True, False])
+def test_one_that_hangs_is_reported_by_its_name_and_mail_goes_on(install, let_go, caplog, at_import):
+    install('hangs', HANGS.replace('AT_IMPORT', str(at_import)))
+    install('later', GOOD)
+    let_go.append('hangs')
+    plugins = PluginRegistry(patience=0.05)
+
+    plugins.load(['*'])
+
+    assert caplog.messages == ['The plugin hangs is not ready after 0.05 seconds; mail goes on without it until it is']
+    assert plugin('later').steps == ['initialized']
+
+
+def test_one_that_hangs_is_waited_for_once(install, let_go, until, caplog):
+    install('hangs', HANGS.replace('AT_IMPORT', 'False'))
+    install('good', GOOD)
+    let_go.append('hangs')
+    plugins = PluginRegistry(patience=0.05)
+
+    plugins.load(['*'])
+    plugins.terminate()
+    plugins.load(['*'])
+
+    assert len(caplog.messages) == 1
+    assert plugin('good').steps == ['initialized', 'terminated', 'initialized']
+    plugin('hangs').go_on.set()
+    until(lambda: plugin('hangs').steps)
+    until(lambda: not any(thread.name == 'mailqueue-plugin-hangs' for thread in threading.enumerate()))
+    plugins.terminate()
+    assert plugin('hangs').steps == ['initialized', 'terminated']
+
+
+# --- what a receiver is told ------------------------------------------------
+
+
+def test_a_receiver_is_told_of_the_message_in_the_words_of_mailqueue_runner(queue, envelope, says, listen):
+    heard = []
+
+    def receive(sender, msg, send_result):
+        heard.append(msg)
+
+    listen(MQSignal.delivery_failed, receive)
+    sent = envelope('ada', 'bob')
+    claim = queue.claimed(sent)
+    before = claim.queued_at
+
+    MessageHandler([says(NO)]).deliver(claim)
+
+    (msg,) = heard
+    assert (msg.id, msg.from_addr, msg.to_addrs) == (claim.id, 'shop@site.example', (ADA, BOB))
+    assert (msg.msg_bytes, f'<{msg.msg_id}>') == (sent.content, sent.message_id)
+    assert msg.queue_date.timestamp() == before
+    assert msg.is_in_queue
+
+
+@pytest.mark.parametrize(
+    ('content', 'msg_id'),
+    [(b'Message-ID: <1@site.example>\r\n\r\n', '1@site.example'), (b'Subject: hello\r\n\r\n', None)],
+)
+def test_a_message_may_have_no_message_id(queue, says, listen, content, msg_id):
+    heard = []
+
+    def receive(sender, msg, send_result):
+        heard.append(msg.msg_id)
+
+    listen(MQSignal.delivery_successful, receive)
+    MessageHandler([says(YES)]).deliver(queue.claimed(Envelope('shop@site.example', (ADA,), content)))
+
+    assert heard == [msg_id]
+
+
+def test_retries_count_the_attempts_that_have_failed_with_this_one(queue, envelope, says, listen):
+    heard = []
+
+    def receive(sender, msg, send_result):
+        heard.append(msg.retries)
+
+    for signal in (MQSignal.delivery_failed, MQSignal.delivery_successful):
+        listen(signal, receive)
+    handler = MessageHandler([says(NO, NO, YES)])
+    handler.deliver(queue.claimed(envelope()))
+    for _ in range(2):
+        (claim,) = queue.claim_due(queue.clock() + 5 * FIVE_MINUTES)
+        handler.deliver(claim)
+
+    assert heard == [1, 2, 2]
+
+
+# --- what a receiver may decide ---------------------------------------------
+
+
+def discard(sender, msg, send_result):
+    return MQAction.DISCARD
+
+
+def test_a_message_that_is_discarded_is_kept_as_a_dead_letter(queue, envelope, says, listen, told, caplog):
+    listen(MQSignal.delivery_failed, discard)
+    sent = envelope('ada', 'bob')
+
+    result = MessageHandler([says(NO)]).deliver(queue.claimed(sent))
+
+    (header,) = queue.headers('dead')
+    assert (header.recipients, header.attempts, header.last_reply) == ((ADA, BOB), 1, 'discarded by a plugin')
+    assert queue.files('dead')[0].read_bytes().endswith(sent.content)
+    assert queue.state == {'dead': 1}
+    assert not result
+    assert not result.queued
+    assert result.settlement == Settlement(burials=(Burial((ADA, BOB), 'discarded by a plugin'),))
+    assert told('status', 'to') == [('discarded', ADA), ('discarded', BOB), ('discarded', f'{ADA},{BOB}')]
+    assert (caplog.records[-1].name, caplog.records[-1].levelname) == ('mailqueue.queue_log', 'ERROR')
+
+
+def test_a_plugin_may_give_up_earlier_than_the_retry_policy(queue, envelope, says, listen):
+    def receive(sender, msg, send_result):
+        return MQAction.DISCARD if msg.retries > 2 else None
+
+    listen(MQSignal.delivery_failed, receive)
+    handler = MessageHandler([says(NO)])
+    handler.deliver(queue.claimed(envelope()))
+    for _ in range(2):
+        (claim,) = queue.claim_due(queue.clock() + 5 * FIVE_MINUTES)
+        handler.deliver(claim)
+
+    assert [header.attempts for header in queue.headers('dead')] == [3]
+    assert queue.state == {'dead': 1}
+
+
+def test_who_has_accepted_is_not_in_the_dead_letter_and_who_was_refused_is_in_one_of_their_own(
+    queue, envelope, says, listen
+):
+    listen(MQSignal.delivery_failed, discard)
+    claim = queue.claimed(envelope('ada', 'bob', 'eve'))
+
+    result = MessageHandler([says(SendResult({ADA: OK, BOB: LATER, EVE: NEVER}))]).deliver(claim)
+
+    assert {header.recipients: header.last_reply for header in queue.headers('dead')} == {
+        (BOB,): 'discarded by a plugin',
+        (EVE,): '550 5.1.1 no such user',
+    }
+    assert queue.state == {'dead': 2}
+    assert result.accepted == (ADA,)
+
+
+@pytest.mark.parametrize('signal', [MQSignal.delivery_failed, MQSignal.delivery_successful])
+def test_where_nobody_waits_there_is_nothing_to_discard(queue, envelope, says, listen, signal):
+    listen(signal, discard)
+    handler = MessageHandler([says(YES, SendResult({ADA: NEVER}))])
+
+    for _ in range(2):
+        handler.deliver(queue.claimed(envelope()))
+
+    assert [header.last_reply for header in queue.headers('dead')] == ['550 5.1.1 no such user']
+    assert queue.state == {'dead': 1}
+
+
+class Odd:
+    """What no receiver should return: it cannot be compared."""
+
+    def __eq__(self, other):
+        raise RuntimeError('not comparable')
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize('answer', [None, True, 'nonsense', b'discard', Odd()])
+def test_any_other_answer_discards_nothing(queue, envelope, says, listen, answer):
+    def receive(sender, msg, send_result):
+        return answer
+
+    listen(MQSignal.delivery_failed, receive)
+    MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
+
+    assert queue.state == {'waiting': 1}
+
+
+def test_one_receiver_is_enough_to_discard_even_if_another_one_raises(queue, envelope, says, listen, caplog):
+    def bad(sender, msg, send_result):
+        raise SystemExit('no licence')
+
+    for receiver in (bad, discard):
+        listen(MQSignal.delivery_failed, receiver)
+    MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
+
+    assert queue.state == {'dead': 1}
+    name = f'{__name__}.test_one_receiver_is_enough_to_discard_even_if_another_one_raises.<locals>.bad'
+    assert f'A receiver of mq:delivery_failed failed: {name}' in caplog.messages
+
+
+def test_a_discarded_message_can_be_tried_again_by_a_person(queue, envelope, says, listen):
+    listen(MQSignal.delivery_failed, discard)
+    MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
+
+    queue.admin.retry(queue.files('dead')[0].name)
+
+    assert [header.attempts for header in queue.headers('new')] == [0]
+
+
+# --- the moment in which it decides -----------------------------------------
+
+
+def test_while_receivers_decide_nobody_else_can_take_the_message(queue, envelope, says, listen):
+    seen = []
+
+    def receive(sender, msg, send_result):
+        other = type(queue)(queue.path)
+        seen.append((queue.state, queue.claim(msg.id), list(other.claim_due(2e9)), other.recover(2e9).orphans))
+
+    listen(MQSignal.delivery_failed, receive)
+    MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
+
+    assert seen == [({'in progress': 1}, None, [], ())]
+    assert queue.state == {'waiting': 1}
+
+
+def test_who_has_accepted_is_written_down_before_receivers_decide(queue, envelope, says, listen):
+    seen = []
+
+    def receive(sender, msg, send_result):
+        seen.extend(header.recipients for header in queue.headers('cur'))
+
+    listen(MQSignal.delivery_failed, receive)
+    MessageHandler([says(SendResult({ADA: OK, BOB: LATER}))]).deliver(queue.claimed(envelope('ada', 'bob')))
+
+    assert seen == [(BOB,)]
+
+
+def test_without_receivers_nothing_is_written_twice(queue, envelope, says, monkeypatch):
+    kept = []
+    claim = queue.claimed(envelope('ada', 'bob'))
+    monkeypatch.setattr(claim, 'keep', kept.append)
+
+    MessageHandler([says(SendResult({ADA: OK, BOB: LATER}))]).deliver(claim)
+
+    assert kept == []
+    assert [header.recipients for header in queue.headers('new')] == [(BOB,)]
+
+
+DIES = """
+import os, sys
+from pyramid_mailqueue import MessageHandler, MQSignal, registry
+from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+
+class Server:
+    def send(self, sender, recipients, content):
+        return SendResult({'ada@x.example': Reply(250), 'bob@x.example': Reply(451)})
+
+def die(sender, msg, send_result):
+    os._exit(7)
+
+registry.connect(MQSignal.delivery_failed, die)
+queue = MaildirQueue(sys.argv[1])
+claim = queue.put_claimed(Envelope('shop@site.example', ('ada@x.example', 'bob@x.example'), b'Hello.'))
+MessageHandler([Server()]).deliver(claim)
+"""
+
+
+def test_a_process_that_dies_in_a_receiver_loses_nobody_and_repeats_nobody(queue, says):
+    assert subprocess.run([sys.executable, '-c', DIES, queue.path], check=False).returncode == 7
+
+    assert len(queue.recover(queue.clock()).orphans) == 1
+    transport = says(SendResult({BOB: OK}))
+    MessageHandler([transport]).deliver(next(queue.claim_due(queue.clock() + 1)))
+
+    assert transport.asked == [(BOB,)]
+    assert queue.state == {}
+
+
+def test_an_interrupted_receiver_leaves_a_message_that_waits(queue, envelope, says, listen):
+    def receive(sender, msg, send_result):
+        raise KeyboardInterrupt
+
+    listen(MQSignal.delivery_failed, receive)
+    claim = queue.claimed(envelope())
+    with pytest.raises(KeyboardInterrupt):
+        MessageHandler([says(NO)]).send_message(claim)
+
+    assert queue.state == {'waiting': 1}
