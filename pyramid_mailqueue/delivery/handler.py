@@ -305,12 +305,21 @@ class _Attempt:
             self.offer = self.offer._replace(recipients=self.still_open)
 
     @property
+    def has_outcome(self) -> bool:
+        """Whether something was said of at least one recipient: then this must be settled, and told of."""
+        return any(answer.replies for answer in self.answers)
+
+    @property
     def result(self) -> SendResult:
         """Everything that was said; the trouble of one transport is none if another one could be used."""
         if len(self.answers) == 1:
             return self.answers[0]
         result = reduce(SendResult.merged_with, self.answers, SendResult())
-        return result if all(last.trouble for last in self._last.values()) else replace(result, trouble=None)
+        troubles = [last.trouble for last in self._last.values()]
+        if not all(troubles):
+            return replace(result, trouble=None)
+        # Where one of them broke off in the midst of this message, the next one is worth trying.
+        return replace(result, trouble=next((it for it in troubles if it and it.in_message), result.trouble))
 
 
 class _Claimed(_Attempt):
@@ -345,6 +354,15 @@ class _Shift:
                 yield self._concluded(attempt)
             else:
                 yield from self._stream(route, attempt)
+        # We were told to end: perhaps between two transactions of a message, or before the next transport was asked.
+        self._next.extendleft(reversed(self._under_way))
+        self._under_way.clear()
+        while self._next:
+            attempt = self._next.popleft()
+            if attempt.has_outcome:
+                yield self._concluded(attempt)
+            else:
+                attempt.claim.release()
 
     def _first(self) -> _Claimed | None:
         if self._is_over or self._claims.is_over:
@@ -371,9 +389,6 @@ class _Shift:
                     self._next.append(attempt)
                     return
                 if self._is_left_to_others(route, attempt, result):
-                    if result.replies:
-                        attempt.note(result)
-                        yield self._concluded(attempt)
                     return
                 attempt.note(result)
                 if self._handler.next_route(attempt) is None:
@@ -395,15 +410,18 @@ class _Shift:
             return False
         if self._claims.is_over or route.forgives(result.trouble):
             return False
-        untouched = [*self._under_way, *self._next]
-        if not result.replies:
+        untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
+        if not (result.replies or attempt.has_outcome):
             untouched.insert(0, attempt)
-        if not self._claims.hand_over([attempt.claim for attempt in untouched]):
+        # If it has not worked since its last trouble it is not our session that is one too many.
+        if route.pause.is_in_trouble or not self._claims.hand_over([it.claim for it in untouched]):
             self._handler.rest(route, result.trouble)
             return False
         log.warning('%s The run goes on with fewer connections.', result.trouble)
+        if result.replies:
+            attempt.note(replace(result, trouble=None))
+        self._next = deque(it for it in (attempt, *self._under_way, *self._next) if it.has_outcome)
         self._under_way.clear()
-        self._next.clear()
         self._is_over = True
         return True
 

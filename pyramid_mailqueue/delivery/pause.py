@@ -46,6 +46,12 @@ class Pause:
             return self._trouble if self._clock() < self._until else None
 
     @property
+    def is_in_trouble(self) -> bool:
+        """Whether there was no success since the last trouble, although the pause may be over."""
+        with self._lock:
+            return self._length > 0
+
+    @property
     def remaining(self) -> float:
         """How long it still rests, in seconds."""
         with self._lock:

@@ -50,6 +50,7 @@ class RunReport:
     :param stopped: the run ended early because it was told to
     :param rate_reached: the run ended early because ``mailqueue.rate_limit`` allows no more for a while
     :param recovery: what dead processes had left
+    :param done: how many had an outcome; one message may be both deferred and refused
     """
 
     sent: int = 0
@@ -59,20 +60,17 @@ class RunReport:
     stopped: bool = False
     rate_reached: bool = False
     recovery: Recovery = field(default_factory=Recovery)
-
-    @property
-    def done(self) -> int:
-        """How many messages had an outcome."""
-        return self.sent + self.deferred + self.refused
+    done: int = field(default=0, compare=False)
 
     def count(self, settlement: Settlement) -> None:
         """Count one message."""
-        if not settlement.waiting and not settlement.burials:
-            self.sent += 1
-        if settlement.waiting and settlement.counted:
-            self.deferred += 1
-        if settlement.burials:
-            self.refused += 1
+        is_deferred = bool(settlement.waiting and settlement.counted)
+        is_refused = bool(settlement.burials)
+        is_sent = not (settlement.waiting or settlement.burials)
+        self.sent += is_sent
+        self.deferred += is_deferred
+        self.refused += is_refused
+        self.done += is_sent or is_deferred or is_refused
 
 
 class Stop:
@@ -205,59 +203,83 @@ class _Crew:
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._server_works = False
+        self._is_server_lost = False
+        self._is_cut_short = False
         self._defect: BaseException | None = None
 
     def work(self, max_seconds: float | None) -> None:
         """Return when the run is over.  Raises what a thread could not cope with."""
-        deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._start_one(first=None)
-        has_started_others = False
-        while self._threads:
-            if self._stop.requested or _has_passed(deadline):
-                self._end_early()
-                break
-            if self._server_works and not has_started_others:
-                has_started_others = True
-                self._start_others(self._handler.connections - 1)
-            self._stop.wait(_until(deadline))
+        try:
+            self._wait_for_all(max_seconds)
+        except BaseException:
+            # Nobody is to take a message that one of the threads is still delivering.
+            self._supply.end()
+            self._break_off()
+            raise
         error = self._defect or self._supply.error
         if error is not None:
             raise error
         self._report.rate_reached = self._supply.is_rate_reached
-        if self._report.done and not self._handler.is_paused:
+        if self._report.done and not self._is_server_lost:
             # The server could be used; what it stumbled over has been told of.
             self._report.trouble = None
+
+    def _wait_for_all(self, max_seconds: float | None) -> None:
+        deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._start_one(self._supply.share())
+        has_started_others = False
+        while self._threads:
+            if self._stop.requested or _has_passed(deadline):
+                self._end_early()
+                return
+            if self._server_works and not has_started_others:
+                has_started_others = True
+                self._start_others(self._handler.connections - 1)
+            self._stop.wait(_until(deadline))
 
     def _start_others(self, number: int) -> None:
         """Start so many threads, if there is something to do for them."""
         while number > 0 and (claim := self._supply.next_now()) is not None:
-            self._start_one(claim)
+            share = self._supply.share(claim)
+            try:
+                self._start_one(share)
+            except RuntimeError as error:
+                log.warning('No more threads can be started (%s). The run goes on with fewer connections.', error)
+                share.hand_over([claim])
+                return
             number -= 1
 
-    def _start_one(self, first: IClaim | None) -> None:
-        share = self._supply.share(first)
+    def _start_one(self, share: Share) -> None:
         # A daemon: at the end it may hang in what cannot be broken off.
         thread = threading.Thread(target=self._deliver, args=(share,), name='mailqueue-run', daemon=True)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.remove(thread)
+            raise
 
     def _end_early(self) -> None:
-        """Wait for the messages in hand, but not for ever."""
+        """Wait for the messages in hand; who was told to stop does not wait for ever."""
         self._supply.end()
-        if self._stop.requested:
-            self._stop.on_ending()
-        deadline = time.monotonic() + PATIENCE
+        deadline = None
         while self._threads and not (_has_passed(deadline) or self._stop.urgent):
+            if self._stop.requested and deadline is None:
+                self._stop.on_ending()
+                deadline = time.monotonic() + PATIENCE
             self._stop.wait(_until(deadline))
         if self._threads:
-            self._handler.abort()
-            deadline = time.monotonic() + LAST_PATIENCE
-            while self._threads and not _has_passed(deadline):
-                self._stop.wait(_until(deadline))
+            self._break_off()
         # Who has nothing left has not been stopped.
-        self._report.stopped = self._stop.requested and self._supply.has_more()
+        self._report.stopped = self._stop.requested and (self._is_cut_short or self._supply.has_more())
         self._supply.release()
+
+    def _break_off(self) -> None:
+        self._handler.abort()
+        deadline = time.monotonic() + LAST_PATIENCE
+        while self._threads and not _has_passed(deadline):
+            self._stop.wait(_until(deadline))
 
     # --- in the threads ---
 
@@ -280,7 +302,8 @@ class _Crew:
             if share.succeeded() and not self._server_works:
                 self._server_works = True
                 self._stop.wake()
-        elif self._handler.is_paused:
+        elif self._handler.is_paused or not result.trouble.in_message:
+            self._is_server_lost = True
             self._supply.end()
         else:
             log.warning('%s The message %s waits.', result.trouble, claim.id)
@@ -288,6 +311,7 @@ class _Crew:
             self._report.trouble = result.trouble or self._report.trouble
             if result.settlement is not None:
                 self._report.count(result.settlement)
+                self._is_cut_short |= bool(result.settlement.waiting and not result.settlement.counted)
             if self._on_progress is not None:
                 self._on_progress(self._report)
 

@@ -171,7 +171,7 @@ class Supply:
         """Whether there is something that was not settled; asked when no more is handed out."""
         with self._changed:
             if not self._returned and not any(share.has_claims for share in self._shares):
-                claim = next(self._claims, None)
+                claim = next(self._claims, None) if self._left != 0 else None
                 if claim is None:
                     return False
                 self._returned.append(claim)
@@ -225,6 +225,8 @@ class Share:
         """See `Claims`."""
         if not self._supply.hand_over(claims, is_new=self._is_new):
             return False
+        self._is_new = False
+        self._first = None
         for claim in claims:
             self.done_with(claim)
         return True
