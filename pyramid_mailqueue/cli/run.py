@@ -8,6 +8,7 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import sys
@@ -137,15 +138,14 @@ def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) 
 
 def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
     """Make one run after the other, until told to stop.  What goes wrong is told of once, and tried again."""
-    began, left = time.monotonic(), arguments.max_messages
-    told = ''
+    left, told = arguments.max_messages, ''
+    end = math.inf if arguments.max_time is None else time.monotonic() + arguments.max_time
     notify_systemd('READY=1')
-    while not signals.stop.requested and left != 0:
-        seconds = None if arguments.max_time is None else began + arguments.max_time - time.monotonic()
-        if seconds is not None and seconds <= 0:
-            break
+    while not signals.stop.requested and left != 0 and (rest := end - time.monotonic()) > 0:
         try:
-            report = runner.round(signals.stop, max_messages=left, max_seconds=seconds)
+            report = runner.round(
+                signals.stop, max_messages=left, max_seconds=None if arguments.max_time is None else rest
+            )
         except QueueError as error:
             trouble: Exception | None = error
         else:
@@ -157,7 +157,8 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
             _complain_of(trouble)
         told = '' if trouble is None else str(trouble)
         notify_systemd(f'STATUS={told or "waiting for mail"}')
-        signals.sleep(max(arguments.watch, runner.handler.rests_for))
+        if left != 0:
+            signals.sleep(min(max(arguments.watch, runner.handler.rests_for), end - time.monotonic()))
     notify_systemd('STOPPING=1')
     return EX_OK
 
