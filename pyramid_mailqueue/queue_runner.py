@@ -18,12 +18,14 @@ from pyramid_mailqueue.cli.config import setup_logging
 from pyramid_mailqueue.cli.run import tell_of
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.wiring import build_handler, build_queue
 
 __all__ = ['QueuedMessage', 'enqueue_message', 'one_shot_queue_run']
@@ -168,7 +170,13 @@ def one_shot_queue_run(
         setup_logging(None if config_path is None else os.fspath(config_path), {}, read)
     queue = build_queue(read)
     handler: MessageHandler = given.get('mh') or build_handler(read)
-    runner = Runner(queue, handler.for_queue(queue, read.plugins))
+    handler = handler.for_queue(queue, read.plugins)
+    if read.redirect_all_to is not None:
+        # A handler of the program's own knows nothing of the settings of the run.
+        handler.routes = [
+            Route(redirecting(route.transport, read.redirect_all_to), route.pause) for route in handler.routes
+        ]
+    runner = Runner(queue, handler)
     report = runner.run()
     if not (options or {}).get('quiet'):
         tell_of(report, runner, verbose=bool((options or {}).get('verbose')))

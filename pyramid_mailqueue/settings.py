@@ -367,6 +367,10 @@ class Settings:
         _rate, 'How many recipients are sent to in a time, at most, by all processes of this queue: such as 14/second.'
     )
     max_message_size: int | None = _optional(_size, 'How large a message may be.')
+    redirect_all_to: str | None = _optional(
+        _address,
+        'The address that all mail goes to, and none to those whom it is for: for a site that is tried out.',
+    )
     in_doubt: str = _key(
         _choice('hold', 'send', 'discard'),
         'hold',

@@ -69,12 +69,19 @@ def build_mailer(
 
 def build_compose(settings: Settings) -> Callable[..., Envelope]:
     """Return what makes an envelope of a message, a sender and recipients."""
-    return partial(
+    compose = partial(
         Envelope.from_message,
         default_sender=settings.default_sender,
         max_size=settings.max_message_size,
         local_hostname=settings.smtp_local_hostname,
     )
+    to = settings.redirect_all_to
+    if to is None:
+        return compose
+    from pyramid_mailqueue.redirect import redirected
+
+    # Here, so that a queue never holds what must not be sent.
+    return lambda *args, **options: redirected(compose(*args, **options), to)
 
 
 def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMailQueue) -> dict[str, IDispatcher]:
@@ -126,16 +133,22 @@ def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:
     own = {
         key: value
         for key, value in settings.items()
-        if key.removeprefix('mailqueue.').startswith(('smtp_', 'max_recipients'))
+        if key.removeprefix('mailqueue.').startswith(('smtp_', 'max_recipients', 'redirect_all_to'))
     }
-    return _smtp(Settings.from_program(own))
+    read = Settings.from_program(own)
+    return _redirecting(_smtp(read), read)
 
 
 def build_handler(
     settings: Settings, lookup: Lookup | None = None, notify: Callable[[MailEvent], None] | None = None
 ) -> MessageHandler:
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
-    transports = [_transport(name, settings, lookup) for name in settings.transports]
+    transports = [_redirecting(_transport(name, settings, lookup), settings) for name in settings.transports]
+    if settings.redirect_all_to is not None:
+        log.warning(
+            'mailqueue.redirect_all_to = %s: all mail goes there, and none to those whom it is for.',
+            settings.redirect_all_to,
+        )
     policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)
     return MessageHandler(
         transports,
@@ -171,6 +184,14 @@ def _transport(name: str, settings: Settings, lookup: Lookup | None) -> ITranspo
         )
     found: ITransport = transport
     return found
+
+
+def _redirecting(transport: ITransport, settings: Settings) -> ITransport:
+    if settings.redirect_all_to is None:
+        return transport
+    from pyramid_mailqueue.transports.redirect import redirecting
+
+    return redirecting(transport, settings.redirect_all_to)
 
 
 def _smtp(settings: Settings) -> ITransport:

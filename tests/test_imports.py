@@ -16,7 +16,7 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 # for all of its modules, except for those that are named on their own.
 LAYERS = (
     ('exceptions', 'interfaces', 'addresses', 'forks', 'hosts'),
-    ('content', 'envelope', 'settings', 'delivery.results'),
+    ('content', 'envelope', 'settings', 'redirect', 'delivery.results'),
     ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),

@@ -34,6 +34,7 @@ from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
+from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 CONTRACTS = [getattr(interfaces, name) for name in interfaces.__all__]
@@ -74,6 +75,8 @@ def objects(queue_dir, tmp_path):
         (IStaging, capturing.queue.staging()),
         (ITransport, AcceptingTransport()),
         (ITransport, SMTPTransport(hostname='localhost')),
+        (ITransport, redirecting(SMTPTransport(hostname='localhost'), 'me@site.example')),
+        (ITransport, redirecting(DebugInbox(tmp_path / 'inbox'), 'me@site.example')),
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),
         (IRetryPolicy, ExponentialBackoff()),

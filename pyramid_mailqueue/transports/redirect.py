@@ -1,0 +1,96 @@
+"""What ``mailqueue.redirect_all_to`` makes of a transport: one that has one recipient, whoever a message is for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.results import Offer, SendResult
+from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.redirect import original_recipients
+
+__all__ = ['RedirectingStream', 'RedirectingTransport', 'redirecting']
+
+
+def redirecting(transport: Any, to: str) -> ITransport:
+    """
+    Return *transport* as one that sends everything to the address *to*.
+
+    New messages are redirected before they come into the queue.  This is for those that are in it already.
+
+    :param transport: any object with a fitting ``send`` (see `ITransport`)
+    """
+    if isinstance(transport, RedirectingTransport):
+        return transport
+    kind = RedirectingStream if hasattr(transport, 'stream') else RedirectingTransport
+    return kind(transport, to)
+
+
+@implementer(ITransport)
+class RedirectingTransport:
+    """
+    See `ITransport`.  Each recipient has the reply that the server gave for the one.
+
+    Its name says that it redirects, so that no log tells of mail which somebody has never got.
+    """
+
+    def __init__(self, transport: Any, to: str) -> None:
+        self._transport = transport
+        self._to = to
+        self.name = self._named(getattr(transport, 'name', None) or type(transport).__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        # What a transport may have or not, such as abort().
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return getattr(self._transport, name)
+
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
+        """See `ITransport`."""
+        offer = self._redirected(Offer(sender, recipients, content))
+        return self._for_all(recipients, self._transport.send(*offer))
+
+    def close(self) -> None:
+        """See `ITransport`."""
+        close = getattr(self._transport, 'close', None)
+        if close is not None:
+            close()
+
+    def _redirected(self, offer: Offer) -> Offer:
+        if offer.recipients == (self._to,):
+            return offer
+        return Offer(offer.sender, (self._to,), original_recipients(offer.recipients) + offer.content)
+
+    def _for_all(self, recipients: tuple[str, ...], answer: SendResult | bool) -> SendResult | bool:
+        if not isinstance(answer, SendResult):
+            return answer
+        reply = answer.replies.get(self._to)
+        replies = {} if reply is None else dict.fromkeys(recipients, reply)
+        return replace(answer, replies=replies, transport=answer.transport and self._named(answer.transport))
+
+    def _named(self, name: str) -> str:
+        return f'{name} (redirected to {self._to})'
+
+
+class RedirectingStream(RedirectingTransport):
+    """See `ITransport`."""
+
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool]:
+        """See `ITransport`."""
+        under_way = deque([first])
+
+        def next_offer() -> Offer | None:
+            offer = more()
+            if offer is None:
+                return None
+            under_way.append(offer)
+            return self._redirected(offer)
+
+        with closing(self._transport.stream(self._redirected(first), next_offer)) as answers:
+            for answer in answers:
+                yield self._for_all(under_way.popleft().recipients, answer)
