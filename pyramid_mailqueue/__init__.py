@@ -153,10 +153,10 @@ def includeme(config: Any) -> None:
     """
     Set up mail for a Pyramid application, from its ``mailqueue.*`` settings.
 
-    Registers a utility for :class:`~.interfaces.IMailer`, and adds ``request.mailer``.  The settings are read when the
-    configuration is committed, after all other actions, so the application may still change them after this call; a
-    setting that cannot be used raises :class:`ConfigurationError` then.  A transport that ``mailqueue.transports``
-    names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
+    Registers a utility for :class:`~.interfaces.IMailer`, unless there is one, and adds ``request.mailer``.  The
+    settings are read when the configuration is committed, after all other actions, so the application may still change
+    them after this call; a setting that cannot be used raises :class:`ConfigurationError` then.  A transport that
+    ``mailqueue.transports`` names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
     """
 
     def register() -> None:

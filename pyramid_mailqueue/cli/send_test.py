@@ -165,11 +165,19 @@ def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope
     message['Auto-Submitted'] = 'auto-generated'
     message.set_content(f'{NAME} has sent this from {host}.  If you read it, mail gets through.\n')
     try:
-        address = parse_mailbox(sender or settings.default_sender or f'{getpass.getuser()}@{host}')
+        address = parse_mailbox(sender or settings.default_sender or f'{_user()}@{host}')
         message['From'] = address
         return build_compose(settings)(message, address, recipient)
     except MessageError as error:
         raise ConfigurationError(f'The test message cannot be made: {error}') from error
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # Nobody has this number, as in many containers.
+        return 'postmaster'
 
 
 def _attempt(queue: IMailQueue, handler: MessageHandler, envelope: Envelope) -> SendResult | None:
@@ -219,7 +227,9 @@ class ClaimForOneAttempt:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP do what Ctrl-C does: the message must not stay behind."""
-    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Who started us may have chosen that we ignore one of them, as nohup does.
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    former = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     try:
         yield
     finally:

@@ -230,8 +230,9 @@ def make_mailer(
     :param notify: called with each event (see :mod:`~.events`)
     :raises ConfigurationError: a setting is unknown, malformed, or contradicts another one
     """
-    given = {key: value for key, value in (settings or {}).items() if value not in (None, '')}
-    read = Settings.from_mapping({**_NOT_NEEDED, **given})
+    given = dict(settings or {})
+    missing = {key: value for key, value in _NOT_NEEDED.items() if not str(given.get(key) or '').strip()}
+    read = Settings.from_mapping({**given, **missing})
     queue = CapturingQueue()
     handler = MessageHandler([AcceptingTransport()], plugins=read.plugins, notify=notify)
     inline = InlineDispatcher(handler, queue)

@@ -51,15 +51,11 @@ def start(tmp_path):
     """Start a command, ``mq-send-test`` unless it is told otherwise."""
     processes = []
 
-    def start(*arguments, command='send_test', **options):
+    def start(*arguments, module='pyramid_mailqueue.cli.send_test', **options):
         # What the tests have installed lies in the same folder.
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
         options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'env': env, **options}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, '-m', f'pyramid_mailqueue.cli.{command}', *map(str, arguments)], **options
-            )
-        )
+        processes.append(subprocess.Popen([sys.executable, '-m', module, *map(str, arguments)], **options))
         return processes[-1]
 
     yield start
@@ -188,6 +184,26 @@ def test_who_sends_it_if_nobody_is_named_is_this_user(mq_send_test, app_ini, ser
     mq_send_test(app_ini(server, smtp_local_hostname='web1.site.example'), TO)
 
     assert server.messages[0].sender == f'{getpass.getuser()}@web1.site.example'
+
+
+NOBODY = """
+import getpass
+from pyramid_mailqueue.cli import send_test
+
+def getuser():
+    raise KeyError('getpwuid(): uid not found: 12345')
+
+getpass.getuser = getuser
+send_test.main()
+"""
+
+
+def test_a_user_without_a_name_can_send_it_too(mq_send_test, app_ini, server, tmp_path):
+    (tmp_path / 'nobody.py').write_text(NOBODY)
+
+    mq_send_test(app_ini(server, smtp_local_hostname='web1.site.example'), TO, module='nobody')
+
+    assert server.messages[0].sender == 'postmaster@web1.site.example'
 
 
 def test_a_sender_may_be_named_before_that_of_the_settings(mq_send_test, app_ini, server):
@@ -362,7 +378,7 @@ def test_mq_run_and_it_go_on_side_by_side(start, app_ini, server, waiting, make_
     process = start(ini, TO)
     server.wait_for(lambda: any('RCPT TO:<ada@x.example>' in session.commands for session in server.sessions))
 
-    run = start(ini, command='run')
+    run = start(ini, module='pyramid_mailqueue.cli.run')
     assert run.communicate(timeout=60) == ('mq-run: 1 sent; 0 waiting\n', '')
     before = state()
     answer.set()
@@ -394,6 +410,19 @@ def test_whoever_interrupts_it_leaves_nothing_behind(start, app_ini, server, mak
 
     assert (before, state()) == ({'cur': 1}, {})
     assert (process.returncode, err) == (130, '')
+
+
+def test_what_it_was_started_to_ignore_it_ignores(start, app_ini, server, make_event, state):
+    answer = make_event()
+    server.script['RCPT'] = Wait(answer)
+    process = start(app_ini(server), TO, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    server.wait_for(lambda: any('RCPT' in session.commands[-1] for session in server.sessions if session.commands))
+
+    process.send_signal(signal.SIGHUP)
+    answer.set()
+    process.communicate(timeout=60)
+
+    assert (process.returncode, len(server.messages), state()) == (0, 1, {})
 
 
 def test_a_queue_that_cannot_take_it_is_told(mq_send_test, app_ini, server, queue_dir):

@@ -321,6 +321,7 @@ def test_the_settings_of_production_may_stay(make_app, tmp_path):
             'mailqueue.transports': 'smtp shop.transports:Backup',
             'mailqueue.rate_limit': '1/day',
             'mailqueue.delivery': '',
+            'mailqueue.smtp_local_hostname': ' ',
         },
     )
     app.get('/greet')
