@@ -183,11 +183,8 @@ class MessageHandler:
     def _send_queued(self, claim: IClaim, sender: str | None, recipients: Iterable[str] | str | None) -> SendResult:
         if getattr(claim, 'is_over', False):
             raise WrongState(f'The message {claim.id} was sent before, or was given back to its queue.')
-        if sender is not None or recipients is not None:
-            own = claim.envelope
-            given = Envelope.from_message(own.content, sender or own.sender, recipients or own.recipients)
-            if given.sender != own.sender or {*given.recipients} != {*own.recipients}:
-                raise MessageError(f'The message {claim.id} has another sender or other recipients in its queue.')
+        if (sender is not None or recipients is not None) and _is_for_others(claim.envelope, sender, recipients):
+            raise MessageError(f'The message {claim.id} has another sender or other recipients in its queue.')
         self.load_plugins()
         try:
             if not self.may_send(claim):
@@ -223,6 +220,7 @@ class MessageHandler:
         result, now = attempt.result, self.clock()
         account = Account('', envelope, attempt.answers, attempts=0, queued_at=now, now=now)
         if len(result.accepted) < len(envelope.recipients):
+            # Nobody waits, so there is nothing that they could discard.
             heed_plugins(account, result, before=_do_nothing)
         tell(account, result, Settlement(burials=self._bury(envelope, result)), self.notify)
         return result
@@ -474,6 +472,13 @@ class _One:
 
     def hand_over(self, claims: Sequence[IClaim]) -> bool:
         return False
+
+
+def _is_for_others(own: Envelope, sender: str | None, recipients: Iterable[str] | str | None) -> bool:
+    asked = Envelope.from_message(
+        b'', own.sender if sender is None else sender, own.recipients if recipients is None else recipients
+    )
+    return asked.sender != own.sender or {*asked.recipients} != {*own.recipients}
 
 
 def _do_nothing() -> None:

@@ -10,6 +10,7 @@ import pytest
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal
 from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, MessageError, QueueError, WrongState
 from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.transports.maildir import MaildirBackend
@@ -291,7 +292,7 @@ def test_sender_and_recipients_may_be_said_once_more(held, says, who):
     assert MessageHandler([says(YES)]).send_message(held, **who)
 
 
-@pytest.mark.parametrize('who', [{'sender': EVE}, {'recipient': BOB}, {'recipients': [ADA, BOB]}])
+@pytest.mark.parametrize('who', [{'sender': EVE}, {'sender': ''}, {'recipient': BOB}, {'recipients': [ADA, BOB]}])
 def test_a_queued_message_does_not_go_to_others_than_it_was_queued_for(queue, held, says, who):
     transport = says(YES)
 
@@ -322,6 +323,12 @@ def test_a_queued_message_that_was_given_back_is_somebody_elses(queue, held, say
         MessageHandler([says(YES)]).send_message(held)
 
     assert queue.state == {'waiting': 1}
+
+
+def test_a_queued_message_is_sent_as_it_is_whatever_another_program_has_put_there(queue, says):
+    odd = queue.claimed(Envelope(SHOP, (ADA,), b'no header\r\n'))
+
+    assert MessageHandler([says(YES)]).send_message(odd, sender=SHOP, recipient=ADA)
 
 
 def test_a_queued_message_is_not_queued_once_more_in_its_own_queue(queue, backend, held, says):
