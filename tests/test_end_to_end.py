@@ -69,7 +69,7 @@ def folders(queue_dir):
         for folder in queue_dir.iterdir():
             for path in folder.iterdir():
                 with path.open('rb') as file:
-                    found.setdefault(folder.name, []).append(read_envelope(file))
+                    found.setdefault(folder.name, []).append(read_envelope(file.read()))
         return found
 
     return folders

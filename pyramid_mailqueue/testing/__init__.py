@@ -19,7 +19,14 @@ from typing import Any
 
 from pyramid_mailqueue.events import notify
 from pyramid_mailqueue.interfaces import IMailer
-from pyramid_mailqueue.testing.outbox import CapturedMail, CapturingMailer, Outbox, captured_mail, make_mailer
+from pyramid_mailqueue.testing.outbox import (
+    CapturedMail,
+    CapturingMailer,
+    Outbox,
+    captured_mail,
+    mail_discarded,
+    make_mailer,
+)
 from pyramid_mailqueue.testing.smtp_server import (
     EXTENSIONS,
     Close,
@@ -46,6 +53,7 @@ __all__ = [
     'Wait',
     'captured_mail',
     'includeme',
+    'mail_discarded',
     'make_mailer',
 ]
 

@@ -38,7 +38,7 @@ from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 from pyramid_mailqueue.wiring import build_compose
 
-__all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'make_mailer']
+__all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_discarded', 'make_mailer']
 
 # What is required in production, and of no use here.
 _NOT_NEEDED = {'mailqueue.queue_dir': '/nowhere', 'mailqueue.smtp_hostname': 'localhost'}
@@ -216,6 +216,11 @@ class CapturingMailer(Mailer):
         assert isinstance(self.queue, CapturingQueue)
         return self.queue.outbox
 
+    @property
+    def mail_discarded(self) -> list[CapturedMail]:
+        """The mail that an abort, or the rollback of a savepoint, has dropped: the ``discarded`` of the outbox."""
+        return self.outbox.discarded
+
 
 def make_mailer(
     settings: Mapping[str, object] | None = None,
@@ -264,6 +269,11 @@ def captured_mail(app: Any = None) -> Outbox:
         'No application here captures its mail: in tests it has to include pyramid_mailqueue.testing, for instance by '
         'the setting pyramid.includes = pyramid_mailqueue.testing.'
     )
+
+
+def mail_discarded(app: Any = None) -> list[CapturedMail]:
+    """Return the mail that an abort has dropped; see :func:`captured_mail`."""
+    return captured_mail(app).discarded
 
 
 def _registries(app: Any) -> Sequence[Any]:

@@ -122,7 +122,7 @@ def left(queue_dir):
         found = {}
         for path in queue_dir.glob('*/*'):
             with path.open('rb') as file:
-                _, envelope = read_envelope(file)
+                _, envelope = read_envelope(file.read())
             found.setdefault(path.parent.name, []).extend(envelope.recipients)
         return found
 

@@ -16,7 +16,7 @@ from webtest import TestApp
 from pyramid_mailqueue import ConfigurationError, IMailer, MessageError, NoActiveTransaction, NoRecipients, get_mailer
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailDelivered, MailEvent, MailQueued
-from pyramid_mailqueue.testing import CapturedMail, captured_mail, make_mailer
+from pyramid_mailqueue.testing import CapturedMail, captured_mail, mail_discarded, make_mailer
 from pyramid_mailqueue.transactions import ManagerTransaction
 
 pytest_plugins = ['pytester']
@@ -186,6 +186,7 @@ def test_mail_of_a_transaction_that_fails_is_discarded(make_app):
     outbox = captured_mail(app)
     assert outbox == []
     assert subjects(outbox.discarded) == ['dropped', 'dropped too']
+    assert mail_discarded(app) == outbox.discarded == get_mailer(app.app.registry).mail_discarded
 
 
 def test_mail_of_a_savepoint_that_is_rolled_back_is_discarded(make_app):
