@@ -186,7 +186,7 @@ def test_mail_of_a_transaction_that_fails_is_discarded(make_app):
     outbox = captured_mail(app)
     assert outbox == []
     assert subjects(outbox.discarded) == ['dropped', 'dropped too']
-    assert mail_discarded(app) == outbox.discarded == get_mailer(app.app.registry).mail_discarded
+    assert mail_discarded(app) == outbox.discarded == get_mailer(app.app).mail_discarded
 
 
 def test_mail_of_a_savepoint_that_is_rolled_back_is_discarded(make_app):
