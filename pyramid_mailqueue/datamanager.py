@@ -36,7 +36,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
-from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IStaging
+from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, IStaging
 
 __all__ = ['MailDataManager']
 
@@ -79,17 +79,20 @@ class MailDataManager:
         self._committing = False
         self._decided = False
 
-    def add(self, envelope: Envelope, delivery: str) -> None:
+    def add(self, envelope: Envelope, delivery: str, session: Any = None) -> None:
         """
         Make *envelope* part of the transaction.
 
         :param delivery: which dispatcher gets it after the commit; ``'queue'`` leaves it to a later run
+        :param session: for the staging of an `ISessionQueue`
         :raises NoActiveTransaction: the transaction is already being committed, or has ended
         """
         if self._committing:
             raise NoActiveTransaction(_too_late(self._txn))
         if not self._joined:
             self._join()
+        if session is not None:
+            ISessionStaging(self._staging).join(session)
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
         self._added.append((delivery, envelope))
 

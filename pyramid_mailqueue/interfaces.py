@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
 
-__all__ = ['IClaim', 'IDispatcher', 'IMailQueue', 'IMailer', 'IQueueAdmin', 'IRetryPolicy', 'IStaging', 'ITransport']
+__all__ = [
+    'IClaim',
+    'IDispatcher',
+    'IMailQueue',
+    'IMailer',
+    'IQueueAdmin',
+    'IRetryPolicy',
+    'ISessionQueue',
+    'ISessionStaging',
+    'IStaging',
+    'ITransport',
+]
 
 
 class IMailer(Interface):
@@ -36,12 +47,18 @@ class IMailer(Interface):
         sender: str | None = None,
         recipients: Sequence[str] | str | None = None,
         delivery: str | None = None,
+        session: Any = None,
     ) -> str:
         """
         Send *message* if, and only if, the current transaction commits.  Return its Message-ID.
 
         *delivery* (``'background'``, ``'inline'`` or ``'queue'``) overrides ``mailqueue.delivery`` for this message.
-        Raises :class:`~.exceptions.NoActiveTransaction` where nothing will ever commit.
+        *session* is the session of the application's database in which a queue in that database is to keep the message,
+        by default that of the request; other queues take no notice of it.  With a session that takes no part in the
+        current transaction the message is sent if, and only if, that session commits, by a later run.
+
+        Raises :class:`~.exceptions.NoActiveTransaction` where nothing will ever commit, and
+        :class:`~.exceptions.QueueError` if the session cannot take the message.
         """
 
     def send_immediately(
@@ -108,6 +125,22 @@ class IMailQueue(Interface):
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
 
     admin: IQueueAdmin = Attribute('An IQueueAdmin of this queue: what a person may see and do.')
+
+
+class ISessionQueue(IMailQueue):
+    """A queue in the application's own database, whose messages commit with the application's data."""
+
+    session_name: str = Attribute("The attribute of a request that is the application's database session.")
+
+    def takes_part(session: Any, manager: Any) -> bool:
+        """Whether *session* commits with the current transaction of *manager*; begins its part in it, if so."""
+
+    def put_in(session: Any, envelope: Envelope) -> str:
+        """
+        Put *envelope* into the transaction of a session that somebody else commits; return its name in the queue.
+
+        It waits, for a later run.  Raises :class:`~.exceptions.QueueError`.
+        """
 
 
 class IQueueAdmin(Interface):
@@ -218,12 +251,25 @@ class IStaging(Interface):
         """
 
 
+class ISessionStaging(IStaging):
+    """The staging of an :class:`ISessionQueue`."""
+
+    def join(session: Any) -> None:
+        """Add what is added from now on by *session*, which takes part in the transaction."""
+
+
 class IClaim(Interface):
     """
     One message, taken for delivery: until it is settled nobody else can take it.
 
     A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, its claims end
     too, and their messages are up for the next run.
+
+    A claim that can be lost while it is held has one method more:
+
+    ``is_valid()``
+        Whether the message is still this claim's, and will be for long enough to send it.  Asked when the message is
+        taken up, and once more before its content goes out.  Raises nothing; what it has said no to is left alone.
     """
 
     id: str = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')

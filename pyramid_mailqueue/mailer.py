@@ -17,7 +17,8 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailEvent, MailQueued
-from pyramid_mailqueue.interfaces import IDispatcher, IMailer, IMailQueue
+from pyramid_mailqueue.exceptions import QueueError
+from pyramid_mailqueue.interfaces import IDispatcher, IMailer, IMailQueue, ISessionQueue
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 
 __all__ = ['Mailer']
@@ -76,12 +77,33 @@ class Mailer:
         sender: str | None = None,
         recipients: Sequence[str] | str | None = None,
         delivery: str | None = None,
+        session: Any = None,
     ) -> str:
         """See `IMailer`."""
         delivery = self._checked(delivery)
+        if ISessionQueue.providedBy(self.queue):
+            return self._send_in_session(ISessionQueue(self.queue), (message, sender, recipients), delivery, session)
         data_manager = self._data_manager()
         envelope = self._compose(message, sender, recipients)
         data_manager.add(envelope, delivery)
+        return envelope.message_id
+
+    def _send_in_session(
+        self, queue: ISessionQueue, parts: tuple[Any, str | None, Any], delivery: str, session: Any
+    ) -> str:
+        if session is None:
+            self._transactions.current()
+            session = self._transactions.of_request(queue.session_name)
+        if session is None:
+            raise QueueError(
+                "The sql queue puts mail into the application's database session, and there is none: "
+                f'request.{queue.session_name} (mailqueue.sql_session) is missing. In a script, pass session=.'
+            )
+        envelope = self._compose(*parts)
+        if queue.takes_part(session, self._transactions.manager):
+            self._data_manager().add(envelope, delivery, session)
+        else:
+            queue.put_in(session, envelope)
         return envelope.message_id
 
     def send_immediately(

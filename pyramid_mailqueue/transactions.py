@@ -57,6 +57,9 @@ class ITransactionSource(Protocol):
     def current(self) -> Any:
         """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
 
+    def of_request(self, name: str) -> Any:
+        """Return an attribute of the request whose transaction that is; None if there is no request, or none of it."""
+
 
 class ManagerTransaction:
     """
@@ -74,6 +77,9 @@ class ManagerTransaction:
             return self.manager.get()
         except NoTransaction:
             raise NoActiveTransaction(_NOBODY_COMMITS) from None
+
+    def of_request(self, name: str) -> None:
+        """See `ITransactionSource`."""
 
 
 class RequestTransaction:
@@ -103,6 +109,10 @@ class RequestTransaction:
             raise NoActiveTransaction(_NOBODY_COMMITS)
         return txn
 
+    def of_request(self, name: str) -> Any:
+        """See `ITransactionSource`."""
+        return getattr(self._request, name, None)
+
     def _is_given_up(self) -> bool:
         """Whether an exception view has answered, or is about to."""
         return getattr(self._request, 'exc_info', None) is not None
@@ -123,6 +133,10 @@ class ThreadTransaction:
     def current(self) -> Any:
         """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
         return self._source().current()
+
+    def of_request(self, name: str) -> Any:
+        """See `ITransactionSource`."""
+        return self._source().of_request(name)
 
     def _source(self) -> ITransactionSource:
         # Whoever uses this has Pyramid; who uses this module may not.

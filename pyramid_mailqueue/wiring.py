@@ -106,7 +106,7 @@ def build_queue(settings: Settings) -> IMailQueue:
     if settings.queue == 'maildir':
         return _maildir_queue(settings)
     if settings.queue == 'sql':
-        raise ConfigurationError('mailqueue.queue = sql: this release has no queue in a database; use maildir.')
+        return _sql_queue(settings)
     queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
     return queue
 
@@ -120,6 +120,27 @@ def _maildir_queue(settings: Settings) -> IMailQueue:
         return MaildirQueue(settings.queue_dir, in_doubt=settings.in_doubt, horizon=settings.retry_max + DAY)
     except QueueError as error:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
+
+
+def _sql_queue(settings: Settings) -> IMailQueue:
+    try:
+        from pyramid_mailqueue.queues.sql import SQLQueue
+        from pyramid_mailqueue.queues.sql_database import DatabaseAway
+    except ImportError as error:
+        raise ConfigurationError(
+            f"mailqueue.queue = sql needs SQLAlchemy ({error}): pip install 'pyramid_mailqueue[sql]'"
+        ) from error
+    if settings.sql_url is None:
+        raise ConfigurationError('mailqueue.sql_url is missing, and so is sqlalchemy.url: name the database.')
+    queue = SQLQueue(settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease)
+    try:
+        queue.check()
+    except DatabaseAway as error:
+        # The tables are looked at when it is back.
+        log.warning('%s', error)
+    # A server may fork from here on.
+    queue.database.close()
+    return queue
 
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:

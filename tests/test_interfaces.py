@@ -24,6 +24,8 @@ from pyramid_mailqueue.interfaces import (
     IMailQueue,
     IQueueAdmin,
     IRetryPolicy,
+    ISessionQueue,
+    ISessionStaging,
     IStaging,
     ITransport,
 )
@@ -31,6 +33,8 @@ from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
+from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.queues.sql_schema import create_tables
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
@@ -59,6 +63,8 @@ def objects(queue_dir, tmp_path):
     claim = queue.put_claimed(envelope)
     in_memory = MemoryQueue()
     capturing = make_mailer()
+    in_database = SQLQueue(f'sqlite:///{tmp_path}/queue.sqlite')
+    in_database.database.transact(create_tables, checked=False)
     yield [
         (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
@@ -70,6 +76,10 @@ def objects(queue_dir, tmp_path):
         (IQueueAdmin, in_memory.admin),
         (IStaging, in_memory.staging()),
         (IClaim, in_memory.put_claimed(envelope)),
+        (ISessionQueue, in_database),
+        (IQueueAdmin, in_database.admin),
+        (ISessionStaging, in_database.staging()),
+        (IClaim, in_database.put_claimed(envelope)),
         (IMailer, capturing),
         (IMailQueue, capturing.queue),
         (IStaging, capturing.queue.staging()),
@@ -87,6 +97,7 @@ def objects(queue_dir, tmp_path):
     ]
     claim.release()
     background.close()
+    in_database.close()
 
 
 def test_every_object_keeps_its_contract(objects):

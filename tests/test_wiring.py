@@ -8,6 +8,7 @@ import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from sqlalchemy import create_engine
 
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.runner import Runner
@@ -17,6 +18,7 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.wiring import build_handler, build_mailer, build_queue, build_runner
+from tests.sql.databases import create_queue_tables
 
 
 @pytest.fixture
@@ -91,9 +93,52 @@ def test_a_directory_that_cannot_be_made_is_an_error_that_names_it(settings_of, 
         build_queue(settings_of(transports='inbox', queue_dir=str(tmp_path / 'file' / 'queue')))
 
 
-def test_there_is_no_queue_in_a_database_yet(settings_of):
-    with pytest.raises(ConfigurationError, match=r'mailqueue\.queue = sql.*maildir'):
+def test_a_queue_in_a_database_needs_one(settings_of):
+    with pytest.raises(ConfigurationError, match=r'mailqueue\.sql_url is missing, and so is sqlalchemy\.url'):
         build_queue(settings_of(transports='inbox', queue='sql'))
+
+
+@pytest.mark.parametrize(
+    ('url', 'problem'),
+    [
+        ('mysql://root:secret@localhost/app', 'neither postgresql nor sqlite'),
+        ('nonsense', 'Could not parse'),
+        ('sqlite://', 'in memory'),
+        ('postgresql+nodriver://localhost/app', 'nodriver'),
+    ],
+)
+def test_a_database_that_cannot_hold_a_queue_is_an_error_without_the_password(settings_of, url, problem):
+    with pytest.raises(ConfigurationError, match=rf'mailqueue\.sql_url .*{problem}') as info:
+        build_queue(settings_of(transports='inbox', queue='sql', sql_url=url))
+
+    assert 'secret' not in str(info.value)
+
+
+def test_a_database_without_the_tables_says_how_to_create_them(settings_of, tmp_path):
+    url = f'sqlite:///{tmp_path}/app.sqlite'
+
+    with pytest.raises(ConfigurationError, match=r'has no tables for the queue.*mq-queue app\.ini init'):
+        build_queue(settings_of(transports='inbox', queue='sql', sql_url=url))
+
+
+def test_a_database_with_other_tables_is_refused(settings_of, tmp_path):
+    url = f'sqlite:///{tmp_path}/app.sqlite'
+    create_queue_tables(url)
+    with create_engine(url).begin() as connection:
+        connection.exec_driver_sql('UPDATE mailqueue_schema SET version = 7')
+
+    with pytest.raises(ConfigurationError, match=r'has tables of version 7 .* needs version 1'):
+        build_queue(settings_of(transports='inbox', queue='sql', sql_url=url))
+
+
+def test_a_database_that_is_away_when_an_application_starts_does_not_keep_it_from_that(settings_of, caplog):
+    url = 'postgresql+psycopg://nobody:secret@127.0.0.1:1/app'
+
+    queue = build_queue(settings_of(transports='inbox', queue='sql', sql_url=url, sql_session='db', sql_lease='1m'))
+
+    assert (queue.session_name, queue.leases.lease) == ('db', 60)
+    assert 'cannot be used' in caplog.text
+    assert 'secret' not in caplog.text + repr(queue)
 
 
 # --- the transports ---------------------------------------------------------

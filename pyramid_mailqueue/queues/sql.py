@@ -1,0 +1,237 @@
+"""
+The queue that is a table in the application's own database: for more than one machine.
+
+A message is a row, INSERTed in the session of the application (:mod:`~.sql_staging`); so it commits with the
+application's data or not at all, and any number of ``mq-run --watch`` on any host share the work.  How a message goes
+through the table; each arrow is one statement, or one transaction::
+
+       (the application's commit)
+           |              |
+           a              b
+           v              v
+       in progress <--c-- waiting <--f-- held, dead
+         |  |  |             ^
+         |  |  +------d------+
+         e  +---------g----> dead
+         v
+       (gone)
+
+    a  SQLStaging.add: this process will try the message after the commit, so its row comes claimed
+    b  the same, for a later run
+    c  SQLQueue.claim_due; SQLQueue.claim: an UPDATE that passes over rows which others are about
+    d  SQLClaim.settle, if somebody is still open; SQLClaim.release; SQLQueue.recover, if the lease has run out
+    e  SQLClaim.settle: nobody is open any more.  Such rows are deleted in batches
+    f  SQLAdmin
+    g  SQLClaim.settle, or SQLQueue.recover after too many deaths
+
+A claim is a lease (:mod:`~.sql_leases`), and each claim has a token of its own in the row: whoever has lost it can
+change nothing.  Leases are measured by the clock of the database, due times by those of the hosts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sqlalchemy import CTE, Connection, Update, func, insert, select, tuple_, union_all, update
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.logs import log_queued
+from pyramid_mailqueue.delivery.results import Recovery
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.interfaces import ISessionQueue
+from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.queues.sql_admin import SQLAdmin
+from pyramid_mailqueue.queues.sql_claim import ClaimedRow, NewMessage, SQLClaim, claimed_values, new_token
+from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_leases import Leases
+from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_staging import SQLStaging, insert_into, takes_part
+
+__all__ = ['SQLQueue']
+
+#: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.
+CLAIM_BATCH = 50
+
+#: A message whose claims ran out this often is given up: it may well be what kills its deliverers.
+MAX_DEATHS = 5
+
+
+@implementer(ISessionQueue)
+class SQLQueue:
+    """
+    See `ISessionQueue`.
+
+    :param url: the database, as SQLAlchemy takes it
+    :param session_name: the attribute of a request that is the session of the application
+    :param lease: how long a claim lasts, in seconds, without being prolonged
+    :param clock: seconds since the epoch
+    :raises ConfigurationError: this is no database for a queue
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        session_name: str = 'dbsession',
+        lease: float = 300,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.session_name = session_name
+        self.database = Database(url)
+        self.leases = Leases(self.database, lease, clock)
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f'<SQLQueue {self.database.name}>'
+
+    # -- into the queue
+
+    def staging(self) -> SQLStaging:
+        """See `IMailQueue`."""
+        return SQLStaging(self.leases, self.tell_news)
+
+    def takes_part(self, session: Any, manager: Any) -> bool:
+        """See `ISessionQueue`."""
+        return takes_part(session, manager)
+
+    def put_in(self, session: Any, envelope: Envelope) -> str:
+        """See `ISessionQueue`."""
+        message = NewMessage.made_of(envelope, self.leases, claimed=False)
+        insert_into(session, message)
+        return message.id
+
+    def put(self, envelope: Envelope) -> str:
+        """See `IMailQueue`."""
+        message = self._put(envelope, claimed=False)
+        self.tell_news()
+        return message.id
+
+    def put_claimed(self, envelope: Envelope) -> SQLClaim:
+        """See `IMailQueue`."""
+        claim = self._put(envelope, claimed=True).claim
+        assert claim is not None
+        self.leases.hold([claim])
+        return claim
+
+    def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
+        message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
+        statement = insert(Message).values(**message.values)
+        self.database.run(lambda connection: connection.execute(statement))
+        log_queued(message.id, envelope)
+        return message
+
+    def tell_news(self) -> None:
+        """Wake whoever waits for mail."""
+
+    # -- out of the queue
+
+    def claim_due(self, now: float) -> Iterator[SQLClaim]:
+        """See `IMailQueue`.  A few are claimed together, more each time."""
+        last, size = (-math.inf, ''), 1
+        while True:
+            claims = self._claim_after(last, now, size)
+            left = iter(claims)
+            try:
+                for claim in left:
+                    if not claim.is_over:
+                        yield claim
+            finally:
+                self.leases.release([*left])
+            if len(claims) < size:
+                return
+            last, size = (claims[-1].due, claims[-1].id), min(2 * size, CLAIM_BATCH)
+
+    def _claim_after(self, last: tuple[float, str], now: float, size: int) -> list[SQLClaim]:
+        found = (
+            select(Message.id)
+            .where(state_is('waiting'), Message.due <= now, tuple_(Message.due, Message.id) > tuple_(*last))
+            .order_by(Message.due, Message.id)
+            .limit(size)
+        )
+        if self.database.dialect == 'sqlite':
+            return self._claimed(update(Message).where(Message.id.in_(found)))
+        picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
+        return self._claimed(update(Message).where(Message.id == picked.c.id))
+
+    def claim(self, id: str) -> SQLClaim | None:
+        """See `IMailQueue`."""
+        is_due = update(Message).where(Message.id == id, state_is('waiting'), Message.due <= self._clock())
+        return next(iter(self._claimed(is_due)), None)
+
+    def _claimed(self, statement: Update) -> list[SQLClaim]:
+        """Claim the rows that *statement* is about, and return their claims in the order of due times."""
+        statement = statement.values(**claimed_values(self.leases), claim=new_token() + Message.id)
+        statement = statement.returning(*(getattr(Message, name) for name in ClaimedRow._fields))
+        deadline = self.leases.timer() + self.leases.lease
+        rows = self.database.run(lambda connection: connection.execute(statement).all())
+        claims = [SQLClaim(self.leases, ClaimedRow(*row), deadline) for row in rows]
+        claims.sort(key=lambda claim: (claim.due, claim.id))
+        self.leases.hold(claims)
+        return claims
+
+    def count_due(self, now: float) -> int:
+        """See `IMailQueue`."""
+        statement = select(func.count()).where(state_is('waiting'), Message.due <= now)
+        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+
+    # -- what dead processes left
+
+    def recover(self, now: float) -> Recovery:
+        """See `IMailQueue`.  Nothing is ever in doubt here: the row commits with the rest, or does not."""
+        ran_out = (state_is('in progress'), Message.lease < database_time())
+        bury = update(Message).where(*ran_out, Message.deaths >= MAX_DEATHS - 1)
+        reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
+        bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
+        wait = update(Message).where(*ran_out).values(state='waiting', deaths=Message.deaths + 1, **UNCLAIMED)
+        buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
+        return Recovery(orphans=orphans, buried=buried)
+
+    def _ids_of(self, statement: Update) -> tuple[str, ...]:
+        with_ids = statement.returning(Message.id)
+        return tuple(sorted(self.database.run(lambda connection: connection.scalars(with_ids).all())))
+
+    def flush(self) -> None:
+        """See `IMailQueue`."""
+        self.leases.flush()
+
+    # -- for people
+
+    @property
+    def admin(self) -> SQLAdmin:
+        """See `IMailQueue`."""
+        return SQLAdmin(self.database, self.leases, self._clock)
+
+    def counts(self) -> dict[str, int]:
+        """See `IMailQueue`."""
+        self.leases.flush()
+        there_may_be = [state for state in STATES if state != 'in doubt']
+        # Each by its own index.
+        statement = union_all(
+            *(select(Message.state, func.count()).where(state_is(s)).group_by(Message.state) for s in there_may_be)
+        )
+
+        def count(connection: Connection) -> dict[str, int]:
+            return {row[0]: row[1] for row in connection.execute(statement)}
+
+        return {**dict.fromkeys(STATES, 0), **self.database.run(count)}
+
+    def close(self) -> None:
+        """
+        Write what has ended, and close the connections.
+
+        What this process still holds waits until its leases have run out, unless it is released.
+        """
+        self.leases.close()
+        self.database.close()
+
+    def check(self) -> None:
+        """Raise ConfigurationError if the tables are missing, or those of another version; else DatabaseAway."""
+        try:
+            self.database.check()
+        except ConfigurationError as error:
+            raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error

@@ -1,0 +1,186 @@
+"""One message of a :class:`~.sql.SQLQueue`, taken for delivery, and how a new one comes into its table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from sqlalchemy import select, update
+from zope.interface import implementer
+
+from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
+from pyramid_mailqueue.interfaces import IClaim
+from pyramid_mailqueue.queues.entries import tell_from_header
+from pyramid_mailqueue.queues.sql_leases import Leases
+from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, owned_by, update_recipients
+from pyramid_mailqueue.queues.sql_schema import Message, database_time
+
+__all__ = ['ClaimedRow', 'NewMessage', 'SQLClaim', 'claimed_values', 'new_token']
+
+
+class ClaimedRow(NamedTuple):
+    """
+    What is known of a row that was claimed; the names are those of :class:`~.sql_schema.Message`.
+
+    :param claim: the token that is in the row for as long as the claim holds
+    """
+
+    id: str
+    claim: str
+    due: float
+    attempts: int
+    queued_at: float
+    sender: str
+    recipients: Sequence[str]
+
+
+@implementer(IClaim)
+class SQLClaim:
+    """
+    See `IClaim`.
+
+    It holds for as long as its lease does, which *leases* prolongs.  A process that was paused for longer may have lost
+    it to another one: whoever is about to send asks :meth:`is_valid`.
+
+    :param deadline: until when the lease holds at least, by the timer of *leases*
+    :param envelope: where it is known already
+    :param is_confirmed: whether the row was seen.  That of a transaction that has just committed was not: it may have
+        gone with a savepoint
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        row: ClaimedRow,
+        deadline: float,
+        *,
+        envelope: Envelope | None = None,
+        is_confirmed: bool = True,
+    ) -> None:
+        self._leases = leases
+        self._row = row
+        self._envelope = envelope
+        self.id = row.id
+        self.token = row.claim
+        self.attempts = row.attempts
+        self.queued_at = row.queued_at
+        self.due = row.due
+        self.deadline = deadline
+        self.is_confirmed = is_confirmed
+
+    def __repr__(self) -> str:
+        return f'<SQLClaim {self.id}>'
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was settled, released or lost."""
+        return not self._leases.holds(self)
+
+    def is_valid(self) -> bool:
+        """See `IClaim`."""
+        return self._leases.make_sure(self)
+
+    @property
+    def envelope(self) -> Envelope:
+        """See `IClaim`.  The content is read from the database when somebody asks for it."""
+        if self._envelope is None:
+            self._envelope = self._read()
+        return self._envelope
+
+    def _read(self) -> Envelope:
+        statement = select(Message.content).where(owned_by([self]))
+        content = self._leases.database.run(lambda connection: connection.scalar(statement))
+        if content is None:
+            raise QueueError('somebody else has it')
+        try:
+            return Envelope(self._row.sender, tuple(self._row.recipients), content)
+        except MessageError as error:
+            self._put_aside(str(error))
+            raise QueueFileError(f'its row is damaged: {error}') from error
+
+    def _put_aside(self, problem: str) -> None:
+        values = {'state': 'corrupt', 'last_reply': problem.replace('\0', ' '), **UNCLAIMED}
+        statement = update(Message).where(owned_by([self])).values(**values)
+        self._leases.database.run(lambda connection: connection.execute(statement))
+        self._leases.forget(self)
+        log_event(queue_log, logging.ERROR, status='corrupt', id=self.id, error=problem)
+
+    def keep(self, recipients: tuple[str, ...]) -> None:
+        """See `IClaim`."""
+        if self.is_over:
+            return
+        try:
+            is_ours = self._leases.database.run(lambda connection: update_recipients(connection, self, recipients))
+        except QueueError as error:
+            reason = 'who has the message cannot be written; it waits as it was, and may be delivered again'
+            log_event(queue_log, logging.CRITICAL, status='unsettled', id=self.id, error=error, reason=reason)
+            return
+        self._envelope = replace(self.envelope, recipients=recipients)
+        if not is_ours:
+            self._leases.lose([self])
+
+    def settle(self, settlement: Settlement) -> None:
+        """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql_leases`)."""
+        self._leases.settle(self, settlement)
+
+    def release(self) -> None:
+        """See `IClaim`."""
+        self._leases.release([self])
+
+
+@dataclass(frozen=True)
+class NewMessage:
+    """
+    A message that is on its way into the table.
+
+    :param values: its row
+    :param claim: the claim that will hold when the row is there; None if it is to wait
+    """
+
+    id: str
+    envelope: Envelope
+    values: dict[str, Any]
+    claim: SQLClaim | None
+
+    @classmethod
+    def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool) -> NewMessage:
+        """Return a message that is due now, claimed by this process or not."""
+        now, deadline = leases.clock(), leases.timer() + leases.lease
+        name = f'{int(now * 1_000_000):013x}{secrets.token_hex(5)}'
+        subject, message_id = tell_from_header(envelope.content)
+        values = {
+            'id': name,
+            'state': 'waiting',
+            'due': now,
+            'queued_at': now,
+            'sender': envelope.sender,
+            'recipients': [*envelope.recipients],
+            'message_id': message_id,
+            'subject': subject.replace('\0', '\ufffd'),
+            'content': envelope.content,
+        }
+        if not claimed:
+            return cls(name, envelope, values, None)
+        token = new_token() + name
+        row = ClaimedRow(name, token, now, 0, now, envelope.sender, envelope.recipients)
+        claim = SQLClaim(leases, row, deadline, envelope=envelope)
+        return cls(name, envelope, values | claimed_values(leases) | {'claim': token}, claim)
+
+
+def claimed_values(leases: Leases) -> dict[str, Any]:
+    """What a row has when this process claims it, but for the token."""
+    lease = database_time() + leases.lease
+    return {'state': 'in progress', 'claimed_by': f'{socket.gethostname()}:{os.getpid()}', 'lease': lease}
+
+
+def new_token() -> str:
+    """The beginning of tokens that nobody had before; the id of a message is the rest."""
+    return f'{secrets.token_hex(8)}.'

@@ -1,0 +1,203 @@
+"""
+The connections of a queue to its database, at most two for each process, and what is done when one fails.
+
+Every statement is a transaction of its own, but for the few that belong together (:meth:`Database.transact`).  On
+SQLite such a one begins with the right to write: a transaction that has only read until then is refused it when
+somebody else has written meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
+from sqlalchemy.pool import QueuePool
+
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.queues.sql_schema import VERSION, version_of
+
+__all__ = ['CONNECTIONS', 'Database', 'DatabaseAway', 'first_line']
+
+T = TypeVar('T')
+
+#: How many connections one process has, at most.
+CONNECTIONS = 2
+
+#: How long somebody waits for a lock of SQLite, in seconds.
+SQLITE_PATIENCE = 30
+
+_OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
+
+# What a host that is gone without a farewell may cost, in seconds and, for the last one, in milliseconds.
+_LIBPQ = {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000}
+
+# Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
+_OUR_FAULT = (DataError, IntegrityError, ProgrammingError)
+
+
+class DatabaseAway(QueueError):
+    """The database cannot be used now; the same may work later."""
+
+
+class Database:
+    """
+    See the module.
+
+    :param url: as SQLAlchemy takes it; connections are made when they are needed
+    :raises ConfigurationError: this is no database for a queue
+    """
+
+    def __init__(self, url: str | URL) -> None:
+        try:
+            parsed = make_url(url)
+            self._engine = _engine(parsed)
+        except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
+            raise ConfigurationError(
+                f'mailqueue.sql_url (not shown) cannot be used: {error}. It is a URL of SQLAlchemy such as '
+                'postgresql+psycopg://user@host/database, and needs the driver that it names.'
+            ) from error
+        self.name = parsed.render_as_string(hide_password=True)
+        self.dialect = self._engine.dialect.name
+        self._pid = os.getpid()
+        self._is_checked = False
+        call_in_children(self._forget_connections)
+
+    def __repr__(self) -> str:
+        return f'<Database {self.name}>'
+
+    def _forget_connections(self) -> None:
+        """In a forked child: the connections are the parent's."""
+        self._pid = os.getpid()
+        self._engine.dispose(close=False)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, with connections of this process."""
+        if self._pid != os.getpid():
+            # Not every server that forks tells Python of it.
+            self._forget_connections()
+        return self._engine
+
+    def close(self) -> None:
+        """Close the connections that nobody uses.  The database may be used again."""
+        self.engine.dispose()
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        """
+        Return what *work* returns, whose statements are transactions of their own.
+
+        A connection that turns out to be closed (a server that was restarted) is replaced once, and *work* done again:
+        it has to be such that this does no harm.  Raises QueueError, or DatabaseAway.
+        """
+        try:
+            try:
+                return self._try(work)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                return self._try(work)
+        except SQLAlchemyError as error:
+            raise self.refusal(error) from error
+
+    def _try(self, work: Callable[[Connection], T]) -> T:
+        with self.engine.connect() as connection:
+            if not self._is_checked:
+                self._check(connection)
+            return work(connection)
+
+    def transact(self, work: Callable[[Connection], T], *, checked: bool = True) -> T:
+        """The same, as one transaction.  If not *checked*, the tables need not be there."""
+        begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
+
+        def transaction(connection: Connection) -> T:
+            connection.exec_driver_sql(begin)
+            try:
+                result = work(connection)
+                connection.exec_driver_sql('COMMIT')
+            except BaseException:
+                with suppress(SQLAlchemyError):
+                    connection.exec_driver_sql('ROLLBACK')
+                raise
+            return result
+
+        if checked:
+            return self.run(transaction)
+        try:
+            with self.engine.connect() as connection:
+                return transaction(connection)
+        except SQLAlchemyError as error:
+            raise self.refusal(error) from error
+
+    def check(self) -> None:
+        """Raise ConfigurationError if the tables are not there, or are others; DatabaseAway if nobody knows."""
+        self.run(lambda _: None)
+
+    def _check(self, connection: Connection) -> None:
+        oldest, name = _OLDEST[self.dialect]
+        if (connection.dialect.server_version_info or oldest) < oldest:
+            raise ConfigurationError(f'{self.name} is too old for the queue: it has to be {name} or later.')
+        version = version_of(connection)
+        if version is None:
+            raise ConfigurationError(
+                f'{self.name} has no tables for the queue. Create them with: mq-queue app.ini init (or in a migration, '
+                'see docs/sql.rst).'
+            )
+        if version != VERSION:
+            raise ConfigurationError(
+                f'{self.name} has tables of version {version} for the queue, and this pyramid_mailqueue needs version '
+                f'{VERSION}. See docs/sql.rst.'
+            )
+        self._is_checked = True
+
+    def refusal(self, error: SQLAlchemyError) -> QueueError:
+        """Return what to raise because of *error*."""
+        kind = QueueError if isinstance(error, _OUR_FAULT) else DatabaseAway
+        return kind(f'The queue in {self.name} cannot be used: {first_line(error)}')
+
+
+def first_line(error: SQLAlchemyError) -> str:
+    """What the database said, without the statement."""
+    said = str(error.orig if isinstance(error, DBAPIError) and error.orig else error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
+def _engine(url: URL) -> Engine:
+    dialect = url.get_backend_name()
+    if dialect not in _OLDEST:
+        raise ValueError(f'{dialect} is neither postgresql nor sqlite')
+    if dialect == 'sqlite' and url.database in (None, '', ':memory:'):
+        raise ValueError('a database in memory cannot be shared with mq-run')
+    options: dict[str, Any] = {'timeout': SQLITE_PATIENCE} if dialect == 'sqlite' else _LIBPQ
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        isolation_level='AUTOCOMMIT',
+        # What the URL says goes first.
+        connect_args={key: value for key, value in options.items() if key not in url.query},
+    )
+    if dialect == 'postgresql':
+        event.listen(engine, 'connect', _read_committed)
+    return engine
+
+
+def _read_committed(connection: Any, _record: Any) -> None:
+    """A claim passes over what others have changed meanwhile; with more isolation it would fail because of that."""
+    with connection.cursor() as cursor:
+        cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
+    connection.commit()

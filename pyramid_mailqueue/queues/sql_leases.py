@@ -1,0 +1,315 @@
+"""
+What this process holds of a queue in a database.
+
+A claim is a lease: it ends by itself when its process dies, and nobody has to find that out.  For as long as the
+process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
+messages:
+
+* Messages that are done are deleted in batches, of :data:`BATCH` at most, and :data:`LINGER` seconds after the first of
+  them at the latest.  They are all that a death of the process can send twice.
+* Any other end is written by who settles it, before :meth:`Leases.settle` returns.
+* What cannot be written because the database is away is written when it is back.
+
+A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
+without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
+little is left of the lease asks the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Protocol
+
+from sqlalchemy import select, update
+
+from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.exceptions import MailqueueError
+from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, owned_by, release, settle
+from pyramid_mailqueue.queues.sql_schema import Message, database_time
+
+__all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
+
+log = logging.getLogger('mailqueue.delivery')
+
+#: How many messages that are done wait for their deletion, at most.
+BATCH = 100
+
+#: How long they wait, in seconds.
+LINGER = 0.05
+
+#: How long the heartbeat waits before it tries again what has failed, in seconds.
+PATIENCE = 1
+
+#: How long the heartbeat stays when there is nothing to do, in seconds.
+IDLE = 10
+
+
+class HeldClaim(Claimed, Protocol):
+    """What is noted of a claim while it is held."""
+
+    # Until when the lease holds at least, by the timer; and whether the row was seen.
+    deadline: float
+    is_confirmed: bool
+
+
+def elapsed() -> float:
+    """Return seconds that never go back, and that go on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
+
+
+class Leases:
+    """
+    See the module.
+
+    :param lease: how long a claim lasts, in seconds, without being prolonged
+    :param clock: seconds since the epoch
+    :param timer: seconds that never go back
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        lease: float,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = elapsed,
+    ) -> None:
+        self.database = database
+        self.lease = lease
+        self.clock = clock
+        self.timer = timer
+        self._start_anew()
+        call_in_children(self._start_anew)
+
+    def _start_anew(self) -> None:
+        """In a forked child too: what is held is the parent's."""
+        self._changed = threading.Condition()
+        self._writing = threading.Lock()
+        self._held: dict[str, HeldClaim] = {}
+        self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
+        self._renewed = self.timer()
+        self._is_away = False
+        self._thread: threading.Thread | None = None
+
+    # -- claims
+
+    def hold(self, claims: Sequence[HeldClaim]) -> None:
+        """Take care of new claims until they end."""
+        if not claims:
+            return
+        with self._changed:
+            if not self._held:
+                self._renewed = self.timer()
+            self._held.update({claim.token: claim for claim in claims})
+            self._see_to_thread()
+
+    def holds(self, claim: HeldClaim) -> bool:
+        """Whether the claim has not ended."""
+        return claim.token in self._held
+
+    def forget(self, claim: HeldClaim) -> bool:
+        """End a claim without writing anything; False if it had ended before."""
+        with self._changed:
+            return self._held.pop(claim.token, None) is not None
+
+    def make_sure(self, claim: HeldClaim) -> bool:
+        """Whether the message is still *claim*'s, and will be for long enough to begin sending it."""
+        if not self.holds(claim):
+            return False
+        has_time = claim.deadline - self.timer() > self.lease / 3
+        if has_time and claim.is_confirmed:
+            return True
+        try:
+            if has_time:
+                self._confirm(claim)
+            else:
+                self._renew([claim])
+        except MailqueueError as error:
+            log.error('%s The message %s is not sent now.', error, claim.id)
+            return False
+        return self.holds(claim)
+
+    def lose(self, claims: Collection[HeldClaim]) -> None:
+        """End claims whose messages are not theirs any more."""
+        for claim in claims:
+            if not self.forget(claim):
+                continue
+            if claim.is_confirmed:
+                reason = 'its lease ran out while this process was paused or cut off; whoever has it now delivers it'
+                log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
+            else:
+                reason = 'its row did not outlive the transaction: a savepoint was rolled back'
+                log_event(queue_log, logging.INFO, status='discarded', id=claim.id, reason=reason)
+
+    # -- the ends of claims
+
+    def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
+        """See `IClaim`."""
+        if not self.forget(claim):
+            return
+        is_done = not (settlement.waiting or settlement.burials)
+        with self._changed:
+            self._ended.append((claim, settlement))
+            may_linger = is_done and len(self._ended) < BATCH and self._see_to_thread()
+        if not may_linger:
+            self.flush()
+
+    def release(self, claims: Sequence[HeldClaim]) -> None:
+        """See `IClaim`."""
+        ended = [claim for claim in claims if self.forget(claim)]
+        if ended:
+            with self._changed:
+                self._ended.extend((claim, None) for claim in ended)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no MailqueueError."""
+        with self._writing:
+            while batch := self._take_ended():
+                try:
+                    self._write(batch)
+                except DatabaseAway as error:
+                    self._put_back(batch, error)
+                    return
+                self._is_away = False
+
+    def _take_ended(self) -> list[tuple[HeldClaim, Settlement | None]]:
+        with self._changed:
+            return [self._ended.popleft() for _ in range(min(len(self._ended), BATCH))]
+
+    def _put_back(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
+        with self._changed:
+            self._ended.extendleft(reversed(batch))
+            self._see_to_thread()
+        if not self._is_away:
+            self._is_away = True
+            ids = ','.join(claim.id for claim, _ in batch)
+            reason = 'what became of these messages is written when the database is back'
+            log_event(queue_log, logging.ERROR, status='trouble', id=ids, error=error, reason=reason)
+
+    def _write(self, batch: list[tuple[HeldClaim, Settlement | None]]) -> None:
+        """Raises DatabaseAway; then *batch* has what is not written."""
+        done = [claim for claim, end in batch if end is not None and not (end.waiting or end.burials)]
+        given_back = [claim for claim, end in batch if end is None]
+        if done:
+            self._write_some(done, lambda: self.database.run(partial(delete_done, claims=done)))
+            batch[:] = [(claim, end) for claim, end in batch if claim not in done]
+        if given_back:
+            self._write_some(given_back, lambda: self.database.run(partial(release, claims=given_back)))
+            batch[:] = [(claim, end) for claim, end in batch if claim not in given_back]
+        while batch:
+            claim, end = batch[0]
+            assert end is not None
+            write = partial(settle, claim=claim, settlement=end, now=self.clock())
+            self._write_some([claim], lambda: self.database.transact(write))  # noqa: B023 - called at once
+            del batch[0]
+
+    def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
+        """Raises DatabaseAway."""
+        try:
+            ours = write()
+        except DatabaseAway:
+            raise
+        except MailqueueError as error:
+            reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'
+            for claim in claims:
+                log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
+        else:
+            self._tell_lost(claims, ours)
+
+    def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
+        for claim in claims:
+            if claim.token not in ours:
+                reason = 'its lease ran out before its outcome was written; it may be delivered again'
+                log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
+
+    def close(self) -> None:
+        """Write what has ended, and forget what has not."""
+        with self._changed:
+            self._held.clear()
+            self._changed.notify_all()
+        self.flush()
+
+    # -- the heartbeat
+
+    def _see_to_thread(self) -> bool:
+        """Wake the thread, or start it; False if that cannot be.  Called with the lock held."""
+        self._changed.notify_all()
+        if self._thread is not None and self._thread.is_alive():
+            return True
+        thread = threading.Thread(target=self._beat, name='mailqueue-leases', daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # Too many threads, or the interpreter is about to end: whoever sends prolongs its own lease.
+            return False
+        self._thread = thread
+        return True
+
+    def _beat(self) -> None:
+        while self._wait():
+            if self._ended:
+                self.flush()
+            if self._held and self.timer() >= self._renewed + self.lease / 3:
+                self._renew_all()
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._ended or self._held)
+
+    def _wait(self) -> bool:
+        """Return when there is something to do; False if there was nothing for long."""
+        with self._changed:
+            if not self._has_work:
+                self._changed.wait(IDLE)
+            if not self._has_work:
+                self._thread = None
+                return False
+            if self._ended:
+                pause = PATIENCE if self._is_away else LINGER
+            else:
+                pause = self._renewed + self.lease / 3 - self.timer()
+            until = time.monotonic() + pause
+            had_ended = bool(self._ended)
+            # The first message that is done must not wait for the next renewal.
+            while self._has_work and bool(self._ended) == had_ended and (rest := until - time.monotonic()) > 0:
+                self._changed.wait(rest)
+        return True
+
+    def _renew_all(self) -> None:
+        with self._changed:
+            claims = [*self._held.values()]
+        self._renewed = self.timer()
+        try:
+            self._renew(claims)
+        except MailqueueError as error:
+            log.error('%s The claims of this process could not be prolonged.', error)
+            # Not long from now, while there is still time.
+            self._renewed += PATIENCE - self.lease / 3
+
+    def _renew(self, claims: Sequence[HeldClaim]) -> None:
+        """Prolong leases, and lose the claims whose messages are not theirs any more.  Raises QueueError."""
+        began = self.timer()
+        until = database_time() + self.lease
+        statement = update(Message).where(owned_by(claims)).values(lease=until).returning(Message.claim)
+        ours = self.database.run(lambda connection: {*connection.scalars(statement)})
+        for claim in claims:
+            if claim.token in ours:
+                claim.deadline = began + self.lease
+                claim.is_confirmed = True
+        self.lose([claim for claim in claims if claim.token not in ours])
+
+    def _confirm(self, claim: HeldClaim) -> None:
+        """Look whether a row is there, or lose the claim.  Raises QueueError."""
+        statement = select(Message.claim).where(owned_by([claim]))
+        if self.database.run(lambda connection: connection.scalar(statement)) is None:
+            self.lose([claim])
+        else:
+            claim.is_confirmed = True

@@ -1,0 +1,126 @@
+"""
+How a claim of a :class:`~.sql.SQLQueue` ends: what is written, and that nothing is written by who has lost it.
+
+Each statement names the token of its claim.  If that is not in the row any more the lease has run out, and somebody
+else has the message: nothing is changed then.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from sqlalchemy import ColumnElement, Connection, Executable, and_, bindparam, delete, insert, literal, select, update
+
+from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.queues.sql_schema import Message
+
+__all__ = ['UNCLAIMED', 'Claimed', 'delete_done', 'owned_by', 'release', 'settle', 'state_is', 'update_recipients']
+
+#: What a message has when nobody holds it.
+UNCLAIMED: Mapping[str, None] = {'claim': None, 'claimed_by': None, 'lease': None}
+
+
+class Claimed(Protocol):
+    """What has to be known of a claim."""
+
+    @property
+    def id(self) -> str:
+        """The id of the message."""
+
+    @property
+    def token(self) -> str:
+        """What is in the row for as long as the claim holds."""
+
+    @property
+    def attempts(self) -> int:
+        """How many attempts were made before this one."""
+
+
+def state_is(*states: str) -> ColumnElement[bool]:
+    """The states stand in the text of the statement: only so the database sees which index is meant."""
+    if len(states) == 1:
+        return Message.state == bindparam(None, states[0], literal_execute=True)
+    return Message.state.in_(bindparam(None, states, expanding=True, literal_execute=True))
+
+
+def owned_by(claims: Collection[Claimed]) -> ColumnElement[bool]:
+    """The rows of *claims* that are still theirs.  No two claims have the same token; ids are there for their index."""
+    return and_(
+        state_is('in progress'),
+        Message.id.in_([claim.id for claim in claims]),
+        Message.claim.in_([claim.token for claim in claims]),
+    )
+
+
+def delete_done(connection: Connection, claims: Collection[Claimed]) -> set[str]:
+    """Delete messages that everybody has; return the tokens of those that were still theirs."""
+    return {*connection.scalars(delete(Message).where(owned_by(claims)).returning(Message.claim))}
+
+
+def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
+    """Give messages back exactly as they were; return the tokens of those that were still theirs."""
+    statement = update(Message).where(owned_by(claims)).values(state='waiting', **UNCLAIMED).returning(Message.id)
+    ids = {*connection.scalars(statement)}
+    return {claim.token for claim in claims if claim.id in ids}
+
+
+def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
+    """Note who is open; whether the message was still *claim*'s."""
+    return _is_changed(connection, update(Message).where(owned_by([claim])).values(recipients=[*recipients]))
+
+
+def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: float) -> set[str]:
+    """
+    Write the end of a claim after which there is something left; return its token if the message was still its.
+
+    Called in a transaction.  What is left of the message keeps its row: those who are still open, or else the first of
+    those who are given up.  The others who are given up get rows of their own.
+    """
+    attempt: dict[str, Any] = {'attempts': claim.attempts + settlement.counted, **UNCLAIMED}
+    if settlement.counted or settlement.last_reply:
+        attempt['last_attempt'] = now
+    burials = [*settlement.burials]
+    left = _waiting(settlement, now) if settlement.waiting else _buried(burials.pop(0))
+    if not _is_changed(connection, update(Message).where(owned_by([claim])).values(**attempt, **left)):
+        return set()
+    for burial in burials:
+        connection.execute(_copy(claim.id, {**_buried(burial), **UNCLAIMED}))
+    return {claim.token}
+
+
+def _waiting(settlement: Settlement, now: float) -> dict[str, Any]:
+    values: dict[str, Any] = {'state': 'waiting', 'recipients': [*settlement.waiting]}
+    if settlement.last_reply:
+        values['last_reply'] = _text(settlement.last_reply)
+    if settlement.due is not None:
+        values['due'] = settlement.due
+    elif settlement.stumbled:
+        # Behind all that is due now.
+        values['due'] = now
+    if settlement.counted:
+        # Its deliverer has lived.
+        values['deaths'] = 0
+    return values
+
+
+def _buried(burial: Burial) -> dict[str, Any]:
+    return {'state': 'dead', 'deaths': 0, 'recipients': [*burial.recipients], 'last_reply': _text(burial.reason)}
+
+
+def _text(text: str) -> str:
+    # PostgreSQL has no NUL in its texts.
+    return text.replace('\0', ' ')
+
+
+def _copy(id: str, values: Mapping[str, Any]) -> Executable:
+    """A new row, as that of *id* is now but for *values*; its content never leaves the database."""
+    columns = Message.__table__.columns
+    new = {'id': f'{id}.{secrets.token_hex(4)}', **values}
+    selected = [literal(new[c.name], c.type) if c.name in new else c for c in columns]
+    return insert(Message).from_select([*columns.keys()], select(*selected).where(Message.id == id))
+
+
+def _is_changed(connection: Connection, statement: Executable) -> bool:
+    return connection.execute(statement).rowcount == 1

@@ -1,0 +1,160 @@
+"""
+The tables of the queue in a database.
+
+:data:`metadata` holds them, for Alembic and for applications that create their tables themselves; ``mq-queue init``
+does it for the others.  Times are in seconds since the epoch, so that both databases say and compare them alike.
+
+A message is one row.  Its content is the last column: whoever claims or lists messages does not read it.  PostgreSQL
+keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone when the row changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    create_mock_engine,
+    event,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.expression import FunctionElement
+
+__all__ = ['VERSION', 'Message', 'SchemaVersion', 'create_tables', 'database_time', 'ddl', 'metadata', 'version_of']
+
+#: Goes up with each change of the tables.
+VERSION = 1
+
+#: "mailqueue" in eight bytes: whoever creates the tables holds this advisory lock meanwhile.
+_LOCK = 0x6D61_696C_7175_6575
+
+# Ids are compared byte by byte, whatever the language of the database: the order of ids is that of time.
+_Id = Text().with_variant(Text(collation='C'), 'postgresql')
+
+
+class _Base(DeclarativeBase):
+    metadata = MetaData()
+
+
+metadata: MetaData = _Base.metadata
+
+
+class Message(_Base):
+    """
+    One message.
+
+    :ivar id: begins with the time at which the message came for the first time, so that its order is that of ids
+    :ivar state: one of :data:`~.entries.STATES`; it is never *in doubt*
+    :ivar due: when it may be tried again
+    :ivar claim: the token of the claim, by which alone it may be changed while it is in progress
+    :ivar claimed_by: the host and the process of the claim, for people
+    :ivar lease: until when the claim holds, by the clock of the database
+    :ivar deaths: how many claims have run out since the last attempt that came to an end
+    """
+
+    __tablename__ = 'mailqueue_message'
+
+    id: Mapped[str] = mapped_column(_Id, primary_key=True)
+    state: Mapped[str] = mapped_column(Text)
+    due: Mapped[float] = mapped_column(Float(53))
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    deaths: Mapped[int] = mapped_column(Integer, default=0)
+    claim: Mapped[str | None] = mapped_column(Text)
+    claimed_by: Mapped[str | None] = mapped_column(Text)
+    lease: Mapped[float | None] = mapped_column(Float(53))
+    queued_at: Mapped[float] = mapped_column(Float(53))
+    last_attempt: Mapped[float | None] = mapped_column(Float(53))
+    last_reply: Mapped[str] = mapped_column(Text, default='')
+    sender: Mapped[str] = mapped_column(Text)
+    recipients: Mapped[list[str]] = mapped_column(JSON)
+    message_id: Mapped[str] = mapped_column(Text)
+    subject: Mapped[str] = mapped_column(Text)
+    content: Mapped[bytes] = mapped_column(LargeBinary, nullable=False, deferred=True)
+
+
+class SchemaVersion(_Base):
+    """The version of these tables, in one row."""
+
+    __tablename__ = 'mailqueue_schema'
+
+    version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+
+
+def _index(name: str, *columns: Any, where: str) -> Index:
+    # Each state has an index of its own: who looks for what is due does not wade through dead letters, and the states
+    # in which there is little can be counted without looking at the others.
+    return Index(f'mailqueue_message_{name}', *columns, postgresql_where=text(where), sqlite_where=text(where))
+
+
+_index('due', Message.due, Message.id, where="state = 'waiting'")
+_index('lease', Message.lease, where="state = 'in progress'")
+_index('aside', Message.state, Message.id, where="state IN ('held', 'dead', 'corrupt')")
+
+
+@event.listens_for(Message.__table__, 'after_create')
+def _keep_contents_apart(table: Table, connection: Connection, **_: Any) -> None:
+    if connection.dialect.name == 'postgresql':
+        # A row that is claimed and deleted within seconds is not worth compressing.
+        connection.execute(text(f'ALTER TABLE {table.fullname} ALTER COLUMN content SET STORAGE EXTERNAL'))
+
+
+@event.listens_for(SchemaVersion.__table__, 'after_create')
+def _note_version(table: Table, connection: Connection, **_: Any) -> None:
+    connection.execute(text(f'INSERT INTO {table.fullname} (version) VALUES ({VERSION})'))  # noqa: S608 - all of it is ours
+
+
+class database_time(FunctionElement[float]):  # noqa: N801 - it is written as a function of SQL
+    """The time of the database: the one clock that all hosts have in common."""
+
+    type = Float(53)
+    inherit_cache = True
+
+
+@compiles(database_time, 'postgresql')
+def _on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    # Not now(), which is when the transaction began.
+    return 'CAST(extract(epoch FROM clock_timestamp()) AS double precision)'
+
+
+@compiles(database_time, 'sqlite')
+def _on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+def create_tables(connection: Connection) -> None:
+    """Create what is missing.  Called in a transaction; several may do it at the same time."""
+    if connection.dialect.name == 'postgresql':
+        connection.exec_driver_sql(f'SELECT pg_advisory_xact_lock({_LOCK})')
+    metadata.create_all(connection)
+
+
+def ddl(url: str) -> str:
+    """Return the statements that create the tables, for the database of *url*."""
+    statements: list[str] = []
+
+    def note(statement: Any, *_: Any, **__: Any) -> None:
+        statements.append(f'{str(statement.compile(dialect=engine.dialect)).strip()};\n')
+
+    engine = create_mock_engine(url, note)
+    metadata.create_all(engine, checkfirst=False)
+    return '\n'.join(statements)
+
+
+def version_of(connection: Connection) -> int | None:
+    """Return the version of the tables that are there; None if there are none."""
+    there = inspect(connection)
+    if not all(map(there.has_table, metadata.tables)):
+        return None
+    return connection.scalar(select(SchemaVersion.version))
