@@ -19,6 +19,7 @@ one while the one before is under way::
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Protocol
 
 from pyramid_mailqueue.delivery.pause import Pause
@@ -321,11 +323,16 @@ class _Attempt:
 
 
 class _Claimed(_Attempt):
-    """An attempt at a message of a queue."""
+    """
+    An attempt at a message of a queue.
 
-    def __init__(self, claim: IClaim) -> None:
+    :ivar number: its place in the order in which a thread was given its claims
+    """
+
+    def __init__(self, claim: IClaim, number: int) -> None:
         super().__init__(claim.envelope)
         self.claim = claim
+        self.number = number
 
     def keep(self) -> None:
         """Write down who has the message before it goes on: nobody is to get it twice if we die meanwhile."""
@@ -340,6 +347,7 @@ class _Shift:
     def __init__(self, handler: MessageHandler, claims: Claims) -> None:
         self._handler = handler
         self._claims = claims
+        self._numbers = itertools.count()
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
@@ -353,7 +361,7 @@ class _Shift:
             else:
                 yield from self._stream(route, attempt)
         # We were told to end: perhaps between two transactions of a message, or before the next transport was asked.
-        self._next.extendleft(reversed(self._under_way))
+        self._put_back(*self._under_way)
         self._under_way.clear()
         while self._next:
             attempt = self._next.popleft()
@@ -371,7 +379,7 @@ class _Shift:
         while (claim := take()) is not None:
             self._handler.load_plugins()
             try:
-                return _Claimed(claim)
+                return _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:
                 log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()
@@ -384,7 +392,7 @@ class _Shift:
                 attempt = self._under_way.popleft()
                 if self._claims.is_over and result.trouble is not None and not result.replies:
                     # We have broken it off ourselves: it is nobody's fault.
-                    self._next.append(attempt)
+                    self._put_back(attempt)
                     return
                 if self._is_left_to_others(route, attempt, result):
                     return
@@ -393,13 +401,16 @@ class _Shift:
                     yield self._concluded(attempt)
                 else:
                     attempt.keep()
-                    self._next.appendleft(attempt)
+                    self._put_back(attempt)
                 if self._claims.is_over:
                     # The next one has said what it wants, and nothing of its content: it is as it was.
                     return
         # The stream has broken off before these were tried.
-        self._next.extendleft(reversed(self._under_way))
+        self._put_back(*self._under_way)
         self._under_way.clear()
+
+    def _put_back(self, *attempts: _Claimed) -> None:
+        self._next = deque(sorted((*self._next, *attempts), key=attrgetter('number')))
 
     def _is_left_to_others(self, route: Route, attempt: _Claimed, result: SendResult) -> bool:
         """Learn from *result* how the server is; whether this shift is over, and other threads have what is in hand."""
@@ -430,7 +441,7 @@ class _Shift:
             return None
         if self._handler.next_route(attempt) is not route:
             # First the stream has to end.
-            self._next.appendleft(attempt)
+            self._put_back(attempt)
             return None
         self._under_way.append(attempt)
         return attempt.offer

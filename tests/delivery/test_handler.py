@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,13 @@ from pyramid_mailqueue.delivery.plugins import MQSignal
 from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.exceptions import QueueFileError, ServerTrouble
-from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
+from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.smtp import SMTPTransport
+from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
 
-ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
+ADA, BOB, EVE, DAN = 'ada@x.example', 'bob@x.example', 'eve@x.example', 'dan@x.example'
 OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Reply(550, 'no such user', '5.1.1')
 # The simplest answers.
 YES, NO = True, False
@@ -50,8 +53,9 @@ def smtp():
     """A transport to a scripted server: ``smtp(server)``."""
     transports = []
 
-    def smtp(server):
-        transports.append(SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example'))
+    def smtp(server, **options):
+        options = {'hostname': server.host, 'port': server.port, 'local_hostname': 'app.example', **options}
+        transports.append(SMTPTransport(**options))
         return transports[-1]
 
     yield smtp
@@ -370,6 +374,432 @@ def test_a_message_that_cannot_be_read_is_left_alone_and_logged(says, error, tol
     assert transport.asked == []
     assert (bool(result), result.settlement) == (False, None)
     assert caplog.messages == [f'claim-1 cannot be read, and is left alone: {error}']
+
+
+# --- many messages, one after the other --------------------------------------
+
+
+class Given:
+    """
+    Claims for one thread.
+
+    :param others: whether there are other threads, which take over
+    """
+
+    def __init__(self, *claims, others=False):
+        self.claims = list(claims)
+        self.others = others
+        self.handed_over = []
+        self.is_over = False
+
+    def take(self):
+        return self.claims.pop(0) if self.claims else None
+
+    take_now = take
+
+    def hand_over(self, claims):
+        if self.others:
+            self.handed_over += claims
+        return self.others
+
+
+class Streams:
+    """A transport whose stream always has the next message in hand, and answers as *answers* say."""
+
+    name = 'streams'
+
+    def __init__(self, *answers, before=None):
+        self.answers = list(answers)
+        self.before = before
+        self.offered = []
+
+    def stream(self, first, more):
+        offers = [first]
+        self.offered.append(first.recipients)
+        while offers:
+            if (offer := more()) is not None:
+                offers.append(offer)
+                self.offered.append(offer.recipients)
+            answer = self.answers.pop(0)
+            if self.before:
+                self.before(offers[0].recipients)
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+            offers.pop(0)
+
+
+@pytest.fixture
+def claimed(queue, envelope):
+    """Claims of messages, each for some people: ``claimed('ada', 'bob eve')``."""
+
+    def claimed(*messages):
+        return [queue.claimed(envelope(*names.split())) for names in messages]
+
+    return claimed
+
+
+def recipients(headers):
+    return [header.recipients for header in headers]
+
+
+def test_each_claim_is_settled_when_it_is_yielded_and_not_before(queue, claimed, smtp):
+    claims = claimed('ada', 'bob', 'eve')
+    states = []
+    with ScriptedSMTPServer() as server:
+        for claim, result in MessageHandler([smtp(server)]).deliver_all(Given(*claims)):
+            states.append((claim, result.accepted, queue.state.get('in progress', 0)))
+
+    assert states == [(claims[0], (ADA,), 2), (claims[1], (BOB,), 1), (claims[2], (EVE,), 0)]
+    assert len(server.sessions) == 1
+
+
+def test_accepted_deferred_and_refused_in_the_middle_of_a_stream_go_their_own_ways(queue, claimed, smtp):
+    script = {f'RCPT TO:<{BOB}>': '451 4.3.0 later', f'RCPT TO:<{EVE}>': '550 5.1.1 no such user'}
+    with ScriptedSMTPServer(script) as server:
+        results = list(MessageHandler([smtp(server)]).deliver_all(Given(*claimed('ada', 'ada bob eve dan', 'dan'))))
+
+    assert [message.recipients for message in server.messages] == [(ADA,), (ADA, DAN), (DAN,)]
+    assert [result.trouble for _, result in results] == [None] * 3
+    (waiting,), (dead,) = queue.headers('new'), queue.headers('dead')
+    assert (waiting.recipients, waiting.attempts, waiting.last_reply) == ((BOB,), 1, '451 4.3.0 later')
+    assert (dead.recipients, dead.last_reply) == ((EVE,), '550 5.1.1 no such user')
+    assert len(server.sessions) == 1
+
+
+@pytest.mark.parametrize('extensions', [EXTENSIONS, ()], ids=['all', 'none'])
+@pytest.mark.parametrize(
+    ('script', 'options'),
+    [
+        ({'RCPT': [None, None, '452 4.5.3 too many', '452 too many']}, {}),
+        ({}, {'max_recipients': 2}),
+    ],
+    ids=['452', 'max_recipients'],
+)
+def test_who_has_a_message_is_written_down_before_its_next_transaction(
+    queue, claimed, smtp, told, script, options, extensions
+):
+    many = claimed('ada bob eve dan')[0]
+    written = []
+
+    def on_mail(command):
+        # Not its neighbour, which may be gone by the time it is read.
+        with Path(queue.place('cur', many.id)).open('rb') as file:
+            written.append(read_header(file).recipients)
+
+    with ScriptedSMTPServer({**script, 'MAIL': on_mail}, extensions=extensions) as server:
+        results = list(MessageHandler([smtp(server, **options)]).deliver_all(Given(many, *claimed('late'))))
+
+    transactions = [message.recipients for message in server.messages]
+    assert sorted(transactions) == [(ADA, BOB), (EVE, DAN), ('late@x.example',)]
+    assert (written[0], written[-1]) == ((ADA, BOB, EVE, DAN), (EVE, DAN))
+    assert {claim: result.accepted for claim, result in results}[many] == (ADA, BOB, EVE, DAN)
+    assert [to for status, to in told('status', 'to') if to != 'late@x.example'] == [ADA, BOB, EVE, DAN]
+    assert queue.state == {}
+    assert len(server.sessions) == 1
+
+
+def test_between_two_transactions_nothing_is_written_if_nobody_was_accepted(queue, claimed, smtp):
+    (claim,) = claimed('ada bob')
+    before = queue.files('cur')[0].stat().st_ino
+    inodes = []
+    script = {
+        f'RCPT TO:<{ADA}>': '550 5.1.1 no such user',
+        'MAIL': lambda command: inodes.append(queue.files('cur')[0].stat().st_ino),
+    }
+    with ScriptedSMTPServer(script) as server:
+        list(MessageHandler([smtp(server, max_recipients=1)]).deliver_all(Given(claim)))
+
+    assert inodes == [before, before]
+    assert recipients(queue.headers('dead')) == [(ADA,)]
+
+
+def test_a_receiver_that_raises_in_the_middle_of_a_stream_disturbs_neither_neighbour(
+    queue, claimed, smtp, listen, caplog
+):
+    def bad(sender, msg, send_result):
+        if BOB in msg.envelope.recipients:
+            raise RuntimeError('a plugin with a defect')
+
+    listen(MQSignal.delivery_successful, bad)
+    listen(MQSignal.delivery_failed, bad)
+    script = {f'RCPT TO:<{BOB}>': [None, '550 5.1.1 no such user']}
+    with ScriptedSMTPServer(script) as server:
+        list(MessageHandler([smtp(server)]).deliver_all(Given(*claimed('ada', 'bob', 'eve', 'bob', 'dan'))))
+
+    assert [message.recipients for message in server.messages] == [(ADA,), (BOB,), (EVE,), (DAN,)]
+    assert queue.state == {'dead': 1}
+    assert caplog.text.count('RuntimeError: a plugin with a defect') == 2
+    assert len(server.sessions) == 1
+
+
+def test_a_message_that_cannot_be_read_is_left_out_of_a_stream(queue, claimed, smtp, caplog):
+    first, last = claimed('ada', 'bob')
+    unreadable = Claim(QueueFileError('Envelope-to is missing'), [])
+    with ScriptedSMTPServer() as server:
+        results = list(MessageHandler([smtp(server)]).deliver_all(Given(first, unreadable, last)))
+
+    assert [claim for claim, _ in results] == [first, last]
+    assert unreadable.steps == ['released']
+    assert server.sessions[0].round_trips == 2 + len(['EHLO', 'MAIL RCPT DATA'])
+
+
+def test_with_nothing_to_do_nobody_is_called(says):
+    transport = says(YES)
+
+    assert list(MessageHandler([transport]).deliver_all(Given())) == []
+    assert transport.asked == []
+
+
+def test_who_ends_early_gives_back_what_is_in_hand_as_it_was(queue, claimed, smtp):
+    claims = claimed('ada', 'bob', 'eve')
+    inodes = {file.name: file.stat().st_ino for file in queue.files('cur')}
+    given = Given(*claims)
+    with ScriptedSMTPServer() as server:
+        results = MessageHandler([smtp(server)]).deliver_all(given)
+        next(results)
+        results.close()
+
+    assert {file.name: file.stat().st_ino for file in queue.files('new')} == {claims[1].id: inodes[claims[1].id]}
+    assert given.claims == [claims[2]]
+    assert [message.recipients for message in server.messages] == [(ADA,)]
+
+
+# --- several transports ------------------------------------------------------
+
+
+def test_who_is_still_open_in_the_middle_of_a_stream_is_offered_to_the_second_transport(queue, claimed, told):
+    first = Streams(SendResult({ADA: OK}), SendResult({BOB: OK, EVE: LATER, DAN: NEVER}), SendResult({ADA: OK}))
+    written = []
+    second = Streams(SendResult({EVE: OK}), before=lambda _: written.append(recipients(queue.headers('cur'))))
+
+    results = list(MessageHandler([first, second]).deliver_all(Given(*claimed('ada', 'bob eve dan', 'ada'))))
+
+    assert (first.offered, second.offered) == ([(ADA,), (BOB, EVE, DAN), (ADA,)], [(EVE,)])
+    assert written == [[(EVE, DAN)]], 'who was refused is nobody who has it'
+    # The stream goes on before the second transport is asked.
+    assert [result.accepted for _, result in results] == [(ADA,), (ADA,), (BOB, EVE)]
+    assert recipients(queue.headers('dead')) == [(DAN,)]
+    assert queue.state == {'dead': 1}
+
+
+def test_a_transport_whose_rest_is_over_gets_its_next_message_when_the_stream_of_the_other_has_ended(
+    queue, claimed, says, trouble
+):
+    primary, fallback = says(trouble, YES), Streams(*[YES] * 5)
+    handler = MessageHandler([primary, fallback])
+
+    def end_pause(_):
+        if len(fallback.offered) == 3:
+            handler.routes[0].pause.end()
+
+    fallback.before = end_pause
+    results = list(handler.deliver_all(Given(*claimed('ada', 'bob', 'eve', 'dan', 'zoe'))))
+
+    assert (primary.asked, fallback.offered) == ([(ADA,), (DAN,), ('zoe@x.example',)], [(ADA,), (BOB,), (EVE,)])
+    assert [claim.envelope.recipients for claim, _ in results] == [
+        (ADA,), (BOB,), (EVE,), (DAN,), ('zoe@x.example',),
+    ]  # fmt: skip
+    assert queue.state == {}
+
+
+@pytest.mark.parametrize(('primarys', 'fallbacks'), [(True, False), (False, True), (True, True)])
+def test_a_server_that_broke_off_in_the_midst_of_a_message_may_be_used_for_the_next(
+    queue, claimed, says, primarys, fallbacks
+):
+    troubles = [ServerTrouble(f'{number} is gone', in_message=it) for number, it in enumerate((primarys, fallbacks))]
+    handler = MessageHandler([says(trouble) for trouble in troubles])
+
+    result = handler.deliver(*claimed('ada'))
+
+    assert result.trouble.in_message
+    assert not handler.is_paused
+    assert queue.files('new')[0].name.endswith(',stumbles=1')
+
+
+def test_if_neither_server_could_be_used_there_was_nothing_in_the_midst_of_it(queue, claimed, says):
+    troubles = [ServerTrouble(f'{number} is gone') for number in range(2)]
+
+    result = MessageHandler([says(trouble) for trouble in troubles]).deliver(*claimed('ada'))
+
+    assert result.trouble is troubles[1]
+
+
+# --- one session too many ----------------------------------------------------
+
+
+def test_a_session_too_many_hands_over_what_it_has_in_hand_and_is_no_trouble(queue, claimed, says, trouble, caplog):
+    claims = claimed('ada', 'bob', 'eve')
+    fallback = says(YES)
+    handler = MessageHandler([Streams(trouble), fallback])
+    given = Given(*claims, others=True)
+
+    assert list(handler.deliver_all(given)) == []
+    assert given.handed_over == claims[:2]
+    assert given.claims == claims[2:]
+    assert (fallback.asked, handler.rests_for) == ([], 0)
+    assert queue.state == {'in progress': 3}, 'the others have them'
+    assert caplog.messages == [f'{trouble} The run goes on with fewer connections.']
+
+
+def test_where_there_are_no_others_the_transport_rests_and_the_next_one_is_asked(queue, claimed, says, trouble):
+    fallback = says(YES)
+    handler = MessageHandler([Streams(trouble), fallback])
+
+    list(handler.deliver_all(Given(*claimed('ada', 'bob', 'eve'))))
+
+    assert fallback.asked == [(ADA,), (BOB,), (EVE,)]
+    assert handler.rests_for == 0
+    assert handler.routes[0].pause.trouble is trouble
+    assert queue.state == {}
+
+
+def test_a_server_that_has_not_worked_since_its_last_trouble_has_no_session_too_many(queue, claimed, says, trouble):
+    fallback = says(YES)
+    handler = MessageHandler([Streams(trouble), fallback])
+    # The pause is over, and each thread looks whether the server is back.
+    handler.routes[0].pause.begin(trouble)
+    handler.routes[0].pause._until = 0
+    given = Given(*claimed('ada', 'bob'), others=True)
+
+    list(handler.deliver_all(given))
+
+    assert given.handed_over == []
+    assert fallback.asked == [(ADA,), (BOB,)]
+
+
+def test_what_was_said_of_a_message_before_its_session_was_refused_is_settled_and_told(queue, claimed, told, trouble):
+    (many,), rest = claimed('ada bob eve'), claimed('dan')
+    # Two transactions of one message, on a new session after the first.
+    transport = Streams(SendResult({ADA: OK, BOB: NEVER}), trouble)
+    given = Given(many, *rest, others=True)
+
+    results = list(MessageHandler([transport]).deliver_all(given))
+
+    assert transport.offered == [(ADA, BOB, EVE), (DAN,), (EVE,)]
+    assert [(claim, result.accepted, result.trouble) for claim, result in results] == [(many, (ADA,), None)]
+    assert given.handed_over == rest
+    assert ('sent', ADA) in told('status', 'to')
+    assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [((EVE,), 0)]
+    assert recipients(queue.headers('dead')) == [(BOB,)]
+
+
+@pytest.mark.parametrize('reply', [OUTCOME_UNKNOWN, LATER])
+def test_an_outcome_that_came_with_the_trouble_is_settled_and_the_rest_handed_over(
+    queue, claimed, says, told, reply, trouble
+):
+    first, second = claimed('ada', 'bob')
+    fallback = says(YES)
+    given = Given(first, second, others=True)
+    handler = MessageHandler([Streams(SendResult({ADA: reply}, trouble=trouble)), fallback])
+
+    results = list(handler.deliver_all(given))
+
+    assert [(claim, result.trouble) for claim, result in results] == [(first, None)]
+    assert given.handed_over == [second]
+    assert fallback.asked == []
+    assert [(header.recipients, header.attempts, header.last_reply) for header in queue.headers('new')] == [
+        ((ADA,), 1, str(reply).replace('(', '[').replace(')', ']')),
+    ]  # fmt: skip
+
+
+def test_a_server_that_broke_off_in_the_midst_of_a_message_hands_nothing_over(queue, claimed):
+    stumble = ServerTrouble('it hung up', in_message=True)
+    transport = Streams(stumble)
+    given = Given(*claimed('ada', 'bob'), others=True)
+    results = MessageHandler([transport]).deliver_all(given)
+
+    _, result = next(results)
+    transport.answers = [YES]
+
+    assert result.trouble is stumble
+    assert [accepted.accepted for _, accepted in results] == [(BOB,)]
+    assert given.handed_over == []
+
+
+# --- told to end --------------------------------------------------------------
+
+
+def ending(given, recipients):
+    """A callable that ends the work when those are under way."""
+
+    def before(under_way):
+        given.is_over |= under_way == recipients
+
+    return before
+
+
+def test_who_is_told_to_end_finishes_the_message_that_is_under_way_and_leaves_the_next_as_it_was(queue, claimed, told):
+    claims = claimed('ada', 'bob', 'eve')
+    inode = queue.files('cur')[1].stat().st_ino
+    given = Given(*claims)
+    transport = Streams(YES, YES, before=ending(given, (ADA,)))
+
+    results = list(MessageHandler([transport]).deliver_all(given))
+
+    assert [claim for claim, _ in results] == claims[:1]
+    assert transport.offered == [(ADA,), (BOB,)]
+    assert [(file.name, file.stat().st_ino) for file in queue.files('new')] == [(claims[1].id, inode)]
+    assert told('status', 'to') == [('sent', ADA)]
+
+
+def test_who_is_over_from_the_beginning_does_nothing(queue, claimed, says):
+    transport, given = says(YES), Given(*claimed('ada'))
+    given.is_over = True
+
+    assert list(MessageHandler([transport]).deliver_all(given)) == []
+    assert transport.asked == []
+
+
+@pytest.mark.parametrize('position', ['alone', 'behind another one'])
+def test_a_message_that_is_cut_short_between_two_transactions_is_settled_and_told(queue, claimed, told, position):
+    (many,), others = claimed('ada bob eve'), claimed('dan', 'zoe') if position != 'alone' else []
+    given = Given(many, *others)
+    answers = [SendResult({ADA: OK, BOB: NEVER}), YES, YES]
+    transport = Streams(*answers, before=ending(given, (ADA, BOB, EVE) if position == 'alone' else (DAN,)))
+
+    results = list(MessageHandler([transport]).deliver_all(given))
+
+    assert {claim: result.accepted for claim, result in results}[many] == (ADA,)
+    assert ('sent', ADA) in told('status', 'to')
+    assert ((EVE,), 0) in [(header.recipients, header.attempts) for header in queue.headers('new')]
+    assert recipients(queue.headers('dead')) == [(BOB,)]
+    assert 'in progress' not in queue.state or queue.files('cur')[0].name == others[-1].id
+
+
+def test_a_message_that_is_cut_short_before_the_second_transport_was_asked_is_deferred(queue, claimed, says, told):
+    given = Given(*claimed('ada bob'))
+    first, second = Streams(SendResult({ADA: LATER, BOB: OK}), before=ending(given, (ADA, BOB))), says(YES)
+
+    list(MessageHandler([first, second]).deliver_all(given))
+
+    assert second.asked == []
+    assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [((ADA,), 1)]
+    assert told('status', 'to')[:2] == [('deferred', ADA), ('sent', BOB)]
+
+
+def test_what_we_have_broken_off_ourselves_is_nobodys_fault(queue, claimed, told, caplog):
+    claims = claimed('ada', 'bob')
+    inodes = {file.name: file.stat().st_ino for file in queue.files('cur')}
+    given = Given(*claims)
+    handler = MessageHandler([Streams(ServerTrouble('closed', in_message=True), before=ending(given, (ADA,)))])
+
+    assert list(handler.deliver_all(given)) == []
+    assert {file.name: file.stat().st_ino for file in queue.files('new')} == inodes, 'no stumble is counted in a name'
+    assert (told('status'), handler.rests_for) == ([], 0)
+    assert [record for record in caplog.records if record.levelname != 'INFO'] == []
+
+
+def test_what_we_have_broken_off_behind_its_final_dot_is_deferred(queue, claimed):
+    given = Given(*claimed('ada', 'bob'))
+    trouble = ServerTrouble('closed', in_message=True)
+    unknown = SendResult({ADA: OUTCOME_UNKNOWN}, trouble=trouble)
+
+    list(MessageHandler([Streams(unknown, before=ending(given, (ADA,)))]).deliver_all(given))
+
+    waiting = {header.recipients: header for header in queue.headers('new')}
+    assert [(key, header.attempts) for key, header in sorted(waiting.items())] == [((ADA,), 1), ((BOB,), 0)]
+    assert 'may have been delivered' in waiting[ADA,].last_reply
 
 
 def test_close_closes_every_transport_that_can_be_closed(says):
