@@ -21,7 +21,7 @@ import docutils.core
 import docutils.nodes
 import pytest
 
-from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.cli import common
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
 from pyramid_mailqueue.delivery import runner
 
@@ -377,7 +377,7 @@ def test_the_commands_are_understood(arguments):
 
     # Which is all that is wrong with them here.
     assert ended.stderr == 'mq-run: /srv/shop/production.ini: cannot be read (No such file or directory).\n'
-    assert ended.returncode == run.EX_CONFIG
+    assert ended.returncode == common.EX_CONFIG
 
 
 @pytest.mark.parametrize('path', SERVICES, ids=names(SERVICES))
@@ -386,8 +386,8 @@ def test_systemd_waits_until_mq_run_has_ended_by_itself(path):
 
 
 def test_the_units_know_the_exit_statuses():
-    assert section(DOCS / 'examples/shop-mail.service', 'Service')['RestartPreventExitStatus'] == str(run.EX_CONFIG)
-    assert section(DOCS / 'examples/shop-mail-run.service', 'Service')['SuccessExitStatus'] == str(run.EX_TEMPFAIL)
+    assert section(DOCS / 'examples/shop-mail.service', 'Service')['RestartPreventExitStatus'] == str(common.EX_CONFIG)
+    assert section(DOCS / 'examples/shop-mail-run.service', 'Service')['SuccessExitStatus'] == str(common.EX_TEMPFAIL)
 
 
 @pytest.mark.parametrize('systemd', ['path'], indirect=True)
