@@ -209,18 +209,23 @@ class Freeze:
 
 
 class Death:
-    """The process is killed right before or after its *number*-th call, counted over all of its threads."""
+    """
+    The process is killed right before or after its *number*-th call, counted over all of its threads.
 
-    def __init__(self, number, moment):
+    :param counts: called with a call, says whether it is counted; by default all are
+    """
+
+    def __init__(self, number, moment, counts=lambda call: True):
         self._number = number
         self._moment = moment
+        self._counts = counts
         self._numbers = itertools.count(1)
 
     def __repr__(self):
         return f'death {self._moment} call {self._number}'
 
     def __call__(self, call):
-        if next(self._numbers) < self._number:
+        if not self._counts(call) or next(self._numbers) < self._number:
             return without_sync(call)
         if self._moment == 'after':
             without_sync(call)

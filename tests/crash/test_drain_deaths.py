@@ -47,12 +47,27 @@ def until_one_lives(ways, die):
     return list(itertools.takewhile(lambda repeated: repeated is not None, map(die, ways)))
 
 
+def waits(call):
+    """Whether this is one of those calls of which a run needs more or fewer, as the server's replies come in."""
+    return call.name in {'poll', 'recv'}
+
+
+def acts(call):
+    return not waits(call)
+
+
 def test_a_run_that_is_killed_at_any_call_loses_nobody_and_repeats_at_most_the_message_in_hand(die):
     # Before a call is after the one before it, too: nobody else can see what is done between them.
-    repeated = until_one_lives((Death(number, 'before') for number in itertools.count(1)), die)
+    repeated = until_one_lives((Death(number, 'before', acts) for number in itertools.count(1)), die)
 
     assert len(repeated) > 150
     assert set().union(*repeated) == set(everybody('taken')), 'each message was in hand at some death'
+
+
+def test_a_run_that_is_killed_while_it_waits_for_the_server_loses_nobody(die):
+    repeated = until_one_lives((Death(number, 'before', waits) for number in itertools.count(1)), die)
+
+    assert len(repeated) > 20
 
 
 @pytest.mark.parametrize(
