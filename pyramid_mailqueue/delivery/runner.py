@@ -158,11 +158,17 @@ class Runner:
         """
         report = RunReport()
         supply = None
+        stop = stop or Stop()
         try:
             now = self._clock()
             report.recovery = self._recover(now)
-            supply = Supply(self.queue.claim_due(now), limit=max_messages, take_from_rate=self.handler.take_from_rate)
-            crew = _Crew(self.handler, supply, stop or Stop(), report, on_progress)
+            supply = Supply(
+                self.queue.claim_due(now),
+                limit=max_messages,
+                take_from_rate=self.handler.take_from_rate,
+                is_stopped=lambda: stop.requested,
+            )
+            crew = _Crew(self.handler, supply, stop, report, on_progress)
             crew.work(max_seconds)
         finally:
             if supply is not None:
@@ -228,14 +234,12 @@ class _Crew:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._start_one(self._supply.share())
         has_started_others = False
-        while self._threads:
-            if self._stop.requested or _has_passed(deadline):
-                self._end_early()
-                return
+        while self._threads and not (self._stop.requested or _has_passed(deadline)):
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
             self._stop.wait(_until(deadline))
+        self._end()
 
     def _start_others(self, number: int) -> None:
         """Start so many threads, if there is something to do for them."""
@@ -260,8 +264,8 @@ class _Crew:
             self._threads.remove(thread)
             raise
 
-    def _end_early(self) -> None:
-        """Wait for the messages in hand; who was told to stop does not wait for ever."""
+    def _end(self) -> None:
+        """Wait for the messages in hand, if there are any; who was told to stop does not wait for ever."""
         self._supply.end()
         deadline = None
         while self._threads and not (_has_passed(deadline) or self._stop.urgent):

@@ -33,6 +33,8 @@ class Supply:
     :param limit: how many of them may be handed out
     :param take_from_rate: called with a number of sends; takes them and returns 0, or returns in how many seconds to
         ask again
+    :param is_stopped: whether somebody has told the run to end; asked by the threads, so that none begins with one more
+        message before :meth:`end` is called
     """
 
     def __init__(
@@ -41,14 +43,15 @@ class Supply:
         *,
         limit: int | None = None,
         take_from_rate: Callable[[int], float] | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.error: BaseException | None = None
         self.is_rate_reached = False
         self._claims = claims
         self._left = limit
         self._take_from_rate = take_from_rate
-        #: Whether all are to end as soon as they can; what is not under way then is released.
-        self.is_over = False
+        self._is_stopped = is_stopped
+        self._has_ended = False
         # Claims that were taken and could not be used: the next ones to be handed out.
         self._returned: deque[IClaim] = deque()
         self._shares: list[Share] = []
@@ -56,10 +59,15 @@ class Supply:
         self._new = 0
         self._changed = threading.Condition()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all are to end as soon as they can; what is not under way then is released."""
+        return self._has_ended or self._is_stopped()
+
     def end(self) -> None:
         """Hand out nothing more, and let what is not under way be released."""
         with self._changed:
-            self.is_over = True
+            self._has_ended = True
             self._changed.notify_all()
 
     def share(self, first: IClaim | None = None) -> Share:
