@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
 
 import pytest
 
+from pyramid_mailqueue.delivery import runner
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
+from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
-from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
+from pyramid_mailqueue.queues.rate_file import RateFile
+from pyramid_mailqueue.settings import Rate
+from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 # The simplest answers.
@@ -375,3 +381,795 @@ def test_a_message_over_which_a_defect_shows_stays_claimed_so_that_its_deaths_ar
         Runner(queue, MessageHandler([says(YES)], retry_policy=Defect())).run()
 
     assert queue.state == {'in progress': 1}
+
+
+# --- over a real connection ----------------------------------------------------
+
+
+@pytest.fixture
+def run_over(queue, make_event):
+    """Make one run over a server, with so many connections: ``run_over(server, 4)``."""
+    transports = []
+
+    def run_over(server, connections=1, *, fallback=(), stop=None, rate=None, smtp=None, **options):
+        smtp = {'hostname': server.host, 'port': server.port, 'local_hostname': 'app.example', **(smtp or {})}
+        transports.append(SMTPTransport(**smtp))
+        handler = MessageHandler([transports[-1], *fallback], connections=connections, take_from_rate=rate)
+        return Runner(queue, handler).run(stop, **options)
+
+    yield run_over
+    for transport in transports:
+        transport.close()
+
+
+@pytest.fixture
+def wait_all(wait_since):
+    """Put so many messages into the queue, for ``m0@x.example`` and so on; return their names, oldest due first."""
+
+    def wait_all(number):
+        return [wait_since(number - index, f'm{index}') for index in range(number)]
+
+    return wait_all
+
+
+def snapshot(queue):
+    """Everything that could change of the waiting messages, by name."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in queue.files('new')}
+
+
+def subset(snapshot, names):
+    return {name: snapshot[name] for name in names}
+
+
+def brought(server):
+    """Whom the server has accepted messages for, in this order; nobody twice."""
+    recipients = [recipient for message in server.messages for recipient in message.recipients]
+    assert len(recipients) == len(set(recipients))
+    return recipients
+
+
+def m(*numbers):
+    return [f'm{number}@x.example' for number in numbers]
+
+
+def when(number, answer):
+    """Answer so to the MAIL or RCPT of one message; all have the same sender, so MAIL is counted."""
+    return {'RCPT': lambda command: answer if f'<m{number}@' in command else None}
+
+
+WITH_AND_WITHOUT_PIPELINING = pytest.mark.parametrize('extensions', [EXTENSIONS, ()], ids=['pipelining', 'stepwise'])
+
+
+def test_over_one_connection_messages_go_out_strictly_oldest_due_first(run_over, wait_all):
+    wait_all(30)
+    with ScriptedSMTPServer() as server:
+        report = run_over(server)
+
+    assert report == RunReport(sent=30)
+    assert brought(server) == m(*range(30))
+    assert server.sessions[0].round_trips == 30 + len(['EHLO', 'MAIL RCPT DATA', 'QUIT'])
+
+
+@WITH_AND_WITHOUT_PIPELINING
+@pytest.mark.parametrize('how', [Close('421 4.7.0 not this'), Close(), Close('what?')], ids=['421', 'closed', 'noise'])
+@pytest.mark.parametrize('step', ['RCPT', 'DATA'])
+def test_a_session_that_breaks_off_in_a_message_leaves_that_one_as_it_was_and_goes_on_with_the_next(
+    run_over, queue, wait_all, step, how, extensions
+):
+    names = wait_all(5)
+    before = snapshot(queue)[names[2]]
+    script = {'RCPT': when(2, how)['RCPT']} if step == 'RCPT' else {'DATA': [None, None, how]}
+    with ScriptedSMTPServer(script, extensions=extensions) as server:
+        report = run_over(server)
+
+    assert report == RunReport(sent=4)
+    assert brought(server) == m(0, 1, 3, 4)
+    assert snapshot(queue) == {f'{names[2]},stumbles=1': before}
+    assert len(server.sessions) == 2
+
+
+@WITH_AND_WITHOUT_PIPELINING
+@pytest.mark.parametrize('step', ['RCPT', 'DATA', '.'])
+def test_if_the_server_lets_nobody_in_after_that_the_next_ones_are_as_they_were_byte_for_byte(
+    run_over, queue, wait_all, step, extensions
+):
+    names = wait_all(5)
+    before = snapshot(queue)
+    how = Close('421 4.3.2 going down')
+    script = {step: when(2, how)['RCPT'] if step == 'RCPT' else [None, None, how], 'connect': [None, Close('421 no')]}
+    with ScriptedSMTPServer(script, extensions=extensions) as server:
+        report = run_over(server)
+
+    after = snapshot(queue)
+    assert (report.sent, report.trouble.code) == (2, 421)
+    assert brought(server) == m(0, 1)
+    assert subset(after, names[3:]) == subset(before, names[3:])
+    assert after[f'{names[2]},stumbles=1'] == before[names[2]]
+    assert len(server.sessions) == 2
+
+
+@WITH_AND_WITHOUT_PIPELINING
+@pytest.mark.parametrize('how', [Close(), 'what?'], ids=['closed', 'noise'])
+@pytest.mark.parametrize('lets_in_again', [True, False])
+def test_a_session_that_breaks_off_behind_the_final_dot_defers_that_one_and_leaves_the_next_as_they_were(
+    run_over, queue, wait_all, told, how, lets_in_again, extensions
+):
+    names = wait_all(5)
+    before = snapshot(queue)
+    script = {'.': [None, None, how], 'connect': [None] if lets_in_again else [None, Close('421 no')]}
+    with ScriptedSMTPServer(script, extensions=extensions) as server:
+        report = run_over(server)
+
+    deferred = [header for header in queue.headers('new') if header.attempts]
+    assert [(header.recipients, header.attempts) for header in deferred] == [(tuple(m(2)), 1)]
+    assert 'it may have been delivered' in deferred[0].last_reply
+    assert ('deferred', m(2)[0]) in told('status', 'to')
+    assert brought(server) == m(0, 1, 3, 4) if lets_in_again else m(0, 1)
+    if not lets_in_again:
+        assert subset(snapshot(queue), names[3:]) == subset(before, names[3:])
+    assert (report.sent, report.deferred, report.trouble is None) == (4 if lets_in_again else 2, 1, lets_in_again)
+    assert len(server.sessions) == 2
+
+
+def test_noise_between_two_messages_is_the_servers_trouble_and_nothing_has_happened(run_over, queue, wait_all):
+    names = wait_all(4)
+    before = snapshot(queue)
+    with ScriptedSMTPServer({'MAIL': [None, None, 'what?']}) as server:
+        report = run_over(server)
+
+    assert (report.sent, 'not an SMTP reply' in str(report.trouble)) == (2, True)
+    assert snapshot(queue) == subset(before, names[2:])
+    assert len(server.sessions) == 1
+
+
+# --- over several connections ----------------------------------------------------
+
+
+class Hall:
+    """
+    A server that takes the first message, and everything else when so many sessions have begun, and these have ended.
+
+    :param ended: the numbers of sessions that it waits for to be over
+    """
+
+    def __init__(self, sessions, script=None, *, ended=(), **options):
+        self.server = ScriptedSMTPServer({'.': self._on_content, **(script or {})}, **options)
+        self._number = sessions
+        self._ended = ended
+
+    def __enter__(self):
+        return self.server.__enter__()
+
+    def __exit__(self, *error):
+        self.server.close()
+
+    def _on_content(self, command):
+        if self.server.messages:
+            self.server.wait_for(self._is_full)
+
+    def _is_full(self):
+        sessions = self.server.sessions
+        return len(sessions) >= self._number and all(sessions[number].is_over for number in self._ended)
+
+
+def test_several_connections_share_what_is_due_and_bring_each_message_once(run_over, queue, wait_all):
+    wait_all(40)
+    with Hall(4) as server:
+        report = run_over(server, 4)
+
+    assert report == RunReport(sent=40)
+    assert sorted(brought(server)) == sorted(m(*range(40)))
+    assert brought(server)[0] == m(0)[0]
+    assert (queue.state, len(server.sessions)) == ({}, 4)
+    # Each thread is given the oldest that is left.
+    for session in server.sessions:
+        own = [int(command[10:].partition('@')[0]) for command in session.commands if command.startswith('RCPT')]
+        assert own == sorted(own)
+
+
+def test_no_more_sessions_are_opened_than_there_are_messages(run_over, wait_all):
+    wait_all(2)
+    with ScriptedSMTPServer() as server:
+        assert run_over(server, 4) == RunReport(sent=2)
+
+    assert len(server.sessions) <= 2
+
+
+def test_no_connection_has_more_than_two_messages_in_hand(run_over, queue, wait_all):
+    wait_all(40)
+    in_hand = []
+
+    def on_mail(command):
+        in_hand.append(len(queue.files('cur')))
+
+    with Hall(4, {'MAIL': on_mail}) as server:
+        run_over(server, 4)
+
+    assert 4 <= max(in_hand) <= 8
+
+
+@pytest.mark.parametrize('step', ['connect', 'EHLO', 'MAIL'])
+@pytest.mark.parametrize('how', [Close('421 4.7.0 too many connections'), Close()], ids=['421', 'closed'])
+def test_if_there_is_room_for_two_sessions_the_run_goes_on_with_two_and_brings_everything(
+    run_over, queue, wait_all, says, caplog, step, how
+):
+    wait_all(24)
+    fallback = says(YES)
+    script = {2: {step: how}, 3: {step: how}}
+    with Hall(4, by_session=script, ended=(2, 3)) as server:
+        report = run_over(server, 4, fallback=[fallback])
+
+    assert report == RunReport(sent=24)
+    assert (len(brought(server)), queue.state) == (24, {})
+    assert fallback.asked == []
+    assert len(server.sessions) == 4
+    warnings = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert len(warnings) == 2
+    assert all(line.endswith('The run goes on with fewer connections.') for line in warnings)
+
+
+def test_who_has_nothing_more_waits_for_what_a_session_in_vain_had_in_hand(run_over, queue, wait_all):
+    wait_all(4)
+    calls = []
+
+    def connect(address, timeout):
+        with server.recording():
+            calls.append(address)
+        if len(calls) > 1:
+            # By then the first thread has nothing more to do, but to wait for this one.
+            server.wait_for(lambda: len(server.messages) == 3)
+            raise ConnectionRefusedError(111, 'Connection refused')
+        return socket.create_connection(address, timeout)
+
+    def second_message_is_taken_after_second_call(command):
+        server.wait_for(lambda: len(calls) > 1 or not server.messages)
+
+    with ScriptedSMTPServer({'.': second_message_is_taken_after_second_call}) as server:
+        report = run_over(server, 2, smtp={'connect': connect})
+
+    assert report == RunReport(sent=4)
+    assert sorted(brought(server)) == m(*range(4))
+    assert (len(server.sessions), len(calls), queue.state) == (1, 2, {})
+
+
+@WITH_AND_WITHOUT_PIPELINING
+@pytest.mark.parametrize('connections', [1, 3])
+@pytest.mark.parametrize(
+    'enough',
+    [
+        {'MAIL': [None, None, Close('421 4.7.0 enough')]},
+        {'MAIL': [None, None, Close()]},
+        {'MAIL': [None, None, '452 4.5.3 enough']},
+        {'.': [None, '250 2.0.0 ok\n421 4.7.0 enough']},
+        {'.': [None, Close('250 2.0.0 ok')]},
+    ],
+    ids=['421', 'closed', '452', '421 with the reply', 'closed behind the reply'],
+)
+def test_a_server_that_takes_two_messages_in_a_session_costs_more_sessions_and_nothing_else(
+    run_over, queue, wait_all, caplog, connections, extensions, enough
+):
+    wait_all(12)
+    with ScriptedSMTPServer(by_session=dict.fromkeys(range(20), enough), extensions=extensions) as server:
+        report = run_over(server, connections)
+
+    assert report == RunReport(sent=12)
+    assert sorted(brought(server)) == sorted(m(*range(12)))
+    assert queue.state == {}
+    assert len(server.sessions) in range(6, 10 if connections > 1 else 8)
+    assert [record for record in caplog.records if record.levelname == 'WARNING'] == []
+
+
+# --- the server is in trouble, and there could be four connections ---------------
+
+
+def refused(address, timeout):
+    raise ConnectionRefusedError(111, 'Connection refused')
+
+
+def too_late(address, timeout):
+    raise TimeoutError('timed out')
+
+
+def without_address(address, timeout):
+    raise socket.gaierror(-2, 'Name or service not known')
+
+
+TROUBLES = {
+    'refused': ({}, {'connect': refused}),
+    'too late': ({}, {'connect': too_late}),
+    'without an address': ({}, {'connect': without_address}),
+    '421 at first': ({'connect': Close('421 4.3.2 closed')}, {}),
+    '554 at first': ({'connect': '554 5.7.1 no'}, {}),
+    'closed at first': ({'connect': Close()}, {}),
+    '421 to EHLO': ({'EHLO': Close('421 4.3.2 closed')}, {}),
+    'no STARTTLS': ({}, {'tls': 'starttls'}),
+    'no AUTH': ({}, {'username': 'shop', 'password': 'secret'}),
+    '535 to AUTH': ({'AUTH': '535 5.7.8 no'}, {'username': 'shop', 'password': 'secret'}),
+    '454 to AUTH': ({'AUTH': '454 4.7.0 not now'}, {'username': 'shop', 'password': 'secret'}),
+    '530 to MAIL': ({'MAIL': '530 5.7.0 log in first'}, {}),
+    '421 to MAIL': ({'MAIL': Close('421 4.3.2 closed')}, {}),
+    'closed at MAIL': ({'MAIL': Close()}, {}),
+    'noise at MAIL': ({'MAIL': 'what?'}, {}),
+}
+
+
+@pytest.mark.parametrize('which', TROUBLES)
+def test_the_servers_trouble_costs_one_try_and_nothing_is_rewritten(run_over, queue, wait_all, told, which):
+    script, smtp = TROUBLES[which]
+    wait_all(6)
+    before = snapshot(queue)
+    calls = []
+    connect = smtp.get('connect', socket.create_connection)
+    extensions = (*EXTENSIONS, *(['AUTH PLAIN'] if 'AUTH' in script else []))
+    with ScriptedSMTPServer(script, extensions=extensions) as server:
+        smtp = {**smtp, 'connect': lambda *args: calls.append(args) or connect(*args)}
+        report = run_over(server, 4, smtp=smtp)
+
+    assert report == RunReport(trouble=report.trouble)
+    assert report.trouble is not None
+    assert snapshot(queue) == before
+    assert (len(calls), told('status')) == (1, [])
+
+
+@pytest.mark.parametrize('step', ['RCPT', 'DATA', '.'])
+def test_a_server_that_says_421_to_each_message_ends_the_run_after_three(run_over, queue, wait_all, step):
+    names = wait_all(6)
+    before = snapshot(queue)
+    with ScriptedSMTPServer({step: lambda command: Close('421 4.3.2 closed')}) as server:
+        report = run_over(server, 4)
+
+    after = snapshot(queue)
+    assert report == RunReport(trouble=report.trouble)
+    assert report.trouble.code == 421
+    assert {f'{name},stumbles=1': before[name] for name in names[:3]} == {
+        name: it for name, it in after.items() if 'stumbles' in name
+    }
+    assert subset(after, names[3:]) == subset(before, names[3:])
+    assert len(server.sessions) == 3
+
+
+def test_a_server_that_goes_down_in_the_middle_of_a_run_costs_one_try_for_each_connection(run_over, queue, wait_all):
+    names = wait_all(40)
+    before = snapshot(queue)
+
+    def is_down():
+        return len(server.messages) >= 12
+
+    def going_down(reply):
+        return lambda command: Close('421 4.3.2 going down') if is_down() else reply
+
+    with Hall(4, {'MAIL': going_down(None), 'connect': going_down(None)}) as server:
+        report = run_over(server, 4)
+
+    after = snapshot(queue)
+    assert (report.sent, report.deferred, report.refused) == (len(server.messages), 0, 0)
+    assert report.trouble.code == 421
+    assert subset(before, after) == after, 'what was not brought is as it was'
+    assert len(after) + len(brought(server)) == len(names)
+    assert 4 < len(server.sessions) <= 8
+
+
+def test_a_server_that_is_down_leaves_everything_to_a_second_transport_after_one_try(run_over, queue, wait_all, says):
+    wait_all(6)
+    fallback = says(YES)
+    with ScriptedSMTPServer({'connect': Close('421 4.3.2 closed')}) as server:
+        report = run_over(server, 4, fallback=[fallback])
+
+    assert report == RunReport(sent=6)
+    assert sorted(fallback.asked) == sorted((name,) for name in m(*range(6)))
+    assert (len(server.sessions), queue.state) == (1, {})
+
+
+def test_two_servers_that_take_long_to_fail_are_tried_once(queue, wait_since, says, trouble):
+    for seconds in range(5):
+        wait_since(seconds)
+    first, second = says(trouble), says(trouble)
+    handler = MessageHandler([first, second])
+    second_send = second.send
+
+    def send(*args):
+        # The rest of the first is over by now.
+        handler.routes[0].pause._until = 0
+        return second_send(*args)
+
+    second.send = send
+    report = Runner(queue, handler).run()
+
+    assert report == RunReport(trouble=trouble)
+    assert (len(first.asked), len(second.asked)) == (1, 1)
+
+
+def test_trouble_that_ended_a_run_is_reported_however_long_its_end_took(queue, wait_since, says, trouble):
+    for seconds in range(3):
+        wait_since(seconds)
+    handler = MessageHandler([says(YES, trouble)])
+
+    def much_later(report):
+        handler.routes[0].pause._until = 0
+
+    report = Runner(queue, handler).run(on_progress=much_later)
+
+    assert report == RunReport(sent=1, trouble=trouble)
+
+
+# --- not everything ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('connections', [1, 4])
+def test_a_run_begins_with_no_more_messages_than_it_may(run_over, queue, wait_all, connections):
+    names = wait_all(20)
+    before = snapshot(queue)
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, connections, max_messages=5)
+
+    assert report == RunReport(sent=5)
+    assert sorted(brought(server)) == m(*range(5))
+    assert snapshot(queue) == subset(before, names[5:])
+
+
+def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
+    run_over, queue, wait_all, make_event, monkeypatch
+):
+    monkeypatch.setattr(runner, 'PATIENCE', 0)
+    names = wait_all(4)
+    before = snapshot(queue)
+    go_on = make_event()
+
+    class Listens(Stop):
+        def wait(self, seconds=None):
+            if seconds is None:
+                # Its time is over, and it waits without an end.
+                go_on.set()
+            super().wait(seconds)
+
+    with ScriptedSMTPServer({'.': Wait(go_on)}) as server:
+        report = run_over(server, 4, stop=Listens(), max_seconds=0.2)
+
+    assert report == RunReport(sent=1)
+    assert brought(server) == m(0)
+    assert snapshot(queue) == subset(before, names[1:])
+
+
+def test_who_is_told_to_stop_while_the_time_is_over_does_not_wait_for_ever(
+    run_over, queue, wait_all, make_event, monkeypatch
+):
+    monkeypatch.setattr(runner, 'PATIENCE', 0)
+    names = wait_all(3)
+    told = []
+
+    class StopsThen(Stop):
+        def wait(self, seconds=None):
+            if seconds is None and not self.requested:
+                self.request()
+            super().wait(seconds)
+
+    stop = StopsThen(on_ending=lambda: told.append('ending'))
+    with ScriptedSMTPServer({'RCPT': Wait(make_event())}) as server:
+        report = run_over(server, stop=stop, max_seconds=0.2)
+
+    assert (report, told) == (RunReport(stopped=True), ['ending'])
+    assert sorted(snapshot(queue)) == sorted(names)
+
+
+def test_what_a_rate_does_not_allow_waits_as_it_was(run_over, queue, wait_all, tmp_path):
+    names = wait_all(12)
+    before = snapshot(queue)
+    rate = RateFile(tmp_path / 'rate', Rate(5, 3600))
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, 4, rate=rate.take)
+        again = run_over(server, 4, rate=rate.take)
+
+    assert (report, again) == (RunReport(sent=5, rate_reached=True), RunReport(rate_reached=True))
+    assert sorted(brought(server)) == m(*range(5))
+    assert snapshot(queue) == subset(before, names[5:])
+
+
+def test_each_recipient_is_taken_from_the_rate(run_over, queue, wait_since, tmp_path):
+    for seconds in (3, 2, 1):
+        wait_since(seconds, 'ada', 'bob')
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, rate=RateFile(tmp_path / 'rate', Rate(5, 3600)).take)
+
+    assert report == RunReport(sent=2, rate_reached=True)
+    assert queue.state == {'waiting': 1}
+
+
+def test_a_rate_that_allows_more_in_a_moment_is_waited_for(run_over, queue, wait_all, tmp_path):
+    wait_all(6)
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, 3, rate=RateFile(tmp_path / 'rate', Rate(2, 0.2)).take)
+
+    assert report == RunReport(sent=6)
+    assert sorted(brought(server)) == m(*range(6))
+
+
+def test_a_rate_that_cannot_be_read_ends_the_run_and_nothing_is_sent(run_over, queue, wait_all, tmp_path):
+    wait_all(3)
+    before = snapshot(queue)
+    with ScriptedSMTPServer() as server, pytest.raises(QueueError, match='rate_limit'):
+        run_over(server, 4, rate=RateFile(tmp_path / 'no folder' / 'rate', Rate(5, 3600)).take)
+
+    assert snapshot(queue) == before
+    assert server.sessions == []
+
+
+# --- told to stop, with several connections -------------------------------------------
+
+
+@pytest.fixture
+def in_background():
+    """Call something in a thread: ``in_background(call)`` returns a function that waits for what it returns."""
+    threads = []
+
+    def in_background(call):
+        results = []
+        threads.append(thread := threading.Thread(target=lambda: results.append(call())))
+        thread.start()
+
+        def result():
+            thread.join(60)
+            return results[0]
+
+        return result
+
+    yield in_background
+    for thread in threads:
+        thread.join(60)
+
+
+def are_held(server, number, step=b'Subject'):
+    """So many sessions have come to this."""
+    return sum(step in session.received for session in server.sessions) >= number
+
+
+def test_each_connection_finishes_its_message_in_hand_and_the_others_wait_as_they_were(
+    run_over, queue, wait_all, make_event, in_background
+):
+    names = wait_all(20)
+    before = snapshot(queue)
+    go_on, stop = make_event(), Stop()
+    with ScriptedSMTPServer({'.': [None, *[Wait(go_on)] * 4]}) as server:
+        report = in_background(lambda: run_over(server, 4, stop=stop))
+        # One was accepted, and each of the four has the next one, without a reply.
+        server.wait_for(lambda: sum(session.received.count(b'\r\n.\r\n') for session in server.sessions) == 5)
+        stop.request()
+        go_on.set()
+        finished = report()
+
+    assert finished == RunReport(sent=5, stopped=True)
+    assert len(brought(server)) == 5
+    left = {name: it for name, it in before.items() if name in snapshot(queue)}
+    assert snapshot(queue) == left
+    assert len(left) == len(names) - 5
+
+
+@pytest.mark.parametrize('step', ['MAIL', '.'])
+def test_who_insists_breaks_off_all_connections_and_no_new_one_is_opened(
+    run_over, queue, wait_all, make_event, in_background, step
+):
+    wait_all(20)
+    before = snapshot(queue)
+    never, stop = make_event(), Stop()
+    # The first message makes the others begin; then each session has one more.
+    script = {step: [None, *[Wait(never)] * 4]}
+    with ScriptedSMTPServer(script) as server:
+        report = in_background(lambda: run_over(server, 4, stop=stop))
+        awaited = b'\r\n.\r\n' if step == '.' else b'MAIL'
+        server.wait_for(lambda: sum(session.received.count(awaited) for session in server.sessions) == 5)
+        server.wait_for(lambda: len(server.messages) == 1)
+        stop.request()
+        stop.request()
+        finished = report()
+        assert len(server.sessions) == 4
+
+    unknown = 4 if step == '.' else 0
+    after = snapshot(queue)
+    assert (finished.deferred, finished.refused, finished.stopped) == (unknown, 0, True)
+    assert sum(header.attempts for header in queue.headers('new')) == unknown
+    assert len([name for name, it in after.items() if before.get(name) == it]) == 19 - unknown
+    assert queue.state == {'waiting': 19}
+
+
+def test_a_message_that_was_cut_short_between_two_transactions_was_stopped(run_over, queue, wait_since, told):
+    wait_since(1, 'm0', 'm1', 'm2')
+    stop = Stop()
+    with ScriptedSMTPServer({'.': lambda command: stop.request()}) as server:
+        report = run_over(server, stop=stop, smtp={'max_recipients': 2})
+
+    assert report == RunReport(stopped=True)
+    assert brought(server) == m(0, 1)
+    assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [(tuple(m(2)), 0)]
+    assert told('status', 'to') == [('sent', name) for name in m(0, 1)]
+
+
+def test_a_run_whose_waiting_is_interrupted_gives_back_nothing_that_is_still_being_delivered(
+    run_over, queue, wait_all, make_event
+):
+    wait_all(3)
+
+    class Interrupts(Stop):
+        def wait(self, seconds=None):
+            server.wait_for(lambda: are_held(server, 1))
+            if not queue.files('new'):
+                raise AssertionError('nothing is left')
+            if not self.requested:
+                self.requested = True
+                raise KeyboardInterrupt
+            super().wait(seconds)
+
+    stop = Interrupts()
+    with ScriptedSMTPServer({'.': Wait(make_event())}) as server, pytest.raises(KeyboardInterrupt):
+        run_over(server, stop=stop)
+
+    # Broken off, and its thread has settled it: the server has all of it.
+    assert sorted(header.attempts for header in queue.headers('new')) == [0, 0, 1]
+    assert len(server.sessions) == 1
+
+
+# --- transports and policies of ones own, with several connections -----------------------
+
+
+class Plain:
+    """Nothing but ``send``, as a user may write it; it remembers whom it was asked for."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+
+    def send(self, sender, recipients, content):
+        self.asked.append(recipients)
+        return self.answer(recipients)
+
+
+def run_with(queue, transport, **options):
+    return Runner(queue, MessageHandler([transport], connections=4, **options)).run()
+
+
+def test_a_transport_that_only_sends_is_called_once_for_each_message(queue, wait_all):
+    wait_all(30)
+    transport = Plain(lambda recipients: True)
+
+    assert run_with(queue, transport) == RunReport(sent=30)
+    assert sorted(transport.asked) == sorted((name,) for name in m(*range(30)))
+
+
+def test_a_transport_that_raises_or_refuses_for_some_disturbs_nobody_else(queue, wait_all, caplog):
+    wait_all(12)
+
+    def answer(recipients):
+        number = int(recipients[0][1:].partition('@')[0])
+        if number % 4 == 1:
+            raise ZeroDivisionError('a defect of the transport')
+        if number % 4 == 2:
+            return False
+        return number % 4 == 3 or SendResult({recipients[0]: NEVER})
+
+    assert run_with(queue, Plain(answer)) == RunReport(sent=3, deferred=6, refused=3)
+    assert queue.state == {'waiting': 6, 'dead': 3}
+    assert {header.attempts for header in queue.headers('new')} == {1}
+    assert caplog.text.count('ZeroDivisionError: a defect of the transport') == 3
+
+
+class DefectFor:
+    """A policy with a defect that shows for one recipient."""
+
+    def __init__(self, recipient):
+        self.recipient = recipient
+
+    def decide(self, recipients, attempts, queued_at, result, now):
+        if self.recipient in recipients:
+            raise ZeroDivisionError('a defect of the policy')
+        return ExponentialBackoff().decide(recipients, attempts, queued_at, result, now)
+
+
+def test_a_policy_with_a_defect_ends_the_run_and_nothing_is_lost(queue, wait_all):
+    wait_all(30)
+    transport = Plain(lambda recipients: True)
+
+    with pytest.raises(ZeroDivisionError, match='a defect of the policy'):
+        run_with(queue, transport, retry_policy=DefectFor(m(5)[0]))
+
+    # It stays claimed, so that its deaths are counted; the others were brought, or wait as they were.
+    assert [header.recipients for header in queue.headers('cur')] == [tuple(m(5))]
+    waiting = {header.recipients for header in queue.headers('new')}
+    assert waiting.isdisjoint(transport.asked)
+    assert len(waiting) + len(transport.asked) == 30
+    assert {header.attempts for header in queue.headers('new')} <= {0}
+
+
+def test_a_queue_that_cannot_be_read_any_more_ends_the_run_and_what_is_in_hand_is_finished(
+    queue, wait_all, monkeypatch
+):
+    wait_all(6)
+    claim_due = queue.claim_due
+
+    def breaks_off(now):
+        claims = claim_due(now)
+        for _ in range(4):
+            yield next(claims)
+        raise QueueError('The folder cannot be read: Input/output error')
+
+    monkeypatch.setattr(queue, 'claim_due', breaks_off)
+
+    with pytest.raises(QueueError, match='cannot be read'):
+        run_with(queue, Plain(lambda recipients: True))
+
+    assert 'in progress' not in queue.state
+    assert 2 <= queue.state['waiting'] <= 5
+
+
+# --- threads that cannot be ---------------------------------------------------------------
+
+
+@pytest.fixture
+def few_threads(monkeypatch):
+    """Let no more threads be started for a run than so many."""
+    start = threading.Thread.start
+
+    def few_threads(number):
+        started = []
+
+        def start_if_there_is_room(thread):
+            if thread.name == 'mailqueue-run':
+                if len(started) == number:
+                    raise RuntimeError("can't start new thread")
+                started.append(thread)
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, 'start', start_if_there_is_room)
+
+    return few_threads
+
+
+def test_if_no_more_threads_can_be_started_the_others_bring_everything(run_over, queue, wait_all, few_threads, caplog):
+    wait_all(12)
+    few_threads(2)
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, 4)
+
+    assert report == RunReport(sent=12)
+    assert (len(brought(server)), queue.state) == (12, {})
+    assert len(server.sessions) == 2
+    assert [record.message for record in caplog.records if record.levelname == 'WARNING'] == [
+        "No more threads can be started (can't start new thread). The run goes on with fewer connections."
+    ]
+
+
+def test_if_no_thread_at_all_can_be_started_nothing_has_happened(run_over, queue, wait_all, few_threads):
+    wait_all(3)
+    before = snapshot(queue)
+    few_threads(0)
+    with ScriptedSMTPServer() as server, pytest.raises(RuntimeError, match="can't start"):
+        run_over(server, 4)
+
+    assert snapshot(queue) == before
+
+
+# --- more than one run ----------------------------------------------------------------------
+
+
+def test_runs_at_the_same_time_bring_each_message_once(queue, queue_dir, wait_all, run_over, in_background):
+    wait_all(60)
+    with ScriptedSMTPServer() as server:
+        reports = [
+            in_background(
+                lambda: Runner(
+                    type(queue)(queue_dir),
+                    MessageHandler([SMTPTransport(hostname=server.host, port=server.port)], connections=2),
+                ).run()
+            )
+            for _ in range(3)
+        ]
+        sent = sum(report().sent for report in reports)
+
+    assert sent == len(brought(server)) == 60
+    assert queue.state == {}
+
+
+def test_a_message_that_waits_and_is_refused_is_one(run, wait_since, says):
+    wait_since(2, 'ada', 'bob')
+    wait_since(1, 'ada', 'bob')
+
+    report = run(says(SendResult({ADA: LATER, BOB: NEVER})))
+
+    assert (report.deferred, report.refused, report.done) == (2, 2, 2)
