@@ -12,7 +12,6 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.transports.debug import DebugInbox
 
@@ -104,6 +103,6 @@ def test_mails_from_many_threads_are_all_there(inbox):
 def test_where_it_cannot_write_mail_is_deferred(inbox):
     inbox.path.parent.write_text('a file in the place of the folder')
 
-    result = MessageHandler([inbox]).offer(Envelope('', RECIPIENTS, CONTENT))
+    result = MessageHandler([inbox]).send_message(CONTENT, sender='', recipients=RECIPIENTS)
 
     assert result.deferred == RECIPIENTS
