@@ -80,7 +80,11 @@ class IMailer(Interface):
 
 
 class IMailQueue(Interface):
-    """Where messages are durable until they are delivered.  Every method may be called from any thread."""
+    """
+    Where messages are durable until they are delivered.  Every method may be called from any thread.
+
+    A queue with connections of its own has one method more, ``close()``: let go of them.  It may be used again.
+    """
 
     def staging() -> IStaging:
         """Return a new, empty :class:`IStaging`.  Called once for each transaction; touches nothing yet."""

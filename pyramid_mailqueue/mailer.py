@@ -133,6 +133,9 @@ class Mailer:
         """Stop the deliveries of this process; what is not delivered yet waits in the queue."""
         for dispatcher in self._dispatchers.values():
             dispatcher.close()
+        close_queue = getattr(self.queue, 'close', None)
+        if close_queue is not None:
+            close_queue()
 
     def _checked(self, delivery: str | None) -> str:
         if delivery is None:

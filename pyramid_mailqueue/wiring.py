@@ -24,6 +24,7 @@ from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.queues.sql import SQLQueue
     from pyramid_mailqueue.transactions import ITransactionSource
 
 __all__ = ['build_compose', 'build_handler', 'build_mailer', 'build_queue', 'build_runner', 'init_smtp_mailer']
@@ -106,7 +107,7 @@ def build_queue(settings: Settings) -> IMailQueue:
     if settings.queue == 'maildir':
         return _maildir_queue(settings)
     if settings.queue == 'sql':
-        return _sql_queue(settings)
+        return _checked_sql_queue(settings)
     queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
     return queue
 
@@ -122,25 +123,29 @@ def _maildir_queue(settings: Settings) -> IMailQueue:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
 
 
-def _sql_queue(settings: Settings) -> IMailQueue:
+def _checked_sql_queue(settings: Settings) -> IMailQueue:
+    queue = build_sql_queue(settings)
+    try:
+        queue.check()
+    except QueueError as error:
+        # The tables are looked at when it is back.
+        log.warning('%s', error)
+    # A server may fork from here on.
+    queue.database.close()
+    return queue
+
+
+def build_sql_queue(settings: Settings) -> SQLQueue:
+    """Return the queue in a database, whose tables need not be there yet.  Raises ConfigurationError."""
     try:
         from pyramid_mailqueue.queues.sql import SQLQueue
-        from pyramid_mailqueue.queues.sql_database import DatabaseAway
     except ImportError as error:
         raise ConfigurationError(
             f"mailqueue.queue = sql needs SQLAlchemy ({error}): pip install 'pyramid_mailqueue[sql]'"
         ) from error
     if settings.sql_url is None:
         raise ConfigurationError('mailqueue.sql_url is missing, and so is sqlalchemy.url: name the database.')
-    queue = SQLQueue(settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease)
-    try:
-        queue.check()
-    except DatabaseAway as error:
-        # The tables are looked at when it is back.
-        log.warning('%s', error)
-    # A server may fork from here on.
-    queue.database.close()
-    return queue
+    return SQLQueue(settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease)
 
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:

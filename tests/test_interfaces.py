@@ -34,7 +34,6 @@ from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
-from pyramid_mailqueue.queues.sql_schema import create_tables
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
@@ -64,7 +63,7 @@ def objects(queue_dir, tmp_path):
     in_memory = MemoryQueue()
     capturing = make_mailer()
     in_database = SQLQueue(f'sqlite:///{tmp_path}/queue.sqlite')
-    in_database.database.transact(create_tables, checked=False)
+    in_database.database.create_tables()
     yield [
         (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),

@@ -12,9 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from pyramid_mailqueue.cli import queue_change, queue_look
+from pyramid_mailqueue.cli import queue_change, queue_init, queue_look
 from pyramid_mailqueue.cli.common import (
     add_ini_arguments,
     blaming,
@@ -29,6 +29,7 @@ from pyramid_mailqueue.cli.output import print_json, printable
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
 from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
 
@@ -78,7 +79,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors='backslashreplace')
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
+    if arguments.run is queue_init.init:
+        sys.exit(exit_status_of(NAME, lambda: _init(arguments)))
     sys.exit(exit_status_of(NAME, lambda: arguments.run(_open_queue(arguments), arguments)))
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    overrides = dict(map(parse_override, arguments.overrides))
+    with blaming(arguments.ini):
+        return queue_init.init(_read_settings(arguments, overrides), arguments)
+
+
+def _read_settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
+    settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+    refuse_root(settings.queue_dir, NAME)
+    if arguments.changes:
+        # Who only looks need not be able to write the logs.
+        setup_logging(arguments.ini, overrides, settings)
+    return settings
 
 
 def _open_queue(arguments: argparse.Namespace) -> IMailQueue:
@@ -86,11 +104,7 @@ def _open_queue(arguments: argparse.Namespace) -> IMailQueue:
 
     overrides = dict(map(parse_override, arguments.overrides))
     with blaming(arguments.ini):
-        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
-        refuse_root(settings.queue_dir, NAME)
-        if arguments.changes:
-            # Who only looks need not be able to write the logs.
-            setup_logging(arguments.ini, overrides, settings)
+        settings = _read_settings(arguments, overrides)
         queue = build_queue(settings)
         if getattr(queue, 'admin', None) is None:
             raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
@@ -117,10 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(partial(_add, commands))
     _add_doing(partial(_add, commands))
     _add_watching(partial(_add, commands))
+    _add_setting_up(partial(_add, commands))
     return parser
 
 
-Run = Callable[[IMailQueue, argparse.Namespace], int]
+Run = Callable[[Any, argparse.Namespace], int]
 Add = Callable[..., argparse.ArgumentParser]
 
 
@@ -140,7 +155,7 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run, changes=changes, parser=parser, prog=NAME)
-    if run is not queue_look.print_metrics:
+    if run not in (queue_look.print_metrics, queue_init.init):
         parser.add_argument('--json', action='store_true', help='print JSON, for programs (see docs/operations.rst)')
     return parser
 
@@ -249,6 +264,16 @@ def _add_watching(add: Add) -> None:
         'print numbers for Prometheus',
         "In its text format: write it to a file for node_exporter's textfile collector, or serve it.",
     )
+
+
+def _add_setting_up(add: Add) -> None:
+    parser = add(
+        'init',
+        queue_init.init,
+        'create the tables of a queue in a database (mailqueue.queue = sql)',
+        'What is there already is left as it is.  With another queue it creates the directory.',
+    )
+    parser.add_argument('--sql', action='store_true', help='change nothing, and print the statements')
 
 
 def _add_states(parser: argparse.ArgumentParser, help_: str) -> None:

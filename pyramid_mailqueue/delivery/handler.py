@@ -333,6 +333,15 @@ class _Claimed(_Attempt):
         super().__init__(claim.envelope)
         self.claim = claim
         self.number = number
+        if is_valid := getattr(claim, 'is_valid', None):
+            self.offer = self.offer._replace(is_valid=is_valid)
+
+    def is_valid(self) -> bool:
+        """Whether the message is still ours; if not its claim has ended, or is given up here."""
+        if self.offer.is_valid():
+            return True
+        self.claim.release()
+        return False
 
     def keep(self) -> None:
         """Write down who has the message before it goes on: nobody is to get it twice if we die meanwhile."""
@@ -373,16 +382,24 @@ class _Shift:
     def _first(self) -> _Claimed | None:
         if self._is_over or self._claims.is_over:
             return None
-        return self._next.popleft() if self._next else self._begun(self._claims.take)
+        return self._next_one(self._claims.take)
 
-    def _begun(self, take: Callable[[], IClaim | None]) -> _Claimed | None:
+    def _next_one(self, take: Callable[[], IClaim | None]) -> _Claimed | None:
+        """Return what was put back, or else what *take* gives; nothing that has been lost meanwhile."""
+        while self._next:
+            attempt = self._next.popleft()
+            if attempt.is_valid():
+                return attempt
         while (claim := take()) is not None:
             self._handler.load_plugins()
             try:
-                return _Claimed(claim, next(self._numbers))
+                attempt = _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:
                 log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()
+                continue
+            if attempt.is_valid():
+                return attempt
         return None
 
     def _stream(self, route: Route, first: _Claimed) -> Iterator[tuple[IClaim, SendResult]]:
@@ -390,6 +407,9 @@ class _Shift:
         with closing(route.stream(first.offer, lambda: self._more(route))) as results:
             for result in results:
                 attempt = self._under_way.popleft()
+                if result.trouble is not None and not attempt.is_valid():
+                    # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
+                    continue
                 if self._claims.is_over and result.trouble is not None and not result.replies:
                     # We have broken it off ourselves: it is nobody's fault.
                     self._put_back(attempt)
@@ -436,7 +456,7 @@ class _Shift:
 
     def _more(self, route: Route) -> Offer | None:
         """Return what can follow in the stream of *route*, if there is something at once."""
-        attempt = self._next.popleft() if self._next else self._begun(self._claims.take_now)
+        attempt = self._next_one(self._claims.take_now)
         if attempt is None:
             return None
         if self._handler.next_route(attempt) is not route:

@@ -8,7 +8,7 @@ A recipient without a reply was not tried and is still open: silence never count
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,10 @@ __all__ = ['Burial', 'Offer', 'Recovery', 'Reply', 'SendResult', 'Settlement']
 _ENHANCED_CODE = re.compile(r'([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)')
 
 
+def _always() -> bool:
+    return True
+
+
 class Offer(NamedTuple):
     """
     What a transport is asked to send.
@@ -26,11 +30,14 @@ class Offer(NamedTuple):
     :param sender: the reverse-path without angle brackets; ``''`` is the null sender
     :param recipients: addresses, at least one
     :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
+    :param is_valid: asked right before the end of the content goes out: whether the message is still to be sent by us.
+        If not, the content must not be completed
     """
 
     sender: str
     recipients: tuple[str, ...]
     content: bytes
+    is_valid: Callable[[], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,9 @@ class Runner:
     def close(self) -> None:
         """Let go of connections.  The runner may be used again."""
         self.handler.close()
+        close_queue = getattr(self.queue, 'close', None)
+        if close_queue is not None:
+            close_queue()
 
 
 class _Crew:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.interfaces import IClaim
@@ -191,6 +191,9 @@ class Supply:
         with self._changed:
             returned = [*self._returned]
             self._returned.clear()
+            if isinstance(self._claims, Generator):
+                # What it has claimed and not handed out it gives back by itself.
+                self._claims.close()
         for claim in returned:
             claim.release()
         for share in self._shares:

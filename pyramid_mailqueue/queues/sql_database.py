@@ -28,7 +28,7 @@ from sqlalchemy.pool import QueuePool
 
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.sql_schema import VERSION, version_of
+from pyramid_mailqueue.queues.sql_schema import VERSION, create_tables, ddl, version_of
 
 __all__ = ['CONNECTIONS', 'Database', 'DatabaseAway', 'first_line']
 
@@ -119,28 +119,33 @@ class Database:
                 self._check(connection)
             return work(connection)
 
-    def transact(self, work: Callable[[Connection], T], *, checked: bool = True) -> T:
-        """The same, as one transaction.  If not *checked*, the tables need not be there."""
-        begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
+    def transact(self, work: Callable[[Connection], T]) -> T:
+        """The same, as one transaction."""
+        return self.run(lambda connection: self._in_transaction(connection, work))
 
-        def transaction(connection: Connection) -> T:
-            connection.exec_driver_sql(begin)
-            try:
-                result = work(connection)
-                connection.exec_driver_sql('COMMIT')
-            except BaseException:
-                with suppress(SQLAlchemyError):
-                    connection.exec_driver_sql('ROLLBACK')
-                raise
-            return result
-
-        if checked:
-            return self.run(transaction)
+    def create_tables(self) -> None:
+        """Create those that are missing.  Raises QueueError, or DatabaseAway."""
         try:
             with self.engine.connect() as connection:
-                return transaction(connection)
+                self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
             raise self.refusal(error) from error
+
+    def ddl(self) -> str:
+        """Return the statements that create the tables."""
+        return ddl(self._engine.url)
+
+    def _in_transaction(self, connection: Connection, work: Callable[[Connection], T]) -> T:
+        begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
+        connection.exec_driver_sql(begin)
+        try:
+            result = work(connection)
+            connection.exec_driver_sql('COMMIT')
+        except BaseException:
+            with suppress(SQLAlchemyError):
+                connection.exec_driver_sql('ROLLBACK')
+            raise
+        return result
 
     def check(self) -> None:
         """Raise ConfigurationError if the tables are not there, or are others; DatabaseAway if nobody knows."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     Connection,
     Float,
     Index,
@@ -140,7 +141,7 @@ def create_tables(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-def ddl(url: str) -> str:
+def ddl(url: URL) -> str:
     """Return the statements that create the tables, for the database of *url*."""
     statements: list[str] = []
 

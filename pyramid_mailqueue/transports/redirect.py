@@ -64,7 +64,7 @@ class RedirectingTransport:
     def _redirected(self, offer: Offer) -> Offer:
         if offer.recipients == (self._to,):
             return offer
-        return Offer(offer.sender, (self._to,), original_recipients(offer.recipients) + offer.content)
+        return offer._replace(recipients=(self._to,), content=original_recipients(offer.recipients) + offer.content)
 
     def _for_all(self, recipients: tuple[str, ...], answer: SendResult | bool) -> SendResult | bool:
         if not isinstance(answer, SendResult):

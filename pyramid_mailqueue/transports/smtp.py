@@ -222,7 +222,8 @@ class SMTPTransport:
             self._pool.give_back(session)
 
     def _submit(self, session: _Session, offer: Offer) -> MailTransaction:
-        return session.dialogue.submit(offer.sender, offer.recipients[: self._max_recipients], offer.content)
+        recipients = offer.recipients[: self._max_recipients]
+        return session.dialogue.submit(offer.sender, recipients, offer.content, offer.is_valid)
 
     def close(self) -> None:
         """See `ITransport`.  Sessions in use go on, and are kept when their message is sent."""

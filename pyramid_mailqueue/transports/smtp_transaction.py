@@ -183,6 +183,7 @@ class MailTransaction:
     """
     One message on its way to some recipients, and what became of it.
 
+    :ivar is_valid: asked right before the end of the content is composed; if it says no the session ends there
     :ivar is_ascii: no extension is needed for it
     :ivar replies: recipient to reply; who is missing here has no outcome
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
@@ -192,10 +193,13 @@ class MailTransaction:
     :ivar delivered: the server has accepted the content
     """
 
-    def __init__(self, sender: str, recipients: Iterable[str], content: bytes) -> None:
+    def __init__(
+        self, sender: str, recipients: Iterable[str], content: bytes, is_valid: Callable[[], bool] = lambda: True
+    ) -> None:
         self.sender = sender
         self.recipients = tuple(dict.fromkeys(recipients))
         self.content = content
+        self.is_valid = is_valid
         self.is_ascii = content.isascii() and sender.isascii() and all(map(str.isascii, self.recipients))
         self.replies: dict[str, Reply] = {}
         self.done = False
@@ -333,13 +337,16 @@ class Dialogue:
         """The final dot has left and its reply has not come: the longest wait (RFC 5321 section 4.5.3.2.6)."""
         return bool(self._awaited) and self._awaited[0].step is _Step.DOT and self._awaited[0].end <= self._sent
 
-    def submit(self, sender: str, recipients: Iterable[str], content: bytes) -> MailTransaction:
+    def submit(
+        self, sender: str, recipients: Iterable[str], content: bytes, is_valid: Callable[[], bool] = lambda: True
+    ) -> MailTransaction:
         """
         Let one message take its turn.
 
         :param sender: the reverse-path without angle brackets; ``''`` is the null sender
         :param recipients: addresses, at least one
         :param content: RFC 5322 bytes; line ends that are not CRLF become so
+        :param is_valid: whether the message is still to be sent, asked right before the end of its content
         :raises AddressError: an address could break out of its command
         :raises NoRecipients: there is nobody to send to
 
@@ -349,7 +356,7 @@ class Dialogue:
             raise RuntimeError(f'This session has ended: {self.trouble}')
         # Envelopes are so already, and then this only counts.  But a bare CR or LF on the wire is a line end to some
         # servers and not to others, and between the two a second message can be smuggled.
-        transaction = MailTransaction(sender, recipients, normalize_line_ends(content))
+        transaction = MailTransaction(sender, recipients, normalize_line_ends(content), is_valid)
         for address in (sender, *transaction.recipients) if sender else transaction.recipients:
             check_address(address)
         if not transaction.recipients:
@@ -460,6 +467,9 @@ class Dialogue:
             self.trace(f'C: <{len(content)} bytes of data>')
         for start in range(0, len(content) - CHUNK, CHUNK):
             yield _dot_stuffed(content, start)
+        if awaited.step is _Step.DOT and not awaited.transaction.is_valid():
+            # A server drops what has no final dot, and nothing but the end of the session can take back a DATA.
+            raise self._end(self._trouble('was left in the midst of a message, which somebody else has taken over.'))
         last = len(content) and (len(content) - 1) // CHUNK * CHUNK
         piece = _dot_stuffed(content, last) + (b'.\r\n' if _ends_well(content) else b'\r\n.\r\n')
         # From here on the next transaction may speak: RFC 2920 section 3.1 lets the end of the data begin a group.

@@ -49,7 +49,7 @@ def sql_queue(kind):
 QUEUES = {
     'maildir': lambda request, **options: MaildirQueue(request.getfixturevalue('tmp_path') / 'queue', **options),
     'memory': lambda request, **options: MemoryQueue(**options),
-    **{kind: sql_queue(kind) for kind in ('sqlite', 'postgresql+psycopg', 'postgresql+psycopg2')},
+    **{kind: sql_queue(kind) for kind in ('sqlite', 'postgresql+psycopg')},
 }
 
 # A row commits with the transaction of its session, or it is not there: nobody has to decide about it.

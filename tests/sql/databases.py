@@ -24,7 +24,6 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.exc import OperationalError
 
 from pyramid_mailqueue.queues.sql_database import Database
-from pyramid_mailqueue.queues.sql_schema import create_tables
 
 # Seconds; only a server that does not start takes so long.
 DEADLINE = 60
@@ -166,5 +165,5 @@ def postgres_schema(server, driver='psycopg'):
 
 def create_queue_tables(url):
     database = Database(url)
-    database.transact(create_tables, checked=False)
+    database.create_tables()
     database.close()

@@ -59,7 +59,7 @@ def test_the_one_is_offered_and_his_reply_is_everybodys():
 
     result = redirecting(inner, ME).send('shop@site.example', BOTH, CONTENT)
 
-    assert inner.offers == [('shop@site.example', (ME,), FIELD + CONTENT)]
+    assert [offer[:3] for offer in inner.offers] == [('shop@site.example', (ME,), FIELD + CONTENT)]
     assert result == SendResult(dict.fromkeys(BOTH, reply), f'somewhere (redirected to {ME})', queued=True)
 
 
@@ -67,7 +67,7 @@ def test_a_message_for_the_one_is_offered_as_it_is():
     inner = Answering(answer=True)
     redirecting(inner, ME).send('', (ME,), CONTENT)
 
-    assert inner.offers == [('', (ME,), CONTENT)]
+    assert [offer[:3] for offer in inner.offers] == [('', (ME,), CONTENT)]
 
 
 @pytest.mark.parametrize('answer', [True, False])

@@ -1,0 +1,33 @@
+"""The command of ``mq-queue`` that makes the place where messages wait."""
+
+from __future__ import annotations
+
+import argparse
+
+from pyramid_mailqueue.cli.common import EX_OK
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.wiring import build_queue, build_sql_queue
+
+__all__ = ['init']
+
+
+def init(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Create the tables of a queue in a database, or the directory of another one, if they are not there."""
+    if settings.queue == 'sql':
+        _create_tables(settings, arguments)
+        return EX_OK
+    if arguments.sql:
+        raise ConfigurationError(f'mailqueue.queue = {settings.queue}: --sql is for a queue in a database.')
+    print(f'{build_queue(settings)!r} is ready')
+    return EX_OK
+
+
+def _create_tables(settings: Settings, arguments: argparse.Namespace) -> None:
+    queue = build_sql_queue(settings)
+    if arguments.sql:
+        print(queue.database.ddl(), end='')
+        return
+    queue.database.create_tables()
+    queue.check()
+    print(f'{queue!r} is ready')
