@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -33,7 +34,24 @@ hypothesis.settings.load_profile('mailqueue')
 # Seconds; only a test that fails waits that long.
 DEADLINE = 30
 
+LOGGERS = (
+    'mailqueue',
+    *(f'mailqueue.{name}' for name in ('delivery', 'delivery_log', 'plugins', 'queue_log', 'run', 'smtp')),
+)
+
 COMPLETE = bool(os.environ.get('MAILQUEUE_TESTS_COMPLETE'))
+
+
+@pytest.fixture(autouse=True)
+def _loggers_are_as_they_were():
+    """What a test, or a command that it calls, makes of the logs ends with it."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(it, it.level, it.handlers[:], it.propagate, it.disabled) for it in loggers]
+    yield
+    for logger, level, handlers, propagate, disabled in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate, logger.disabled = propagate, disabled
 
 
 def _fail_if_left_out(report):
