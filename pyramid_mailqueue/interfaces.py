@@ -83,7 +83,14 @@ class IMailQueue(Interface):
     """
     Where messages are durable until they are delivered.  Every method may be called from any thread.
 
-    A queue with connections of its own has one method more, ``close()``: let go of them.  It may be used again.
+    There may be two methods more:
+
+    ``close()``
+        Let go of connections.  The queue may be used again.
+
+    ``listening(on_news)``
+        Return a context manager.  In it *on_news* is called, from any thread, when mail has come that nobody has
+        claimed; once more often than needed does no harm.
     """
 
     def staging() -> IStaging:

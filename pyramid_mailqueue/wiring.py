@@ -145,7 +145,9 @@ def build_sql_queue(settings: Settings) -> SQLQueue:
         ) from error
     if settings.sql_url is None:
         raise ConfigurationError('mailqueue.sql_url is missing, and so is sqlalchemy.url: name the database.')
-    return SQLQueue(settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease)
+    return SQLQueue(
+        settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease, notify=settings.sql_notify
+    )
 
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:

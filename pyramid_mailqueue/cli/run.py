@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -116,9 +116,12 @@ def _number(text: str) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     runner = _build_runner(arguments)
-    work = _watch if arguments.watch is not None else _run_once
     with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
-        return work(runner, signals, arguments)
+        if arguments.watch is None:
+            return _run_once(runner, signals, arguments)
+        listening = getattr(runner.queue, 'listening', None)
+        with nullcontext() if listening is None else listening(signals.on_mail):
+            return _watch(runner, signals, arguments)
 
 
 def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
@@ -158,7 +161,8 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
         told = '' if trouble is None else str(trouble)
         notify_systemd(f'STATUS={told or "waiting for mail"}')
         if left != 0:
-            signals.sleep(min(max(arguments.watch, runner.handler.rests_for), end - time.monotonic()))
+            rests_for = runner.handler.rests_for
+            signals.sleep(min(max(arguments.watch, rests_for), end - time.monotonic()), at_least=rests_for)
     notify_systemd('STOPPING=1')
     return EX_OK
 
@@ -192,6 +196,7 @@ class _Signals:
     def __init__(self) -> None:
         self.stop = Stop(on_news=self._tend_to_logs, on_ending=_tell_ending)
         self._logs_are_stale = False
+        self._has_mail = False
 
     def on_stop(self, _number: int, _frame: FrameType | None) -> None:
         """End when the messages in hand are finished: a process that dies over one counts against it."""
@@ -202,11 +207,18 @@ class _Signals:
         self._logs_are_stale = True
         self.stop.wake()
 
-    def sleep(self, seconds: float) -> None:
-        """Return after so many seconds, or when told to stop."""
-        until = time.monotonic() + seconds
-        while not self.stop.requested and (rest := until - time.monotonic()) > 0:
+    def on_mail(self) -> None:
+        """Look for mail, which has come.  Called by any thread."""
+        self._has_mail = True
+        self.stop.wake()
+
+    def sleep(self, seconds: float, *, at_least: float = 0) -> None:
+        """Return after so many seconds; when mail has come, but not before *at_least*; or when told to stop."""
+        now = time.monotonic()
+        until, earliest = now + seconds, now + min(at_least, seconds)
+        while not self.stop.requested and (rest := (earliest if self._has_mail else until) - time.monotonic()) > 0:
             self.stop.wait(rest)
+        self._has_mail = False
 
     def _tend_to_logs(self) -> None:
         """Open the log files anew if that was asked for: not in the handler, which may have interrupted a logger."""

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sqlalchemy import CTE, Connection, Update, func, insert, select, tuple_, union_all, update
@@ -48,6 +49,7 @@ from pyramid_mailqueue.queues.sql_admin import SQLAdmin
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, NewMessage, SQLClaim, claimed_values, new_token
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
+from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 from pyramid_mailqueue.queues.sql_staging import SQLStaging, insert_into, takes_part
@@ -69,6 +71,7 @@ class SQLQueue:
     :param url: the database, as SQLAlchemy takes it
     :param session_name: the attribute of a request that is the session of the application
     :param lease: how long a claim lasts, in seconds, without being prolonged
+    :param notify: tell others of new mail, and hear of it (PostgreSQL)
     :param clock: seconds since the epoch
     :raises ConfigurationError: this is no database for a queue
     """
@@ -79,9 +82,11 @@ class SQLQueue:
         *,
         session_name: str = 'dbsession',
         lease: float = 300,
+        notify: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.session_name = session_name
+        self.notify = notify
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
@@ -126,7 +131,13 @@ class SQLQueue:
         return message
 
     def tell_news(self) -> None:
-        """Wake whoever waits for mail."""
+        """Tell those who wait that there is mail which is not claimed.  Raises nothing."""
+        if self.notify:
+            tell(self.database)
+
+    def listening(self, on_news: Callable[[], None]) -> AbstractContextManager[None]:
+        """See `IMailQueue`."""
+        return listening(self.database, on_news) if self.notify else nullcontext()
 
     # -- out of the queue
 

@@ -6,11 +6,15 @@ import base64
 import os
 import pwd
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,13 +79,18 @@ def app_ini(ini):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start ``mq-run``: ``start(ini)``, or the code of another main program before that: ``start(ini, code=...)``."""
+    """
+    Start ``mq-run``: ``start(ini)``, or another main program: ``start(ini, code=...)``.
+
+    *environ* is added to the environment.
+    """
     processes = []
 
-    def start(*arguments, code=None, **options):
+    def start(*arguments, code=None, environ=None, **options):
         command = ['-c', code] if code else ['-m', 'pyramid_mailqueue.cli.run']
         # What the tests of an application have installed for it lies in the same folder.
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
+        env |= environ or {}
         processes.append(
             subprocess.Popen(
                 [sys.executable, *command, *map(str, arguments)],
@@ -757,6 +766,444 @@ def test_a_run_leaves_the_handlers_of_signals_as_they_were(app_ini):
 
     assert [signal.getsignal(number) for number in numbers] == before
     assert not set(during) & set(before)
+
+
+# --- several connections ------------------------------------------------------
+
+
+def snapshot(folder):
+    """Everything that could change of the messages in a folder, by name."""
+    files = sorted(folder.iterdir())
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+@pytest.fixture
+def put_many(put):
+    """Put so many messages into the queue, for ``m0@x.example`` and so on; return their names, oldest due first."""
+
+    def put_many(number):
+        return [put(f'm{index}@x.example', since=number - index) for index in range(number)]
+
+    return put_many
+
+
+def brought(server):
+    """Whom the server has accepted messages for; nobody twice."""
+    recipients = [recipient for message in server.messages for recipient in message.recipients]
+    assert len(recipients) == len(set(recipients))
+    return recipients
+
+
+@pytest.mark.parametrize('step', ['connect', 'EHLO', 'MAIL'])
+def test_a_server_with_room_for_two_sessions_gets_everything(mq_run, app_ini, put_many, state, server, step):
+    put_many(24)
+    too_many = Close('421 4.7.0 too many connections')
+    server.by_session |= {2: {step: too_many}, 3: {step: too_many}}
+
+    def on_content(command):
+        if server.messages:
+            server.wait_for(lambda: len(server.sessions) == 4 and all(it.is_over for it in server.sessions[2:4]))
+
+    server.script['.'] = on_content
+
+    status, out, err = mq_run(app_ini(server))
+
+    assert (status, out) == (0, 'mq-run: 24 sent; 0 waiting\n')
+    assert [line.rpartition('. ')[2] for line in err.splitlines()] == ['The run goes on with fewer connections.'] * 2
+    assert (len(brought(server)), len(server.sessions), state()) == (24, 4, {})
+
+
+def test_a_server_that_goes_down_with_four_sessions_is_status_75_and_changes_nothing(
+    mq_run, app_ini, put_many, queue_dir, server
+):
+    put_many(40)
+    before = snapshot(queue_dir / 'new')
+
+    def on_content(command):
+        if server.messages:
+            server.wait_for(lambda: len(server.sessions) >= 4)
+
+    def is_down(command):
+        return Close('421 4.3.2 going down') if len(server.messages) >= 12 else None
+
+    server.script |= {'.': on_content, 'MAIL': is_down, 'connect': is_down}
+
+    status, out, err = mq_run(app_ini(server))
+
+    left = snapshot(queue_dir / 'new')
+    assert (status, out) == (75, f'mq-run: {len(server.messages)} sent; {len(left)} waiting\n')
+    assert err.splitlines()[-1].startswith('mq-run: ')
+    assert '421 4.3.2 going down' in err.splitlines()[-1]
+    assert {name: before[name] for name in left} == left
+    assert len(brought(server)) + len(left) == 40
+    assert len(server.sessions) <= 8
+
+
+def test_each_message_is_one_round_trip_and_one_write(mq_run, app_ini, put_many, server):
+    put_many(10)
+
+    assert mq_run(app_ini(server, smtp_connections=1)) == (0, 'mq-run: 10 sent; 0 waiting\n', '')
+    (session,) = server.sessions
+    assert brought(server) == [f'm{index}@x.example' for index in range(10)]
+    assert session.round_trips == len(session.reads) == 10 + len(['EHLO', 'MAIL RCPT DATA', 'QUIT'])
+
+
+def test_two_runs_at_once_keep_one_rate_together(start, app_ini, put_many, queue_dir, server):
+    names = put_many(20)
+    before = snapshot(queue_dir / 'new')
+    path = app_ini(server, rate_limit='5/hour', smtp_connections=3)
+
+    runs = [start(path) for _ in range(2)]
+    ended = [(run.communicate(timeout=60)[1], run.returncode) for run in runs]
+
+    assert ended == [('', 0)] * 2
+    assert len(brought(server)) == 5
+    left = snapshot(queue_dir / 'new')
+    assert len(left) == len(names) - 5
+    assert {name: before[name] for name in left} == left
+
+
+def test_a_defect_of_a_policy_is_status_70_and_the_next_run_brings_what_is_left(
+    mq_run, app_ini, put_many, queue_dir, state, server
+):
+    names = put_many(12)
+    path = app_ini(server)
+    code = textwrap.dedent("""
+        from pyramid_mailqueue.cli import run
+        from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+        decide = ExponentialBackoff.decide
+        def decide_badly(self, recipients, *args):
+            return 1 / 0 if 'm3@x.example' in recipients else decide(self, recipients, *args)
+        ExponentialBackoff.decide = decide_badly
+        run.main()
+    """)
+
+    status, _, err = mq_run(path, code=code)
+
+    assert status == 70
+    assert err.startswith('mq-run: this is a defect of pyramid_mailqueue')
+    assert 'ZeroDivisionError' in err
+    assert names_in(queue_dir / 'cur') == [names[3]]
+    assert {f'm{names.index(name)}@x.example' for name in names_in(queue_dir / 'new')}.isdisjoint(brought(server))
+
+    left = 12 - len(server.messages) + 1
+    assert mq_run(path) == (0, f'mq-run: 1 recovered, {left} sent; 0 waiting\n', '')
+    assert state() == {}
+    assert {recipient for message in server.messages for recipient in message.recipients} == {
+        f'm{index}@x.example' for index in range(12)
+    }
+
+
+def test_a_plugin_that_raises_changes_nothing(mq_run, app_ini, put_many, state, server, tmp_path):
+    put_many(6)
+    info = tmp_path / 'noisy-1.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n')
+    (info / 'entry_points.txt').write_text('[mailqueue.plugins]\nnoisy = noisy\n')
+    (tmp_path / 'noisy.py').write_text(
+        'def fail(sender, msg, send_result): raise LookupError("no such customer")\n'
+        'def initialize(context, registry): registry.connect("mq:delivery_successful", fail)\n'
+        'def terminate(context): raise LookupError("no such context")\n'
+    )
+
+    status, out, err = mq_run(app_ini(server))
+
+    assert (status, out, state()) == (0, 'mq-run: 6 sent; 0 waiting\n', {})
+    assert (err.count('LookupError: no such customer'), err.count('LookupError: no such context')) == (6, 1)
+    assert len(brought(server)) == 6
+
+
+# --- not everything -----------------------------------------------------------
+
+
+def test_a_run_may_be_for_so_many_messages(mq_run, app_ini, put_many, queue_dir, server):
+    names = put_many(10)
+    before = snapshot(queue_dir / 'new')
+
+    assert mq_run(app_ini(server), '--max-messages', 3) == (0, 'mq-run: 3 sent; 7 waiting\n', '')
+    assert sorted(brought(server)) == [f'm{index}@x.example' for index in range(3)]
+    assert snapshot(queue_dir / 'new') == {name: before[name] for name in names[3:]}
+
+
+def test_after_its_time_a_run_waits_for_what_is_in_hand(start, app_ini, put_many, queue_dir, server, make_event):
+    names = put_many(5)
+    before = snapshot(queue_dir / 'new')
+    go_on = make_event()
+    server.script['.'] = Wait(go_on)
+    code = textwrap.dedent("""
+        import sys
+        from pyramid_mailqueue.cli import run
+        from pyramid_mailqueue.delivery import runner
+        runner.PATIENCE = 0
+        wait = runner.Stop.wait
+        def tell_and_wait(self, seconds=None):
+            if seconds is None:
+                print('its time is over', flush=True)
+            else:
+                # Until the message is in hand.
+                sys.stdin.readline()
+            wait(self, seconds)
+        runner.Stop.wait = tell_and_wait
+        run.main()
+    """)
+    process = start(app_ini(server), '--max-time', '0.1', code=code, stdin=subprocess.PIPE)
+    server.wait_for(lambda: any(b'Subject' in session.received for session in server.sessions), 30)
+    process.stdin.write('\n' * 9)
+    process.stdin.flush()
+    assert process.stdout.readline() == 'its time is over\n'
+    go_on.set()
+    out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, err) == (0, '')
+    assert out.endswith('mq-run: 1 sent; 4 waiting\n')
+    assert brought(server) == ['m0@x.example']
+    assert snapshot(queue_dir / 'new') == {name: before[name] for name in names[1:]}
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--max-messages', '0'],
+        ['--max-messages', 'many'],
+        ['--max-messages', '-1'],
+        ['--max-time', 'soon'],
+        ['--watch=soon'],
+    ],
+)
+def test_a_limit_that_is_none_is_wrong_usage(mq_run, app_ini, arguments):
+    status, out, err = mq_run(app_ini(), *arguments)
+
+    assert (status, out) == (2, '')
+    assert arguments[0].partition('=')[0] in err
+
+
+# --- all the time ---------------------------------------------------------------
+
+
+@pytest.fixture
+def systemd(tmp_path):
+    """Listen as systemd does: ``systemd.wait_for('READY=1')``; ``systemd.environ`` is what it gives to a service."""
+    # The path of a socket has to be short.
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(f'{folder}/notify')
+        sock.settimeout(30)
+
+        def wait_for(word):
+            heard = []
+            while word not in (heard := [*heard, *sock.recv(4096).decode().splitlines()]):
+                pass
+            return heard
+
+        yield SimpleNamespace(wait_for=wait_for, environ={'NOTIFY_SOCKET': f'{folder}/notify'})
+
+
+@pytest.fixture
+def watch(start, systemd):
+    """Start ``mq-run --watch`` with arguments, and return it when it is ready."""
+
+    def watch(*arguments, **options):
+        process = start(*arguments, environ=systemd.environ, **options)
+        systemd.wait_for('READY=1')
+        return process
+
+    return watch
+
+
+#: Looks again at once, and a relay that is away rests shortly.
+OFTEN = ('--watch', '0.05')
+SHORT_PAUSES = textwrap.dedent("""
+    from pyramid_mailqueue.cli import run
+    from pyramid_mailqueue.delivery import handler
+    Pause = handler.Pause
+    handler.Pause = lambda: Pause(first=0.05, longest=0.1)
+    run.main()
+""")
+
+
+def ended(process):
+    """What became of it, when it is told to stop."""
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_who_watches_looks_again_until_told_to_stop(watch, app_ini, put, server, until, state, systemd):
+    process = watch(app_ini(server), *OFTEN)
+    for number in range(1, 3):
+        systemd.wait_for('STATUS=waiting for mail')
+        put()
+        until(lambda number=number: len(server.messages) == number and state() == {})
+
+    systemd.wait_for('STATUS=waiting for mail')
+    assert ended(process) == (0, 'mq-run: 1 sent; 0 waiting\n' * 2, '')
+    assert 'STOPPING=1' in systemd.wait_for('STOPPING=1')
+
+
+def test_the_session_is_used_again_by_the_next_round(watch, app_ini, put, server, until, state):
+    process = watch(app_ini(server), *OFTEN)
+    for number in range(1, 4):
+        put()
+        until(lambda number=number: len(server.messages) == number and state() == {})
+
+    assert ended(process)[0] == 0
+    assert len(server.sessions) == 1
+
+
+def test_without_mail_who_watches_says_nothing(watch, app_ini, server, systemd):
+    process = watch(app_ini(server), *OFTEN)
+    for _ in range(5):
+        systemd.wait_for('STATUS=waiting for mail')
+
+    assert ended(process) == QUIET
+    assert server.sessions == []
+
+
+def test_a_relay_that_is_away_is_told_of_once_and_nothing_is_changed(watch, app_ini, put_many, server, queue_dir):
+    put_many(3)
+    before = snapshot(queue_dir / 'new')
+    server.script['connect'] = Close('421 4.3.2 away')
+    process = watch(app_ini(server), *OFTEN, code=SHORT_PAUSES)
+    server.wait_for(lambda: len(server.sessions) >= 3, 30)
+
+    status, _, err = ended(process)
+    assert status == 0
+    assert err == f'mq-run: {server.host}:{server.port} takes no mail from us: 421 4.3.2 away.\n'
+    assert snapshot(queue_dir / 'new') == before
+
+
+def test_when_the_relay_is_back_mail_goes_out_and_the_next_outage_is_news(
+    watch, app_ini, put, server, systemd, until, state
+):
+    away = f'{server.host}:{server.port} takes no mail from us: 421 4.3.2 away.'
+    server.script['connect'] = Close('421 4.3.2 away')
+    put()
+    process = watch(app_ini(server), *OFTEN, code=SHORT_PAUSES)
+    systemd.wait_for(f'STATUS={away}')
+
+    del server.script['connect']
+    until(lambda: state() == {})
+    systemd.wait_for('STATUS=waiting for mail')
+
+    server.script['connect'] = Close('421 4.3.2 away')
+    server.hang_up()
+    put()
+    systemd.wait_for(f'STATUS={away}')
+    assert ended(process) == (0, 'mq-run: 1 sent; 0 waiting\n', f'mq-run: {away}\n' * 2)
+
+
+def test_while_the_relay_is_away_who_watches_waits_longer(app_ini, put, server):
+    class Sleeps(run._Signals):
+        def __init__(self):
+            super().__init__()
+            self.slept = []
+
+        def sleep(self, seconds, *, at_least=0):
+            self.slept.append(seconds)
+            if len(self.slept) == 3:
+                self.stop.request()
+
+    put()
+    server.script['connect'] = Close('421 4.3.2 away')
+    arguments = run._parser().parse_args([str(app_ini(server)), '--watch', '1'])
+    signals = Sleeps()
+    with closing(run._build_runner(arguments)) as runner:
+        assert run._watch(runner, signals, arguments) == 0
+
+    # It is not really waited here: the relay rests for five seconds, and is not called meanwhile.
+    assert all(1 < seconds <= 5 for seconds in signals.slept)
+    assert len(server.sessions) == 1
+
+
+SICK_QUEUE = """
+from pyramid_mailqueue import QueueError
+from pyramid_mailqueue.delivery.results import Recovery
+
+class Queue:
+    def __init__(self, settings):
+        self.rounds = 0
+    def recover(self, now):
+        self.rounds += 1
+        if self.rounds in (1, 2, 3, 5, 6):
+            raise QueueError('The folder /srv/queue/cur cannot be read: Input/output error')
+        return Recovery()
+    def claim_due(self, now):
+        return iter(())
+    def flush(self):
+        pass
+"""
+
+
+def test_a_queue_that_cannot_be_read_is_told_of_once_and_tried_again(watch, app_ini, tmp_path, systemd):
+    (tmp_path / 'sick_queue.py').write_text(SICK_QUEUE)
+    error = 'The folder /srv/queue/cur cannot be read: Input/output error'
+    process = watch(app_ini(queue='sick_queue.Queue'), *OFTEN)
+    heard = [*systemd.wait_for('STATUS=waiting for mail'), *systemd.wait_for('STATUS=waiting for mail')]
+
+    assert [word for word in heard if word != f'STATUS={error}'] == ['STATUS=waiting for mail'] * 2
+    assert heard.count(f'STATUS={error}') == 5
+    # When it was well in between it is news.
+    assert ended(process) == (0, '', f'mq-run: {error}\n' * 2)
+
+
+def test_who_watches_and_is_told_to_stop_finishes_the_message_in_hand(
+    watch, app_ini, put_many, server, make_event, state
+):
+    put_many(3)
+    go_on = make_event()
+    server.script['.'] = [Wait(go_on)]
+    process = watch(app_ini(server), *OFTEN)
+    server.wait_for(lambda: any(b'\r\n.\r\n' in session.received for session in server.sessions), 30)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == STOPPING
+    go_on.set()
+    out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, out, err) == (0, 'mq-run: 1 sent; 2 waiting\n', '')
+    assert (brought(server), state()) == (['m0@x.example'], {'new': 2})
+
+
+def test_a_rotation_in_the_middle_of_a_message_is_heard(watch, app_ini, put, server, make_event, systemd, until, state):
+    put()
+    go_on = make_event()
+    server.script['.'] = [Wait(go_on)]
+    path = app_ini(server, more=LOGGING)
+    log = path.with_name('app.log')
+    process = watch(path, *OFTEN)
+    server.wait_for(lambda: any(b'\r\n.\r\n' in session.received for session in server.sessions), 30)
+    former = log.rename(log.with_suffix('.1'))
+    process.send_signal(signal.SIGHUP)
+    systemd.wait_for('RELOADING=1')
+    systemd.wait_for('READY=1')
+    go_on.set()
+    until(lambda: state() == {} and 'status=sent' in log.read_text())
+
+    assert ended(process)[0] == 0
+    assert 'status=sent' not in former.read_text()
+
+
+def test_who_watches_for_so_many_messages_ends_with_the_last_of_them(watch, app_ini, put_many, server):
+    put_many(4)
+    process = watch(app_ini(server), '--watch', '1h', '--max-messages', 2)
+
+    assert process.communicate(timeout=60) == ('mq-run: 2 sent; 2 waiting\n', '')
+    assert (process.returncode, len(brought(server))) == (0, 2)
+
+
+def test_who_watches_for_so_long_ends_then_and_not_with_the_next_look(watch, app_ini, server):
+    process = watch(app_ini(server), '--watch', '1h', '--max-time', '0.2')
+
+    assert process.communicate(timeout=60) == ('', '')
+    assert process.returncode == 0
+
+
+def test_who_watches_may_be_told_how_often_or_not(app_ini):
+    path = str(app_ini())
+    told = [[path, '--watch'], ['--watch', path], ['--watch', '30', path], ['--watch=2m', path], [path]]
+
+    parsed = [run._parser().parse_args(run._with_interval(arguments)) for arguments in told]
+
+    assert [arguments.watch for arguments in parsed] == [run.WATCH_INTERVAL, run.WATCH_INTERVAL, 30, 120, None]
+    assert {arguments.ini for arguments in parsed} == {path}
 
 
 # --- what it costs ----------------------------------------------------------
