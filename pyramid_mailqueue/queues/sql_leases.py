@@ -48,6 +48,9 @@ LINGER = 0.05
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
 
+#: How long the end of a process waits for the heartbeat, in seconds.
+CLOSING_PATIENCE = 5
+
 #: How long the heartbeat stays when there is nothing to do, in seconds.
 IDLE = 10
 
@@ -96,6 +99,7 @@ class Leases:
         self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
         self._renewed = self.timer()
         self._is_away = False
+        self._is_closing = False
         self._thread: threading.Thread | None = None
 
     # -- claims
@@ -231,11 +235,16 @@ class Leases:
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
     def close(self) -> None:
-        """Write what has ended, and forget what has not."""
+        """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
+        self.flush()
         with self._changed:
             self._held.clear()
+            self._is_closing = True
             self._changed.notify_all()
-        self.flush()
+            thread = self._thread
+        if thread is not None:
+            thread.join(CLOSING_PATIENCE)
+        self._is_closing = False
 
     # -- the heartbeat
 
@@ -267,19 +276,17 @@ class Leases:
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
         with self._changed:
-            if not self._has_work:
+            if not (self._has_work or self._is_closing):
                 self._changed.wait(IDLE)
-            if not self._has_work:
+            if not self._has_work or self._is_closing:
                 self._thread = None
                 return False
-            if self._ended:
-                pause = PATIENCE if self._is_away else LINGER
-            else:
-                pause = self._renewed + self.lease / 3 - self.timer()
-            until = time.monotonic() + pause
-            had_ended = bool(self._ended)
-            # The first message that is done must not wait for the next renewal.
-            while self._has_work and bool(self._ended) == had_ended and (rest := until - time.monotonic()) > 0:
+            renewal = self._renewed + self.lease / 3
+            while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
+                self._changed.wait(rest)
+            # What is done waits for others.
+            until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
+            while self._ended and not self._is_closing and (rest := until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True
 

@@ -1,0 +1,271 @@
+"""Claims that are leases: how they are prolonged, lost, and ended."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import QueueError, QueueFileError
+from pyramid_mailqueue.queues import sql_leases
+from pyramid_mailqueue.queues.sql import MAX_DEATHS
+from pyramid_mailqueue.queues.sql_leases import BATCH
+from tests.crash.children import run_in_child
+
+ADA, BOB = 'ada@x.example', 'bob@x.example'
+FOR_TWO = Envelope('shop@site.example', (ADA, BOB), b'Message-ID: <2@site.example>\r\n\r\nHello.\r\n')
+LATER = 2_000_000_000
+
+
+@pytest.fixture
+def run_out(sql):
+    """Let all leases run out, as if their processes had been silent for long."""
+    return lambda url: sql(url, "UPDATE mailqueue_message SET lease = 1 WHERE state = 'in progress'")
+
+
+@pytest.fixture
+def rows(sql, url):
+    return lambda: sql(url, 'SELECT id, state, claim, attempts, deaths FROM mailqueue_message ORDER BY id')
+
+
+def is_held(queue):
+    """Whether the heartbeat still has something to prolong or to write."""
+    return queue.leases._has_work
+
+
+# --- lost claims ------------------------------------------------------------
+
+
+def test_a_message_whose_lease_has_run_out_waits_again(url, make_queue, envelope, run_out):
+    queue, other = make_queue(url), make_queue(url)
+    claim = queue.put_claimed(envelope)
+    assert other.recover(LATER).orphans == ()
+    run_out(url)
+
+    assert other.recover(LATER).orphans == (claim.id,)
+
+    (again,) = other.claim_due(LATER)
+    assert (again.id, again.envelope) == (claim.id, envelope)
+
+
+ENDS = {
+    'done': lambda claim: claim.settle(Settlement()),
+    'deferred': lambda claim: claim.settle(Settlement((ADA,), due=LATER)),
+    'buried': lambda claim: claim.settle(Settlement(burials=(Burial((ADA,), 'no'), Burial((BOB,), 'no')))),
+    'kept': lambda claim: claim.keep((BOB,)),
+    'released': lambda claim: claim.release(),
+}
+
+
+@pytest.mark.parametrize('end', ENDS.values(), ids=ENDS)
+def test_who_has_lost_a_message_changes_nothing(url, make_queue, run_out, rows, end, caplog):
+    caplog.set_level(logging.WARNING)
+    queue, other = make_queue(url), make_queue(url)
+    lost = queue.put_claimed(FOR_TWO)
+    run_out(url)
+    other.recover(LATER)
+    (claim,) = other.claim_due(LATER)
+    before = rows()
+
+    end(lost)
+    queue.flush()
+
+    assert rows() == before
+    assert 'status=lost' in caplog.text
+    assert lost.is_over
+    assert claim.is_valid()
+
+
+def test_who_was_away_for_long_asks_the_database(url, make_queue, envelope, run_out):
+    queue, other = make_queue(url, lease=60), make_queue(url)
+    mine, lost = queue.put_claimed(envelope), queue.put_claimed(envelope)
+    run_out(url)
+    other.recover(LATER)
+    other.claim(lost.id)
+    # In the meantime nobody has taken the other one, and it was not even given back.
+    sql_back = queue.claim(mine.id)
+    queue.leases.timer = lambda: sql_leases.elapsed() + 50
+
+    assert not mine.is_valid()
+    assert not lost.is_valid()
+    assert sql_back.is_valid()
+    assert sql_back.deadline > queue.leases.timer() + 55
+
+
+def test_a_claim_that_nobody_has_taken_goes_on_after_its_lease(url, make_queue, envelope, run_out):
+    queue = make_queue(url, lease=60)
+    claim = queue.put_claimed(envelope)
+    run_out(url)
+    queue.leases.timer = lambda: sql_leases.elapsed() + 1000
+
+    assert claim.is_valid()
+    assert make_queue(url).recover(LATER).orphans == ()
+
+
+def test_nothing_is_asked_while_there_is_time(url, make_queue, envelope, monkeypatch):
+    queue = make_queue(url)
+    claim = queue.put_claimed(envelope)
+    monkeypatch.setattr(queue.database, 'run', None)
+
+    assert claim.is_valid()
+
+
+def test_a_message_that_outlives_too_many_deliverers_is_given_up(url, make_queue, envelope, run_out):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    for _ in range(MAX_DEATHS - 1):
+        assert queue.claim(name)
+        run_out(url)
+        assert queue.recover(LATER).orphans == (name,)
+    assert queue.claim(name)
+    run_out(url)
+
+    assert queue.recover(LATER).buried == (name,)
+
+    (dead,) = queue.admin.entries(['dead'])
+    assert (dead.id, dead.recipients) == (name, (ADA,))
+    assert f'died, or was cut off, {MAX_DEATHS} times' in dead.last_reply
+
+
+def test_an_attempt_that_comes_to_an_end_ends_the_count_of_deaths(url, make_queue, envelope, run_out, rows):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    queue.claim(name)
+    run_out(url)
+    queue.recover(LATER)
+    deaths = [rows()[0][4]]
+    queue.claim(name).settle(Settlement((ADA,), due=1))
+    deaths.append(rows()[0][4])
+
+    assert deaths == [1, 0]
+
+
+def test_a_person_may_do_something_with_a_message_whose_deliverer_died(url, make_queue, envelope, run_out):
+    queue = make_queue(url)
+    held, deleted, retried = (queue.put_claimed(envelope).id for _ in range(3))
+    run_out(url)
+
+    assert queue.admin.hold(held).state == 'held'
+    assert queue.admin.retry(retried).state == 'waiting'
+    queue.admin.delete(deleted)
+    assert queue.counts() | {'waiting': 1, 'held': 1} == queue.counts()
+
+
+def test_in_a_forked_child_claims_are_the_parents(postgres_url, make_queue, envelope):
+    queue = make_queue(postgres_url)
+    claim = queue.put_claimed(envelope)
+
+    def work():
+        claim.settle(Settlement())
+        claim.release()
+        queue.flush()
+        return claim.is_valid(), queue.counts()['in progress'], queue.put(envelope)
+
+    valid, in_progress, name = run_in_child(work)
+
+    assert (valid, in_progress) == (False, 1)
+    assert claim.is_valid()
+    assert queue.claim(name).envelope == envelope
+
+
+# --- the heartbeat ----------------------------------------------------------
+
+
+def test_leases_are_prolonged_while_the_process_lives(url, make_queue, envelope, sql, until):
+    queue = make_queue(url, lease=1.5)
+    claims = [queue.put_claimed(envelope) for _ in range(3)]
+    ((first,),) = sql(url, 'SELECT min(lease) FROM mailqueue_message')
+
+    until(lambda: sql(url, 'SELECT min(lease) FROM mailqueue_message')[0][0] > first + 1)
+
+    assert make_queue(url).recover(LATER).orphans == ()
+    assert all(claim.is_valid() for claim in claims)
+
+
+def test_the_heartbeat_finds_out_what_was_lost(url, make_queue, envelope, run_out, until, caplog):
+    caplog.set_level(logging.WARNING)
+    queue, other = make_queue(url, lease=1), make_queue(url)
+    lost = queue.put_claimed(envelope)
+    run_out(url)
+    other.recover(LATER)
+    other.claim(lost.id)
+
+    until(lambda: lost.is_over)
+
+    assert f'status=lost id={lost.id}' in caplog.text
+
+
+def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, envelope, rows, until):
+    queue = make_queue(url)
+    for _ in range(3):
+        queue.put_claimed(envelope).settle(Settlement())
+
+    until(lambda: not rows())
+
+
+def test_so_many_that_are_done_wait_for_nobody(url, make_queue, envelope, rows, monkeypatch):
+    monkeypatch.setattr(sql_leases, 'LINGER', 1000)
+    queue = make_queue(url)
+    claims = [queue.put_claimed(envelope) for _ in range(BATCH)]
+    for claim in claims[:-1]:
+        claim.settle(Settlement())
+    before = len(rows())
+    claims[-1].settle(Settlement())
+
+    assert (before, rows()) == (BATCH, [])
+
+
+def test_the_thread_ends_when_there_is_nothing_to_do(url, make_queue, envelope, until, monkeypatch):
+    monkeypatch.setattr(sql_leases, 'IDLE', 0.01)
+    queue = make_queue(url)
+    queue.put_claimed(envelope).settle(Settlement())
+
+    until(lambda: queue.leases._thread is None)
+    queue.put_claimed(envelope).settle(Settlement())
+    until(lambda: not is_held(queue))
+    assert queue.counts()['in progress'] == 0
+
+
+def test_where_no_thread_can_be_started_what_is_done_is_deleted_at_once(url, make_queue, envelope, rows, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr('threading.Thread.start', refuse)
+    queue = make_queue(url)
+    queue.put_claimed(envelope).settle(Settlement())
+
+    assert rows() == []
+
+
+# --- damaged rows -----------------------------------------------------------
+
+
+def test_a_row_that_is_no_message_is_put_aside(url, make_queue, envelope, sql, caplog):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    sql(url, "UPDATE mailqueue_message SET sender = 'no address'")
+    claim = queue.claim(name)
+
+    with pytest.raises(QueueFileError, match='its row is damaged'):
+        assert claim.envelope
+    claim.release()
+
+    (entry,) = queue.admin.entries(['corrupt'])
+    assert (entry.id, 'no address' in entry.last_reply) == (name, True)
+    assert queue.admin.content(name) == envelope.content
+    assert list(queue.claim_due(LATER)) == []
+    queue.admin.delete(name)
+    assert not any(queue.counts().values())
+
+
+def test_a_message_that_somebody_else_has_cannot_be_read(url, make_queue, envelope, run_out):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    lost = queue.claim(name)
+    run_out(url)
+    queue.recover(LATER)
+
+    with pytest.raises(QueueError, match='somebody else has it'):
+        assert lost.envelope
