@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -30,6 +31,10 @@ from tests.sql.databases import Elsewhere, Postgres, find_binaries, postgres_sch
 # A slow machine is no defect; nothing is remembered from one run to the next, and CI tries the same examples each time.
 hypothesis.settings.register_profile('mailqueue', deadline=None, database=None, derandomize='CI' in os.environ)
 hypothesis.settings.load_profile('mailqueue')
+
+# Who starts the tests in the background may have them ignore it, and every command with them (see mq-run).
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds; only a test that fails waits that long.
 DEADLINE = 30
