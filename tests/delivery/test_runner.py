@@ -820,10 +820,12 @@ def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
             if seconds is None:
                 # Its time is over, and it waits without an end.
                 go_on.set()
+            else:
+                server.wait_for(lambda: are_held(server, 1))
             super().wait(seconds)
 
     with ScriptedSMTPServer({'.': Wait(go_on)}) as server:
-        report = run_over(server, 4, stop=Listens(), max_seconds=0.2)
+        report = run_over(server, 4, stop=Listens(), max_seconds=0.1)
 
     assert report == RunReport(sent=1)
     assert brought(server) == m(0)
