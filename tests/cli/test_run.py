@@ -768,7 +768,7 @@ def test_a_run_leaves_the_handlers_of_signals_as_they_were(app_ini):
     assert not set(during) & set(before)
 
 
-# --- several connections ------------------------------------------------------
+# --- several connections ----------------------------------------------------
 
 
 def snapshot(folder):
@@ -913,7 +913,7 @@ def test_a_plugin_that_raises_changes_nothing(mq_run, app_ini, put_many, state, 
     assert len(brought(server)) == 6
 
 
-# --- not everything -----------------------------------------------------------
+# --- not everything ---------------------------------------------------------
 
 
 def test_a_run_may_be_for_so_many_messages(mq_run, app_ini, put_many, queue_dir, server):
@@ -977,7 +977,7 @@ def test_a_limit_that_is_none_is_wrong_usage(mq_run, app_ini, arguments):
     assert arguments[0].partition('=')[0] in err
 
 
-# --- all the time ---------------------------------------------------------------
+# --- all the time -----------------------------------------------------------
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDisp
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.interfaces import IDispatcher
+from pyramid_mailqueue.queues.rate_file import RateFile
+from pyramid_mailqueue.settings import Rate
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
@@ -566,6 +569,98 @@ def test_inline_closes_the_transports(says, queue):
     InlineDispatcher(MessageHandler([transport]), queue).close()
 
     assert transport.closed == 1
+
+
+# --- a rate -----------------------------------------------------------------
+
+
+@pytest.fixture
+def rated(tmp_path):
+    """A handler over one transport that sends no more than *rate* allows: ``rated(transport, rate)``."""
+
+    def rated(transport, rate):
+        return MessageHandler([transport], take_from_rate=RateFile(tmp_path / 'rate', rate).take)
+
+    return rated
+
+
+def waiting(queue):
+    """Everything that could change of the waiting messages, by name."""
+    return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in queue.files('new')}
+
+
+def test_what_the_rate_does_not_allow_waits_in_the_queue_as_it_was(
+    make_background, rated, claims, queue, says, until, told
+):
+    transport = says(YES)
+    burst = claims(5)
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in queue.files('cur')}
+    background = make_background(rated(transport, Rate(2, 3600)))
+    background.dispatch(burst)
+    until(lambda: queue.state == {'waiting': 3})
+
+    # Nor does what comes later overtake it, or wait for the thread.
+    background.dispatch(claims(1))
+    assert queue.state == {'waiting': 4}
+    assert len(transport.asked) == 2
+    assert {claim.id: before[claim.id] for claim in burst[2:]}.items() < waiting(queue).items()
+    assert told('status') == [('sent',)] * 2
+
+
+def test_the_thread_comes_back_to_what_the_rate_did_not_allow(make_background, rated, queue, envelope, says, until):
+    transport = says(YES)
+    background = make_background(rated(transport, Rate(2, 0.1)))
+    background.dispatch([queue.claimed(envelope(f'r{number}')) for number in range(7)])
+    until(lambda: queue.state == {})
+
+    assert sorted(transport.asked) == [(f'r{number}@x.example',) for number in range(7)]
+    assert len(threads()) == 1
+    assert background._idle == 60, 'longer than until() waits: it has come back for them'
+
+
+def test_two_processes_and_a_run_keep_one_rate_together(make_background, rated, claims, queue, says, until):
+    transports = [says(YES) for _ in range(3)]
+    rate = Rate(5, 3600)
+    for transport in transports[:2]:
+        make_background(rated(transport, rate)).dispatch(claims(4))
+    until(lambda: queue.state == {'waiting': 3})
+
+    report = Runner(queue, rated(transports[2], rate)).run()
+
+    assert (report.sent, report.rate_reached) == (0, True)
+    assert [len(transport.asked) for transport in transports] in ([4, 1, 0], [3, 2, 0], [2, 3, 0], [1, 4, 0])
+    assert queue.state == {'waiting': 3}
+
+
+def test_the_rate_of_a_message_is_that_of_all_its_recipients(make_background, rated, queue, envelope, says, until):
+    transport = says(YES)
+    background = make_background(rated(transport, Rate(3, 3600)))
+    background.dispatch([queue.claimed(envelope('ada', 'bob')) for _ in range(2)])
+    until(lambda: queue.state == {'waiting': 1})
+
+    assert len(transport.asked) == 1
+
+
+def test_inline_leaves_what_the_rate_does_not_allow_to_mq_run(rated, claims, queue, says):
+    transport = says(YES)
+
+    InlineDispatcher(rated(transport, Rate(2, 3600)), queue).dispatch(claims(5))
+
+    assert len(transport.asked) == 2
+    assert queue.state == {'waiting': 3}
+
+
+def test_while_the_rate_cannot_be_read_nothing_is_sent_and_that_is_told_once(claims, queue, says, tmp_path, caplog):
+    transport = says(YES)
+    handler = MessageHandler([transport], take_from_rate=RateFile(tmp_path / 'nowhere' / 'rate', Rate(2, 1)).take)
+
+    InlineDispatcher(handler, queue).dispatch(claims(5))
+
+    assert transport.asked == []
+    assert queue.state == {'waiting': 5}
+    (error,) = [record.message for record in caplog.records if record.levelname == 'ERROR']
+    assert 'mailqueue.rate_limit' in error
+    assert error.endswith('Mail waits in the queue.')
 
 
 # --- uWSGI ------------------------------------------------------------------

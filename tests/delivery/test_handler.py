@@ -376,7 +376,7 @@ def test_a_message_that_cannot_be_read_is_left_alone_and_logged(says, error, tol
     assert caplog.messages == [f'claim-1 cannot be read, and is left alone: {error}']
 
 
-# --- many messages, one after the other --------------------------------------
+# --- many messages, one after the other -------------------------------------
 
 
 class Given:
@@ -565,7 +565,7 @@ def test_who_ends_early_gives_back_what_is_in_hand_as_it_was(queue, claimed, smt
     assert [message.recipients for message in server.messages] == [(ADA,)]
 
 
-# --- several transports ------------------------------------------------------
+# --- several transports -----------------------------------------------------
 
 
 def test_who_is_still_open_in_the_middle_of_a_stream_is_offered_to_the_second_transport(queue, claimed, told):
@@ -625,7 +625,7 @@ def test_if_neither_server_could_be_used_there_was_nothing_in_the_midst_of_it(qu
     assert result.trouble is troubles[1]
 
 
-# --- one session too many ----------------------------------------------------
+# --- one session too many ---------------------------------------------------
 
 
 def test_a_session_too_many_hands_over_what_it_has_in_hand_and_is_no_trouble(queue, claimed, says, trouble, caplog):
@@ -717,7 +717,7 @@ def test_a_server_that_broke_off_in_the_midst_of_a_message_hands_nothing_over(qu
     assert given.handed_over == []
 
 
-# --- told to end --------------------------------------------------------------
+# --- told to end ------------------------------------------------------------
 
 
 def ending(given, recipients):

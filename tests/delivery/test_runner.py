@@ -258,7 +258,7 @@ def test_a_fallback_in_trouble_does_not_end_a_run(run, queue, wait_since, says, 
     assert report == RunReport(sent=2, deferred=1)
 
 
-# --- what dead processes left ------------------------------------------------
+# --- what dead processes left -----------------------------------------------
 
 
 def test_what_a_dead_process_had_claimed_is_delivered_in_the_same_run(run, queue, wait_since, says, told):
@@ -383,7 +383,7 @@ def test_a_message_over_which_a_defect_shows_stays_claimed_so_that_its_deaths_ar
     assert queue.state == {'in progress': 1}
 
 
-# --- over a real connection ----------------------------------------------------
+# --- over a real connection -------------------------------------------------
 
 
 @pytest.fixture
@@ -522,7 +522,7 @@ def test_noise_between_two_messages_is_the_servers_trouble_and_nothing_has_happe
     assert len(server.sessions) == 1
 
 
-# --- over several connections ----------------------------------------------------
+# --- over several connections -----------------------------------------------
 
 
 class Hall:
@@ -659,7 +659,7 @@ def test_a_server_that_takes_two_messages_in_a_session_costs_more_sessions_and_n
     assert [record for record in caplog.records if record.levelname == 'WARNING'] == []
 
 
-# --- the server is in trouble, and there could be four connections ---------------
+# --- the server is in trouble, and there could be four connections ----------
 
 
 def refused(address, timeout):
@@ -792,7 +792,7 @@ def test_trouble_that_ended_a_run_is_reported_however_long_its_end_took(queue, w
     assert report == RunReport(sent=1, trouble=trouble)
 
 
-# --- not everything ---------------------------------------------------------------
+# --- not everything ---------------------------------------------------------
 
 
 @pytest.mark.parametrize('connections', [1, 4])
@@ -895,7 +895,7 @@ def test_a_rate_that_cannot_be_read_ends_the_run_and_nothing_is_sent(run_over, q
     assert server.sessions == []
 
 
-# --- told to stop, with several connections -------------------------------------------
+# --- told to stop, with several connections ---------------------------------
 
 
 @pytest.fixture
@@ -1008,7 +1008,7 @@ def test_a_run_whose_waiting_is_interrupted_gives_back_nothing_that_is_still_bei
     assert len(server.sessions) == 1
 
 
-# --- transports and policies of ones own, with several connections -----------------------
+# --- transports and policies of ones own, with several connections ----------
 
 
 class Plain:
@@ -1100,7 +1100,7 @@ def test_a_queue_that_cannot_be_read_any_more_ends_the_run_and_what_is_in_hand_i
     assert 2 <= queue.state['waiting'] <= 5
 
 
-# --- threads that cannot be ---------------------------------------------------------------
+# --- threads that cannot be -------------------------------------------------
 
 
 @pytest.fixture
@@ -1147,7 +1147,7 @@ def test_if_no_thread_at_all_can_be_started_nothing_has_happened(run_over, queue
     assert snapshot(queue) == before
 
 
-# --- more than one run ----------------------------------------------------------------------
+# --- more than one run ------------------------------------------------------
 
 
 def test_runs_at_the_same_time_bring_each_message_once(queue, queue_dir, wait_all, run_over, in_background):
