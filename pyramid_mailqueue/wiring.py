@@ -130,8 +130,9 @@ def _checked_sql_queue(settings: Settings) -> IMailQueue:
     except QueueError as error:
         # The tables are looked at when it is back.
         log.warning('%s', error)
-    # A server may fork from here on.
-    queue.database.close()
+    finally:
+        # A server may fork from here on.
+        queue.close()
     return queue
 
 

@@ -81,7 +81,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_as_plugin(arguments))
     if arguments.run is queue_init.init:
         sys.exit(exit_status_of(NAME, lambda: _init(arguments)))
-    sys.exit(exit_status_of(NAME, lambda: arguments.run(_open_queue(arguments), arguments)))
+    sys.exit(exit_status_of(NAME, lambda: _run(arguments.run, arguments)))
+
+
+def _run(work: Run, arguments: argparse.Namespace) -> int:
+    queue = _open_queue(arguments)
+    try:
+        return work(queue, arguments)
+    finally:
+        if hasattr(queue, 'close'):
+            queue.close()
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -303,7 +312,7 @@ def _whole(text: str) -> int:
 def _as_plugin(arguments: argparse.Namespace) -> int:
     """Whatever happens, Nagios is told of it on stdout, and by one of its four statuses."""
     try:
-        status = queue_look.check(_open_queue(arguments), arguments)
+        status = _run(queue_look.check, arguments)
         sys.stdout.flush()
     except MailqueueError as error:
         problem = printable(' '.join(str(error).splitlines()))

@@ -28,6 +28,9 @@ def _create_tables(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.sql:
         print(queue.database.ddl(), end='')
         return
-    queue.database.create_tables()
-    queue.check()
+    try:
+        queue.database.create_tables()
+        queue.check()
+    finally:
+        queue.close()
     print(f'{queue!r} is ready')

@@ -7,7 +7,8 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
 from tests.sql.databases import create_queue_tables
 
-KINDS = ('sqlite', 'postgresql+psycopg', 'postgresql+psycopg2')
+# The other driver is tested where the drivers differ.
+KINDS = ('sqlite', 'postgresql+psycopg')
 
 
 @pytest.fixture(params=KINDS)

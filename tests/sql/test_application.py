@@ -88,6 +88,10 @@ def parsed_subject(message):
 # --- the row and the data ---------------------------------------------------
 
 
+EACH_DRIVER = pytest.mark.parametrize('url', ['sqlite', 'postgresql+psycopg', 'postgresql+psycopg2'], indirect=True)
+
+
+@EACH_DRIVER
 @pytest.mark.parametrize('delivery', ['inline', 'background'])
 def test_mail_is_sent_when_the_data_is_committed(make_shop, message, smtp_server, there_is, until, delivery):
     def view(request):
@@ -101,6 +105,7 @@ def test_mail_is_sent_when_the_data_is_committed(make_shop, message, smtp_server
     until(lambda: there_is() == (['one'], {}))
 
 
+@EACH_DRIVER
 def test_neither_is_there_after_an_abort(make_shop, message, smtp_server, there_is):
     def view(request):
         request.dbsession.add(Order(name='one'))
@@ -138,6 +143,7 @@ def test_a_commit_that_fails_takes_the_mail_along(make_shop, message, smtp_serve
     assert smtp_server.received == []
 
 
+@EACH_DRIVER
 def test_mail_may_be_left_to_a_later_run(make_shop, message, smtp_server, there_is, settings):
     make_shop(lambda request: request.mailer.send(message('later'), delivery='queue')).get('/')
 
@@ -297,6 +303,7 @@ def test_a_request_without_a_session_is_told_so(make_shop, message):
         app.get('/')
 
 
+@EACH_DRIVER
 def test_a_session_that_is_read_only_is_told_so(make_shop, message, there_is):
     app = make_shop(lambda request: request.mailer.send(message('one')), initial_state=STATUS_READONLY)
 

@@ -11,6 +11,8 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.queues import sql_leases
 from pyramid_mailqueue.queues.sql import MAX_DEATHS
+from pyramid_mailqueue.queues.sql_claim import NewMessage
+from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql_leases import BATCH
 from tests.crash.children import run_in_child
 
@@ -192,9 +194,8 @@ def test_the_heartbeat_finds_out_what_was_lost(url, make_queue, envelope, run_ou
     other.recover(LATER)
     other.claim(lost.id)
 
-    until(lambda: lost.is_over)
-
-    assert f'status=lost id={lost.id}' in caplog.text
+    until(lambda: f'status=lost id={lost.id}' in caplog.text)
+    assert lost.is_over
 
 
 def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, envelope, rows, until):
@@ -237,6 +238,80 @@ def test_where_no_thread_can_be_started_what_is_done_is_deleted_at_once(url, mak
     queue.put_claimed(envelope).settle(Settlement())
 
     assert rows() == []
+
+
+# --- a database that is away ------------------------------------------------
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Nothing can be said to the database while the returned list is not empty."""
+    reasons = []
+    run = Database.run
+
+    def run_or_not(database, work):
+        if reasons:
+            raise DatabaseAway('the database is away')
+        return run(database, work)
+
+    monkeypatch.setattr(Database, 'run', run_or_not)
+    return reasons
+
+
+@pytest.mark.parametrize('end', ENDS.values(), ids=ENDS)
+def test_what_cannot_be_written_is_written_when_the_database_is_back(
+    url, make_queue, rows, end, away, until, monkeypatch, caplog
+):
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
+    queue = make_queue(url)
+    claim = queue.put_claimed(FOR_TWO)
+    away.append('it is')
+    end(claim)
+    queue.flush()
+    before = rows()
+    away.clear()
+    claim.release()
+
+    until(lambda: rows() != before)
+    assert [state for _, state, *_ in rows() if state == 'in progress'] == []
+    assert [record.levelname for record in caplog.records if 'the database is away' in record.getMessage()]
+
+
+def test_nothing_is_sent_of_which_nobody_knows_whose_it_is(url, make_queue, envelope, away, caplog):
+    queue = make_queue(url)
+    claim = queue.put_claimed(envelope)
+    queue.leases.timer = lambda: sql_leases.elapsed() + 1000
+    away.append('it is')
+
+    assert not claim.is_valid()
+    assert 'is not sent now' in caplog.text
+    away.clear()
+    assert claim.is_valid()
+
+
+def test_the_heartbeat_tries_again_soon(url, make_queue, envelope, away, until, monkeypatch, caplog):
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
+    queue = make_queue(url, lease=1)
+    away.append('it is')
+    claim = NewMessage.made_of(envelope, queue.leases, claimed=True).claim
+    queue.leases.hold([claim])
+    until(lambda: 'could not be prolonged' in caplog.text)
+    away.clear()
+
+    until(lambda: claim.is_over)
+
+
+def test_what_the_database_refuses_is_told_and_not_tried_again(postgres_url, make_queue, envelope, sql, caplog):
+    queue = make_queue(postgres_url)
+    claims = [queue.put_claimed(envelope) for _ in range(2)]
+    sql(postgres_url, 'ALTER TABLE mailqueue_message RENAME TO elsewhere')
+
+    claims[0].settle(Settlement((ADA,), due=1))
+    claims[1].keep((ADA,))
+
+    told = [record.mailqueue['id'] for record in caplog.records if record.levelname == 'CRITICAL']
+    assert told == [claim.id for claim in claims]
+    assert not queue.leases._ended
 
 
 # --- damaged rows -----------------------------------------------------------
