@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sqlalchemy import CTE, Connection, Update, func, insert, select, tuple_, union_all, update
+from sqlalchemy import CTE, Connection, Update, func, select, tuple_, union_all, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_queued
@@ -125,8 +125,7 @@ class SQLQueue:
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
-        statement = insert(Message).values(**message.values)
-        self.database.run(lambda connection: connection.execute(statement))
+        self.database.run(lambda connection: connection.execute(message.statement, message.values))
         log_queued(message.id, envelope)
         return message
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import insert
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from transaction.interfaces import NoTransaction
 from zope.interface import implementer
@@ -111,11 +110,10 @@ def insert_into(session: Any, message: NewMessage) -> None:
     """
     INSERT a row in a session of SQLAlchemy.
 
-    By a statement about the mapped class: one about its table would not tell zope.sqlalchemy that there is something to
-    commit.  The session's own pending objects are left alone.
+    The session's own pending objects are left alone.
     """
     with _told_why():
-        session.execute(insert(Message).values(**message.values), execution_options={'autoflush': False})
+        session.execute(message.statement, message.values)
 
 
 @contextmanager
