@@ -608,7 +608,7 @@ def test_if_there_is_room_for_two_sessions_the_run_goes_on_with_two_and_brings_e
     assert all(line.endswith('The run goes on with fewer connections.') for line in warnings)
 
 
-def test_who_has_nothing_more_waits_for_what_a_session_in_vain_had_in_hand(run_over, queue, wait_all):
+def test_who_has_nothing_more_waits_for_what_a_session_in_vain_had_in_hand(run_over, queue, wait_all, until):
     wait_all(4)
     calls = []
 
@@ -617,7 +617,7 @@ def test_who_has_nothing_more_waits_for_what_a_session_in_vain_had_in_hand(run_o
             calls.append(address)
         if len(calls) > 1:
             # By then the first thread has nothing more to do, but to wait for this one.
-            server.wait_for(lambda: len(server.messages) == 3)
+            until(lambda: queue.state == {'in progress': 1})
             raise ConnectionRefusedError(111, 'Connection refused')
         return socket.create_connection(address, timeout)
 

@@ -355,21 +355,34 @@ def test_an_idle_session_of_another_thread_is_taken_before_a_new_one_is_opened()
 
 
 @pytest.mark.parametrize('enough', ENOUGH)
-def test_if_no_new_session_can_be_had_nothing_has_happened_to_the_next_message(enough):
+@pytest.mark.parametrize('following', [[M2], [M2, M3]], ids=['one', 'two'])
+def test_if_no_new_session_can_be_had_nothing_has_happened_to_the_messages_that_follow(enough, following):
     script = {'connect': [None, Close('421 4.3.2 no more')]}
     with (
         ScriptedSMTPServer(script, by_session={0: ENOUGH[enough]}) as server,
         transport_to(server) as transport,
     ):
-        course = play(transport, M1, M2, M3)
+        course = play(transport, M1, *following)
         transport.close()
-        after = play(transport, M2, M3)
+        after = play(transport, *following)
 
     assert course.outcomes == [{'m1@x.example': ACCEPTED}]
     assert (course.trouble.code, course.trouble.in_message) == (421, False)
-    assert after.outcomes == [{'m2@x.example': ACCEPTED}, {'m3@x.example': ACCEPTED}]
-    assert received(server) == [M1, M2, M3]
+    assert after.outcomes == [{offer.recipients[0]: ACCEPTED} for offer in following]
+    assert received(server) == [M1, *following]
     assert len(server.sessions) == 3
+
+
+def test_no_new_session_is_opened_for_what_cannot_go():
+    large = letter('m2', body='x' * 1000)
+    with (
+        ScriptedSMTPServer({'.': f'{ACCEPTED}\n421 4.7.0 enough'}, extensions=('PIPELINING', 'SIZE 900')) as server,
+        transport_to(server) as transport,
+    ):
+        course = play(transport, M1, large)
+
+    assert [next(iter(result.replies.values())).code for result in course.results] == [250, 552]
+    assert len(server.sessions) == 1
 
 
 @pytest.mark.parametrize('enough', ENOUGH)
