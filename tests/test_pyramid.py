@@ -386,7 +386,6 @@ BAD_SETTINGS = {
     ),
     'a transport that nobody knows': ({'mailqueue.transports': 'pigeon'}, 'mailqueue.transports = pigeon'),
     'a factory that is not there': ({'mailqueue.transports': 'os.pigeon'}, 'mailqueue.transports = os.pigeon'),
-    'no queue in a database yet': ({'mailqueue.queue': 'sql'}, 'mailqueue.queue = sql'),
 }
 
 

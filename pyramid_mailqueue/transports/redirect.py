@@ -53,7 +53,7 @@ class RedirectingTransport:
     def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
         """See `ITransport`."""
         offer = self._redirected(Offer(sender, recipients, content))
-        return self._for_all(recipients, self._transport.send(*offer))
+        return self._for_all(recipients, self._transport.send(offer.sender, offer.recipients, offer.content))
 
     def close(self) -> None:
         """See `ITransport`."""
