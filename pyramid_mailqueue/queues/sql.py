@@ -46,7 +46,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_admin import SQLAdmin
-from pyramid_mailqueue.queues.sql_claim import ClaimedRow, NewMessage, SQLClaim, claimed_values, new_token
+from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claimed_values, new_token
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
@@ -179,7 +179,9 @@ class SQLQueue:
         statement = statement.returning(*(getattr(Message, name) for name in ClaimedRow._fields))
         deadline = self.leases.timer() + self.leases.lease
         rows = self.database.run(lambda connection: connection.execute(statement).all())
-        claims = [SQLClaim(self.leases, ClaimedRow(*row), deadline) for row in rows]
+        contents = Contents(self.database)
+        claims = [SQLClaim(self.leases, ClaimedRow(*row), deadline, contents=contents) for row in rows]
+        contents.note(claims)
         claims.sort(key=lambda claim: (claim.due, claim.id))
         self.leases.hold(claims)
         return claims

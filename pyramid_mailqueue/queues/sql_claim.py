@@ -6,12 +6,13 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Insert, insert, select, update
+from sqlalchemy import Insert, func, insert, or_, select, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
@@ -20,11 +21,15 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import tell_from_header
+from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, owned_by, update_recipients
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 
-__all__ = ['ClaimedRow', 'NewMessage', 'SQLClaim', 'claimed_values', 'new_token']
+__all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claimed_values', 'new_token']
+
+#: Contents of so many octets at most are read together.
+SMALL = 64 * 1024
 
 
 class ClaimedRow(NamedTuple):
@@ -52,7 +57,8 @@ class SQLClaim:
     it to another one: whoever is about to send asks :meth:`is_valid`.
 
     :param deadline: until when the lease holds at least, by the timer of *leases*
-    :param envelope: where it is known already
+    :param contents: reads the content when somebody asks for it
+    :param envelope: where it is known already, in the place of *contents*
     :param is_confirmed: whether the row was seen.  That of a transaction that has just committed was not: it may have
         gone with a savepoint
     """
@@ -63,10 +69,12 @@ class SQLClaim:
         row: ClaimedRow,
         deadline: float,
         *,
+        contents: Contents | None = None,
         envelope: Envelope | None = None,
         is_confirmed: bool = True,
     ) -> None:
         self._leases = leases
+        self._contents = contents
         self._row = row
         self._envelope = envelope
         self.id = row.id
@@ -97,8 +105,8 @@ class SQLClaim:
         return self._envelope
 
     def _read(self) -> Envelope:
-        statement = select(Message.content).where(owned_by([self]))
-        content = self._leases.database.run(lambda connection: connection.scalar(statement))
+        assert self._contents is not None
+        content = self._contents.take(self)
         if content is None:
             raise QueueError('somebody else has it')
         try:
@@ -135,6 +143,39 @@ class SQLClaim:
     def release(self) -> None:
         """See `IClaim`."""
         self._leases.release([self])
+
+
+class Contents:
+    """
+    The contents of messages that were claimed together.
+
+    They are read when one of them is asked for, all of the small ones at once: one question for each message would cost
+    more than its delivery.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._unread: list[SQLClaim] = []
+        self._read: dict[str, bytes] = {}
+
+    def note(self, claims: Iterable[SQLClaim]) -> None:
+        """Note the claims of these messages."""
+        self._unread = [*claims]
+
+    def take(self, claim: SQLClaim) -> bytes | None:
+        """Return the content of one message; None if it is not *claim*'s any more.  Raises QueueError."""
+        with self._lock:
+            if claim.token not in self._read:
+                self._read.update(self._fetch(claim))
+            return self._read.pop(claim.token, None)
+
+    def _fetch(self, claim: SQLClaim) -> dict[str, bytes]:
+        others, self._unread = [it for it in self._unread if it is not claim and not it.is_over], []
+        is_meant = or_(Message.id == claim.id, func.length(Message.content) <= SMALL)
+        statement = select(Message.claim, Message.content).where(owned_by([claim, *others]), is_meant)
+        rows = self._database.run(lambda connection: connection.execute(statement).all())
+        return {row.claim: row.content for row in rows if row.claim is not None}
 
 
 @dataclass(frozen=True)

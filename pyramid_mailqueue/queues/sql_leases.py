@@ -149,7 +149,7 @@ class Leases:
                 reason = 'its lease ran out while this process was paused or cut off; whoever has it now delivers it'
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
             else:
-                reason = 'its row did not outlive the transaction: a savepoint was rolled back'
+                reason = 'its row is gone with a savepoint that was rolled back, or somebody else has it by now'
                 log_event(queue_log, logging.INFO, status='discarded', id=claim.id, reason=reason)
 
     # -- the ends of claims
