@@ -42,6 +42,10 @@ _FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
 
 
+#: How many octets may be copied once more.
+SMALL = 64 * 1024
+
+
 class _Normalized(bytes):
     """What :func:`normalize_line_ends` has returned: on its way it is asked for that wherever it could come in."""
 
@@ -56,7 +60,10 @@ def normalize_line_ends(data: bytes, start: int = 0) -> bytes:
         return data
     line_feeds = data.count(b'\n', start)
     if data.count(b'\r', start) == line_feeds == data.count(b'\r\n', start):
-        return _Normalized(memoryview(data)[start:]) if start else data
+        if not start:
+            return data
+        # Python makes two copies for a subclass of bytes: that is too dear for a large one, and looking again is not.
+        return _Normalized(data[start:]) if len(data) <= SMALL else data[start:]
     lines = data[start:].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
     return _Normalized(lines.replace(b'\n', b'\r\n'))
 
