@@ -9,8 +9,10 @@ somebody else has written meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -73,6 +75,7 @@ class Database:
         self.name = parsed.render_as_string(hide_password=True)
         self.dialect = self._engine.dialect.name
         self._pid = os.getpid()
+        self._turns = _Turns(CONNECTIONS)
         self._is_checked = False
         call_in_children(self._forget_connections)
 
@@ -82,6 +85,7 @@ class Database:
     def _forget_connections(self) -> None:
         """In a forked child: the connections are the parent's."""
         self._pid = os.getpid()
+        self._turns = _Turns(CONNECTIONS)
         self._engine.dispose(close=False)
 
     @property
@@ -95,6 +99,13 @@ class Database:
     def close(self) -> None:
         """Close the connections that nobody uses.  The database may be used again."""
         self.engine.dispose()
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Lend a connection, to those who wait in their order.  Raises SQLAlchemyError."""
+        engine = self.engine
+        with self._turns.one(), engine.connect() as connection:
+            yield connection
 
     def run(self, work: Callable[[Connection], T]) -> T:
         """
@@ -114,7 +125,7 @@ class Database:
             raise self.refusal(error) from error
 
     def _try(self, work: Callable[[Connection], T]) -> T:
-        with self.engine.connect() as connection:
+        with self.connection() as connection:
             if not self._is_checked:
                 self._check(connection)
             return work(connection)
@@ -126,7 +137,7 @@ class Database:
     def create_tables(self) -> None:
         """Create those that are missing.  Raises QueueError, or DatabaseAway."""
         try:
-            with self.engine.connect() as connection:
+            with self.connection() as connection:
                 self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
             raise self.refusal(error) from error
@@ -172,6 +183,59 @@ class Database:
         """Return what to raise because of *error*."""
         kind = QueueError if isinstance(error, _OUR_FAULT) else DatabaseAway
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}')
+
+
+class _Turns:
+    """
+    Lets so many threads do something at the same time, and those who wait in their order.
+
+    Without an order, threads that deliver could keep the heartbeat from its turn until its leases have run out.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    def _take(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            # Until it is handed over.
+            turn.acquire()
+        except BaseException:
+            # A worker can be cut short here, by the timeout of its server.
+            if not self._leave(turn):
+                self._give()
+            raise
+
+    def _leave(self, turn: threading.Lock) -> bool:
+        """Wait no more; False if it was handed over meanwhile."""
+        with self._lock:
+            if turn not in self._waiting:
+                return False
+            self._waiting.remove(turn)
+            return True
+
+    def _give(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
 
 
 def first_line(error: SQLAlchemyError) -> str:

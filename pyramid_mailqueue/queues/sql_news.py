@@ -87,7 +87,7 @@ class _Listener:
         return self._ended in select.select([self._ended, *others], [], [], seconds)[0]
 
     def _listen(self) -> None:
-        with self._database.engine.connect() as connection:
+        with self._database.connection() as connection:
             try:
                 connection.exec_driver_sql(f'LISTEN {CHANNEL}')
                 raw: Any = connection.connection.driver_connection
