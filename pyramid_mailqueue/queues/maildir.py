@@ -55,6 +55,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStagi
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, STUMBLES, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders, modified_time
+from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
 
@@ -272,7 +273,7 @@ class MaildirQueue(MaildirFolders):
 
 
 @implementer(IStaging)
-class MaildirStaging:
+class MaildirStaging(StagedMail):
     """
     See `IStaging`.
 
@@ -281,24 +282,9 @@ class MaildirStaging:
 
     def __init__(self, queue: MaildirQueue) -> None:
         self._queue = queue
-        self._added: list[tuple[Envelope, bool]] = []
+        super().__init__()
         # The files of these, in their order, from prepare() to publish() or discard().
         self._files: list[LockedFile] = []
-
-    def add(self, envelope: Envelope, claimed: bool) -> None:
-        """See `IStaging`."""
-        self._added.append((envelope, claimed))
-
-    def mark(self) -> int:
-        """See `IStaging`.  The mark is the number of messages."""
-        return len(self._added)
-
-    def rollback(self, mark: object) -> list[Envelope]:
-        """See `IStaging`."""
-        assert isinstance(mark, int)
-        dropped = [envelope for envelope, _ in self._added[mark:]]
-        del self._added[mark:]
-        return dropped
 
     def prepare(self, alone: bool = False) -> None:
         """See `IStaging`."""

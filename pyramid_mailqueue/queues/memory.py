@@ -21,6 +21,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.memory_admin import MemoryAdmin
 from pyramid_mailqueue.queues.memory_messages import MemoryMessage, MemoryMessages
+from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MemoryClaim', 'MemoryQueue', 'MemoryStaging']
 
@@ -117,28 +118,13 @@ def _is_due(message: MemoryMessage, now: float) -> bool:
 
 
 @implementer(IStaging)
-class MemoryStaging:
+class MemoryStaging(StagedMail):
     """See `IStaging`.  Until :meth:`publish` the messages are not in the queue at all."""
 
     def __init__(self, messages: MemoryMessages) -> None:
         self._messages = messages
-        self._added: list[tuple[Envelope, bool]] = []
+        super().__init__()
         self._is_prepared = False
-
-    def add(self, envelope: Envelope, claimed: bool) -> None:
-        """See `IStaging`."""
-        self._added.append((envelope, claimed))
-
-    def mark(self) -> int:
-        """See `IStaging`.  The mark is the number of messages."""
-        return len(self._added)
-
-    def rollback(self, mark: object) -> list[Envelope]:
-        """See `IStaging`."""
-        assert isinstance(mark, int)
-        dropped = [envelope for envelope, _ in self._added[mark:]]
-        del self._added[mark:]
-        return dropped
 
     def prepare(self, alone: bool = False) -> None:
         """See `IStaging`."""
