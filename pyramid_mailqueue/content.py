@@ -54,14 +54,12 @@ def normalize_line_ends(data: bytes, start: int = 0) -> bytes:
     """
     Return *data* from *start* on, with each CR, LF and CRLF as CRLF.
 
-    That is *data* itself, not a copy, where it is so already from its beginning.
+    If it is large, and so already from its beginning, that is *data* itself, not a copy.
     """
     if isinstance(data, _Normalized) and not start:
         return data
     line_feeds = data.count(b'\n', start)
     if data.count(b'\r', start) == line_feeds == data.count(b'\r\n', start):
-        if not start:
-            return data
         # Python makes two copies for a subclass of bytes: that is too dear for a large one, and looking again is not.
         return _Normalized(data[start:]) if len(data) <= SMALL else data[start:]
     lines = data[start:].replace(b'\r\n', b'\n').replace(b'\r', b'\n')

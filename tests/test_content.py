@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyramid_mailqueue.addresses import parse_header_addresses
-from pyramid_mailqueue.content import message_bytes, normalize_line_ends, split_content
+from pyramid_mailqueue.content import SMALL, message_bytes, normalize_line_ends, split_content
 from pyramid_mailqueue.exceptions import AddressError, MessageError
 
 LINE_PIECES = st.lists(st.sampled_from([b'\r', b'\n', b'\r\n', b'\r\r\n', b'a', b'', b'\x00', b'\xff'])).map(b''.join)
@@ -70,8 +70,8 @@ def test_no_line_is_added_or_lost(data):
     assert normalize_line_ends(data).split(b'\r\n') == data.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
 
 
-def test_clean_content_is_not_copied():
-    data = b'Subject: x\r\n\r\nHello\r\n'
+def test_large_clean_content_is_not_copied():
+    data = b'Subject: x\r\n\r\n' + b'Hello\r\n' * SMALL
 
     assert message_bytes(data) is data
 

@@ -32,11 +32,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import CTE, Connection, Update, func, select, tuple_, union_all, update
+from sqlalchemy import CTE, Connection, Float, Integer, Text, Update, bindparam, func, select, tuple_, union_all, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_queued
@@ -45,8 +46,8 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_admin import SQLAdmin
-from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claimed_values, new_token
+from pyramid_mailqueue.queues.sql_admin import IS_SEEN, SQLAdmin
+from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
@@ -157,28 +158,19 @@ class SQLQueue:
             last, size = (claims[-1].due, claims[-1].id), min(2 * size, CLAIM_BATCH)
 
     def _claim_after(self, last: tuple[float, str], now: float, size: int) -> list[SQLClaim]:
-        found = (
-            select(Message.id)
-            .where(state_is('waiting'), Message.due <= now, tuple_(Message.due, Message.id) > tuple_(*last))
-            .order_by(Message.due, Message.id)
-            .limit(size)
-        )
-        if self.database.dialect == 'sqlite':
-            return self._claimed(update(Message).where(Message.id.in_(found)))
-        picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
-        return self._claimed(update(Message).where(Message.id == picked.c.id))
+        meant = {'now': now, 'last_due': last[0], 'last_id': last[1], 'size': size}
+        return self._claimed(_claiming_due(self.database.dialect), meant)
 
     def claim(self, id: str) -> SQLClaim | None:
         """See `IMailQueue`."""
-        is_due = update(Message).where(Message.id == id, state_is('waiting'), Message.due <= self._clock())
-        return next(iter(self._claimed(is_due)), None)
+        meant = {'now': self._clock(), 'meant': id}
+        return next(iter(self._claimed(_claiming_one(), meant)), None)
 
-    def _claimed(self, statement: Update) -> list[SQLClaim]:
-        """Claim the rows that *statement* is about, and return their claims in the order of due times."""
-        statement = statement.values(**claimed_values(self.leases), claim=new_token() + Message.id)
-        statement = statement.returning(*(getattr(Message, name) for name in ClaimedRow._fields))
+    def _claimed(self, statement: Update, meant: Mapping[str, Any]) -> list[SQLClaim]:
+        """Claim the rows that are *meant*, and return their claims in the order of due times."""
+        values = {**meant, **claim_values(self.leases)}
         deadline = self.leases.timer() + self.leases.lease
-        rows = self.database.run(lambda connection: connection.execute(statement).all())
+        rows = self.database.run(lambda connection: connection.execute(statement, values).all())
         contents = Contents(self.database)
         claims = [SQLClaim(self.leases, ClaimedRow(*row), deadline, contents=contents) for row in rows]
         contents.note(claims)
@@ -194,14 +186,18 @@ class SQLQueue:
     # -- what dead processes left
 
     def recover(self, now: float) -> Recovery:
-        """See `IMailQueue`.  Nothing is ever in doubt here: the row commits with the rest, or does not."""
+        """See `IMailQueue`.  No commit is ever in doubt here: the row commits with the rest, or does not."""
         ran_out = (state_is('in progress'), Message.lease < database_time())
         bury = update(Message).where(*ran_out, Message.deaths >= MAX_DEATHS - 1)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
         wait = update(Message).where(*ran_out).values(state='waiting', deaths=Message.deaths + 1, **UNCLAIMED)
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
-        return Recovery(orphans=orphans, buried=buried)
+        return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
+
+    def _half_way(self) -> tuple[str, ...]:
+        found = select(Message.id).where(state_is('in doubt'), IS_SEEN).order_by(Message.id)
+        return tuple(self.database.run(lambda connection: connection.scalars(found).all()))
 
     def _ids_of(self, statement: Update) -> tuple[str, ...]:
         with_ids = statement.returning(Message.id)
@@ -221,10 +217,14 @@ class SQLQueue:
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
         self.leases.flush()
-        there_may_be = [state for state in STATES if state != 'in doubt']
         # Each by its own index.
         statement = union_all(
-            *(select(Message.state, func.count()).where(state_is(s)).group_by(Message.state) for s in there_may_be)
+            *(
+                select(Message.state, func.count())
+                .where(state_is(state), *((IS_SEEN,) if state == 'in doubt' else ()))
+                .group_by(Message.state)
+                for state in STATES
+            )
         )
 
         def count(connection: Connection) -> dict[str, int]:
@@ -247,3 +247,26 @@ class SQLQueue:
             self.database.check()
         except ConfigurationError as error:
             raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
+
+
+@lru_cache
+def _claiming_due(dialect: str) -> Update:
+    """Return a statement that claims the first *size* rows behind (*last_due*, *last_id*) that are due *now*."""
+    last = tuple_(bindparam('last_due', type_=Float(53)), bindparam('last_id', type_=Text()))
+    found = (
+        select(Message.id)
+        .where(state_is('waiting'), Message.due <= bindparam('now'), tuple_(Message.due, Message.id) > last)
+        .order_by(Message.due, Message.id)
+        .limit(bindparam('size', type_=Integer()))
+    )
+    if dialect == 'sqlite':
+        return claiming(update(Message).where(Message.id.in_(found)))
+    picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
+    return claiming(update(Message).where(Message.id == picked.c.id))
+
+
+@lru_cache
+def _claiming_one() -> Update:
+    """Return a statement that claims the row whose id is *meant*, if it is due *now*."""
+    is_meant = (Message.id == bindparam('meant'), state_is('waiting'), Message.due <= bindparam('now'))
+    return claiming(update(Message).where(*is_meant))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Insert, func, insert, or_, select, update
+from sqlalchemy import Executable, Float, Insert, Text, Update, bindparam, func, insert, or_, select, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
@@ -21,12 +21,12 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import tell_from_header
-from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_database import AS_BYTES, Database
 from pyramid_mailqueue.queues.sql_leases import Leases
-from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, owned_by, update_recipients
+from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 
-__all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claimed_values', 'new_token']
+__all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claim_values', 'claiming']
 
 #: Contents of so many octets at most are read together.
 SMALL = 64 * 1024
@@ -117,8 +117,9 @@ class SQLClaim:
 
     def _put_aside(self, problem: str) -> None:
         values = {'state': 'corrupt', 'last_reply': problem.replace('\0', ' '), **UNCLAIMED}
-        statement = update(Message).where(owned_by([self])).values(**values)
-        self._leases.database.run(lambda connection: connection.execute(statement))
+        database = self._leases.database
+        statement = update(Message).where(owned(database.dialect)).values(**values)
+        database.run(lambda connection: connection.execute(statement, named([self])))
         self._leases.forget(self)
         log_event(queue_log, logging.ERROR, status='corrupt', id=self.id, error=problem)
 
@@ -172,10 +173,16 @@ class Contents:
 
     def _fetch(self, claim: SQLClaim) -> dict[str, bytes]:
         others, self._unread = [it for it in self._unread if it is not claim and not it.is_over], []
-        is_meant = or_(Message.id == claim.id, func.length(Message.content) <= SMALL)
-        statement = select(Message.claim, Message.content).where(owned_by([claim, *others]), is_meant)
-        rows = self._database.run(lambda connection: connection.execute(statement).all())
+        statement, values = _reading(self._database.dialect), {**named([claim, *others]), 'asked': claim.id}
+        rows = self._database.run(lambda connection: connection.execute(statement, values).all())
         return {row.claim: row.content for row in rows if row.claim is not None}
+
+
+@lru_cache
+def _reading(dialect: str) -> Executable:
+    is_meant = or_(Message.id == bindparam('asked'), func.length(Message.content) <= SMALL)
+    statement = select(Message.claim, Message.content).where(owned(dialect), is_meant)
+    return statement.execution_options(**{AS_BYTES: True})
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ class NewMessage:
         }
         if not claimed:
             return cls(name, envelope, _inserting(None), values, None)
-        token = new_token() + name
+        token = _new_token() + name
         row = ClaimedRow(name, token, now, 0, now, envelope.sender, envelope.recipients)
         claim = SQLClaim(leases, row, deadline, envelope=envelope)
         values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process()}
@@ -232,15 +239,27 @@ def _inserting(lease: float | None) -> Insert:
     return statement if lease is None else statement.values(lease=database_time() + lease)
 
 
-def claimed_values(leases: Leases) -> dict[str, Any]:
-    """What a row has when this process claims it, but for the token."""
-    return {'state': 'in progress', 'claimed_by': _this_process(), 'lease': database_time() + leases.lease}
+def claiming(statement: Update) -> Update:
+    """
+    Let *statement*, which says which rows are meant, claim them, and return what becomes a :class:`ClaimedRow`.
+
+    It is put together once, and executed with the values of :func:`claim_values`.
+    """
+    lease = database_time() + bindparam('seconds', type_=Float(53))
+    values = {'state': 'in progress', 'claimed_by': bindparam('process'), 'lease': lease}
+    statement = statement.values(**values, claim=bindparam('token', type_=Text()) + Message.id)
+    return statement.returning(*(getattr(Message, name) for name in ClaimedRow._fields))
+
+
+def claim_values(leases: Leases) -> dict[str, Any]:
+    """Return the values of one execution of a :func:`claiming` statement."""
+    return {'process': _this_process(), 'seconds': leases.lease, 'token': _new_token()}
 
 
 def _this_process() -> str:
     return f'{socket.gethostname()}:{os.getpid()}'
 
 
-def new_token() -> str:
+def _new_token() -> str:
     """The beginning of tokens that nobody had before; the id of a message is the rest."""
     return f'{secrets.token_hex(8)}.'

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -32,9 +32,12 @@ from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_schema import VERSION, create_tables, ddl, version_of
 
-__all__ = ['CONNECTIONS', 'Database', 'DatabaseAway', 'first_line']
+__all__ = ['AS_BYTES', 'CONNECTIONS', 'Database', 'DatabaseAway', 'first_line']
 
 T = TypeVar('T')
+
+#: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
+AS_BYTES = 'mailqueue_as_bytes'
 
 #: How many connections one process has, at most.
 CONNECTIONS = 2
@@ -44,8 +47,11 @@ SQLITE_PATIENCE = 30
 
 _OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
 
-# What a host that is gone without a farewell may cost, in seconds and, for the last one, in milliseconds.
-_LIBPQ = {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000}
+# What a host that is gone without a farewell may cost, or a lock of SQLite: in seconds, but for tcp_user_timeout.
+_CONNECT: Mapping[str, Mapping[str, Any]] = {
+    'postgresql': {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000},
+    'sqlite': {'timeout': SQLITE_PATIENCE},
+}
 
 # Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
 _OUR_FAULT = (DataError, IntegrityError, ProgrammingError)
@@ -250,7 +256,11 @@ def _engine(url: URL) -> Engine:
         raise ValueError(f'{dialect} is neither postgresql nor sqlite')
     if dialect == 'sqlite' and url.database in (None, '', ':memory:'):
         raise ValueError('a database in memory cannot be shared with mq-run')
-    options: dict[str, Any] = {'timeout': SQLITE_PATIENCE} if dialect == 'sqlite' else _LIBPQ
+    options = dict(_CONNECT[dialect])
+    if url.get_driver_name() == 'psycopg':
+        # A statement that the server has prepared on one connection is not there on another one, which a pooler between
+        # may give us; and it may be planned for a table that was empty then.
+        options['prepare_threshold'] = None
     engine = create_engine(
         url,
         poolclass=QueuePool,
@@ -262,7 +272,14 @@ def _engine(url: URL) -> Engine:
     )
     if dialect == 'postgresql':
         event.listen(engine, 'connect', _read_committed)
+    if engine.dialect.driver == 'psycopg':
+        event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
     return engine
+
+
+def _ask_for_bytes(_connection: Any, cursor: Any, _statement: str, _values: Any, context: Any, _many: bool) -> None:
+    if context.execution_options.get(AS_BYTES):
+        cursor.format = 1
 
 
 def _read_committed(connection: Any, _record: Any) -> None:

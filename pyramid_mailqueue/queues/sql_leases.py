@@ -5,8 +5,9 @@ A claim is a lease: it ends by itself when its process dies, and nobody has to f
 process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
 messages:
 
-* Messages that are done are deleted in batches, of :data:`BATCH` at most, and :data:`LINGER` seconds after the first of
-  them at the latest.  They are all that a death of the process can send twice.
+* Messages that are done are deleted together: :data:`ENOUGH` of them, or what there is :data:`LINGER` seconds after the
+  first.  There are never more than :data:`BATCH` that are done and not deleted, and they are all that a death of the
+  process can send twice: whoever has one more waits.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written because the database is away is written when it is back.
 
@@ -32,17 +33,20 @@ from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, owned_by, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, named, owned, release, settle
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 
-__all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
+__all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
 
 log = logging.getLogger('mailqueue.delivery')
 
-#: How many messages that are done wait for their deletion, at most.
+#: How many messages that are done are not deleted, at most.
 BATCH = 100
 
-#: How long they wait, in seconds.
+#: How many of them are enough to begin with, so that whoever delivers need not wait for it.
+ENOUGH = BATCH // 2
+
+#: How long they wait for others, in seconds.
 LINGER = 0.05
 
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
@@ -97,6 +101,7 @@ class Leases:
         self._writing = threading.Lock()
         self._held: dict[str, HeldClaim] = {}
         self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
+        self._under_way = 0
         self._renewed = self.timer()
         self._is_away = False
         self._is_closing = False
@@ -161,7 +166,11 @@ class Leases:
         is_done = not (settlement.waiting or settlement.burials)
         with self._changed:
             self._ended.append((claim, settlement))
-            may_linger = is_done and len(self._ended) < BATCH and self._see_to_thread()
+            number = len(self._ended)
+            # What is being written may yet fail.
+            may_linger = is_done and number + self._under_way < BATCH and self._has_thread()
+            if number in (1, ENOUGH):
+                self._changed.notify_all()
         if not may_linger:
             self.flush()
 
@@ -176,20 +185,26 @@ class Leases:
     def flush(self) -> None:
         """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no MailqueueError."""
         with self._writing:
-            while batch := self._take_ended():
+            # What ends in the meantime waits for others, or there would be a statement for each.
+            left = len(self._ended)
+            while left > 0 and (batch := self._take_ended()):
+                left -= len(batch)
                 try:
                     self._write(batch)
                 except DatabaseAway as error:
                     self._put_back(batch, error)
                     return
+                self._under_way = 0
                 self._is_away = False
 
     def _take_ended(self) -> list[tuple[HeldClaim, Settlement | None]]:
         with self._changed:
-            return [self._ended.popleft() for _ in range(min(len(self._ended), BATCH))]
+            self._under_way = min(len(self._ended), BATCH)
+            return [self._ended.popleft() for _ in range(self._under_way)]
 
     def _put_back(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
         with self._changed:
+            self._under_way = 0
             self._ended.extendleft(reversed(batch))
             self._see_to_thread()
         if not self._is_away:
@@ -248,9 +263,13 @@ class Leases:
 
     # -- the heartbeat
 
-    def _see_to_thread(self) -> bool:
-        """Wake the thread, or start it; False if that cannot be.  Called with the lock held."""
+    def _see_to_thread(self) -> None:
+        """Wake the thread, or start it.  Called with the lock held."""
         self._changed.notify_all()
+        self._has_thread()
+
+    def _has_thread(self) -> bool:
+        """Whether the thread is there; it is started if it can be.  Called with the lock held."""
         if self._thread is not None and self._thread.is_alive():
             return True
         thread = threading.Thread(target=self._beat, name='mailqueue-leases', daemon=True)
@@ -273,6 +292,10 @@ class Leases:
     def _has_work(self) -> bool:
         return bool(self._ended or self._held)
 
+    @property
+    def _is_enough(self) -> bool:
+        return self._is_closing or (len(self._ended) >= ENOUGH and not self._is_away)
+
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
         with self._changed:
@@ -286,7 +309,7 @@ class Leases:
                 self._changed.wait(rest)
             # What is done waits for others.
             until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
-            while self._ended and not self._is_closing and (rest := until - time.monotonic()) > 0:
+            while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True
 
@@ -305,8 +328,9 @@ class Leases:
         """Prolong leases, and lose the claims whose messages are not theirs any more.  Raises QueueError."""
         began = self.timer()
         until = database_time() + self.lease
-        statement = update(Message).where(owned_by(claims)).values(lease=until).returning(Message.claim)
-        ours = self.database.run(lambda connection: {*connection.scalars(statement)})
+        ours_still = owned(self.database.dialect)
+        statement = update(Message).where(ours_still).values(lease=until).returning(Message.claim)
+        ours = self.database.run(lambda connection: {*connection.scalars(statement, named(claims))})
         for claim in claims:
             if claim.token in ours:
                 claim.deadline = began + self.lease
@@ -315,8 +339,8 @@ class Leases:
 
     def _confirm(self, claim: HeldClaim) -> None:
         """Look whether a row is there, or lose the claim.  Raises QueueError."""
-        statement = select(Message.claim).where(owned_by([claim]))
-        if self.database.run(lambda connection: connection.scalar(statement)) is None:
+        statement = select(Message.claim).where(owned(self.database.dialect))
+        if self.database.run(lambda connection: connection.scalar(statement, named([claim]))) is None:
             self.lose([claim])
         else:
             claim.is_confirmed = True

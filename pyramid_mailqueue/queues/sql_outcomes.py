@@ -3,23 +3,56 @@ How a claim of a :class:`~.sql.SQLQueue` ends: what is written, and that nothing
 
 Each statement names the token of its claim.  If that is not in the row any more the lease has run out, and somebody
 else has the message: nothing is changed then.
+
+What is executed for each message, or for each few, is put together once and has always the same text: that is what
+SQLAlchemy, the driver and the database are quickest with.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
-from sqlalchemy import ColumnElement, Connection, Executable, and_, bindparam, delete, insert, literal, select, update
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Connection,
+    Executable,
+    SQLColumnExpression,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    insert,
+    literal,
+    literal_column,
+    select,
+    update,
+)
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_schema import Message
 
-__all__ = ['UNCLAIMED', 'Claimed', 'delete_done', 'owned_by', 'release', 'settle', 'state_is', 'update_recipients']
+__all__ = [
+    'UNCLAIMED',
+    'Claimed',
+    'delete_done',
+    'named',
+    'owned',
+    'release',
+    'settle',
+    'state_is',
+    'update_recipients',
+]
 
 #: What a message has when nobody holds it.
 UNCLAIMED: Mapping[str, None] = {'claim': None, 'claimed_by': None, 'lease': None}
+
+_LITERALS = {state: literal_column(f"'{state}'", Text()) for state in STATES}
 
 
 class Claimed(Protocol):
@@ -40,35 +73,55 @@ class Claimed(Protocol):
 
 def state_is(*states: str) -> ColumnElement[bool]:
     """The states stand in the text of the statement: only so the database sees which index is meant."""
-    if len(states) == 1:
-        return Message.state == bindparam(None, states[0], literal_execute=True)
-    return Message.state.in_(bindparam(None, states, expanding=True, literal_execute=True))
+    literals = [_LITERALS[state] for state in states]
+    return Message.state == literals[0] if len(literals) == 1 else Message.state.in_(literals)
 
 
-def owned_by(claims: Collection[Claimed]) -> ColumnElement[bool]:
-    """The rows of *claims* that are still theirs.  No two claims have the same token; ids are there for their index."""
-    return and_(
-        state_is('in progress'),
-        Message.id.in_([claim.id for claim in claims]),
-        Message.claim.in_([claim.token for claim in claims]),
-    )
+def owned(dialect: str) -> ColumnElement[bool]:
+    """
+    The rows of the claims that :func:`named` names, if they are still theirs.
+
+    No two claims have the same token; ids are there for their index.
+    """
+    return and_(state_is('in progress'), _is_in(Message.id, 'ids', dialect), _is_in(Message.claim, 'tokens', dialect))
+
+
+def _is_in(column: SQLColumnExpression[Any], name: str, dialect: str) -> ColumnElement[bool]:
+    if dialect == 'postgresql':
+        # One parameter, however many there are.
+        return column == any_(bindparam(name, type_=ARRAY(Text)))
+    return column.in_(bindparam(name, expanding=True))
+
+
+def named(claims: Collection[Claimed]) -> dict[str, list[str]]:
+    """Return the parameters of a statement about what is :func:`owned` by *claims*."""
+    return {'ids': [claim.id for claim in claims], 'tokens': [claim.token for claim in claims]}
 
 
 def delete_done(connection: Connection, claims: Collection[Claimed]) -> set[str]:
     """Delete messages that everybody has; return the tokens of those that were still theirs."""
-    return {*connection.scalars(delete(Message).where(owned_by(claims)).returning(Message.claim))}
+    return {*connection.scalars(_deletion(connection.dialect.name), named(claims))}
+
+
+@lru_cache
+def _deletion(dialect: str) -> Executable:
+    return delete(Message).where(owned(dialect)).returning(Message.claim)
 
 
 def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
     """Give messages back exactly as they were; return the tokens of those that were still theirs."""
-    statement = update(Message).where(owned_by(claims)).values(state='waiting', **UNCLAIMED).returning(Message.id)
-    ids = {*connection.scalars(statement)}
+    ids = {*connection.scalars(_release(connection.dialect.name), named(claims))}
     return {claim.token for claim in claims if claim.id in ids}
+
+
+@lru_cache
+def _release(dialect: str) -> Executable:
+    return update(Message).where(owned(dialect)).values(state='waiting', **UNCLAIMED).returning(Message.id)
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
     """Note who is open; whether the message was still *claim*'s."""
-    return _is_changed(connection, update(Message).where(owned_by([claim])).values(recipients=[*recipients]))
+    return _update_owned(connection, claim, {'recipients': [*recipients]})
 
 
 def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: float) -> set[str]:
@@ -83,7 +136,7 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
         attempt['last_attempt'] = now
     burials = [*settlement.burials]
     left = _waiting(settlement, now) if settlement.waiting else _buried(burials.pop(0))
-    if not _is_changed(connection, update(Message).where(owned_by([claim])).values(**attempt, **left)):
+    if not _update_owned(connection, claim, {**attempt, **left}):
         return set()
     for burial in burials:
         connection.execute(_copy(claim.id, {**_buried(burial), **UNCLAIMED}))
@@ -122,5 +175,7 @@ def _copy(id: str, values: Mapping[str, Any]) -> Executable:
     return insert(Message).from_select([*columns.keys()], select(*selected).where(Message.id == id))
 
 
-def _is_changed(connection: Connection, statement: Executable) -> bool:
-    return connection.execute(statement).rowcount == 1
+def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:
+    """Whether the message was still *claim*'s."""
+    statement = update(Message).where(owned(connection.dialect.name)).values(**values)
+    return connection.execute(statement, named([claim])).rowcount == 1

@@ -42,9 +42,20 @@ def find_binaries():
 
 
 class Postgres:
-    """A server that only this process knows.  It does not wait for the disk: no test cuts the power."""
+    """
+    A server that only this process knows.
 
-    def __init__(self):
+    :param settings: of PostgreSQL, instead of those for tests: no test cuts the power, so none waits for the disk
+    """
+
+    def __init__(self, **settings):
+        self._settings = {
+            'fsync': 'off',
+            'max_connections': 60,
+            'max_prepared_transactions': 10,
+            'shared_buffers': '32MB',
+            **settings,
+        }
         self._home = Path(tempfile.mkdtemp(prefix='mq-pg-'))
         self._user = {}
         if os.geteuid() == 0:
@@ -79,15 +90,8 @@ class Postgres:
         assert done.returncode == 0, done.stdout
 
     def start(self):
-        settings = {
-            'listen_addresses': '',
-            'unix_socket_directories': self._home,
-            'fsync': 'off',
-            'max_connections': 60,
-            'max_prepared_transactions': 10,
-            'shared_buffers': '32MB',
-        }
-        options = [f'-c{name}={value}' for name, value in settings.items()]
+        where = {'listen_addresses': '', 'unix_socket_directories': self._home}
+        options = [f'-c{name}={value}' for name, value in {**where, **self._settings}.items()]
         with Path(self._home, 'log').open('ab') as log:
             self._process = subprocess.Popen(
                 [self._bin / 'postgres', '-D', self._data, *options],
