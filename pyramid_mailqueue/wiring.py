@@ -7,7 +7,9 @@ A web process makes a mailer, and mq-run a runner; both stand on the same queue,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,22 @@ from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.queues.maildir import MaildirQueue
+    from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.sql import SQLQueue
     from pyramid_mailqueue.transactions import ITransactionSource
 
-__all__ = ['build_compose', 'build_handler', 'build_mailer', 'build_queue', 'build_runner', 'init_smtp_mailer']
+__all__ = [
+    'build_compose',
+    'build_handler',
+    'build_maildir_queue',
+    'build_mailer',
+    'build_queue',
+    'build_runner',
+    'build_sql_queue',
+    'init_smtp_mailer',
+    'open_move',
+]
 
 log = logging.getLogger('mailqueue.delivery')
 
@@ -105,14 +119,15 @@ def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
 def build_queue(settings: Settings) -> IMailQueue:
     """Return the queue that *settings* describe.  Raises ConfigurationError."""
     if settings.queue == 'maildir':
-        return _maildir_queue(settings)
+        return build_maildir_queue(settings)
     if settings.queue == 'sql':
         return _checked_sql_queue(settings)
     queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
     return queue
 
 
-def _maildir_queue(settings: Settings) -> IMailQueue:
+def build_maildir_queue(settings: Settings) -> MaildirQueue:
+    """Return the queue in a directory, which is created if it is missing.  Raises ConfigurationError."""
     from pyramid_mailqueue.queues.maildir import MaildirQueue
 
     if settings.queue_dir is None:
@@ -149,6 +164,47 @@ def build_sql_queue(settings: Settings) -> SQLQueue:
     return SQLQueue(
         settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease, notify=settings.sql_notify
     )
+
+
+@contextmanager
+def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
+    """
+    Give the move between the directory and the database that *settings* name, whichever of them is in use.
+
+    :param to: ``'sql'`` or ``'maildir'``
+    :raises ConfigurationError: one of them is not named, or cannot be used
+    :raises QueueError: one of them cannot be used now
+    """
+    if settings.queue_dir is not None and to == 'sql' and not settings.queue_dir.is_dir():
+        raise ConfigurationError(
+            f'mailqueue.queue_dir = {settings.queue_dir}: there is no such directory to move from.'
+        )
+    # What is in doubt is left behind, whatever mq-run would do about it: whoever moves is told of it.
+    directory = build_maildir_queue(replace(settings, in_doubt='hold'))
+    database = build_sql_queue(settings)
+    from pyramid_mailqueue.queues.moving import Move
+    from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord, MaildirSide
+    from pyramid_mailqueue.queues.moving_sql import SQLSide
+
+    try:
+        _check_tables(database, settings)
+        record = DirectoryRecord(directory, database.database.name)
+        here, there = MaildirSide(directory), SQLSide(database, record)
+        yield Move(here, there, record) if to == 'sql' else Move(there, here, record)
+    finally:
+        database.close()
+
+
+def _check_tables(queue: SQLQueue, settings: Settings) -> None:
+    try:
+        queue.database.check()
+    except ConfigurationError as error:
+        hint = (
+            ''
+            if settings.queue == 'sql'
+            else ' As long as the ini file names the other queue, init needs --set mailqueue.queue=sql.'
+        )
+        raise ConfigurationError(f'{error}{hint}') from error
 
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:

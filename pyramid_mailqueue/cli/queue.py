@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from pyramid_mailqueue.cli import queue_change, queue_init, queue_look
+from pyramid_mailqueue.cli import queue_change, queue_init, queue_look, queue_move
 from pyramid_mailqueue.cli.common import (
     add_ini_arguments,
     blaming,
@@ -43,7 +43,8 @@ A message is in one of these states:
   in progress  it is being delivered
   held         it is not delivered until you say so
   dead         it was given up, for some of its recipients or for all
-  in doubt     its process died in the midst of the commit: only you can find out whether it is to be sent
+  in doubt     its process died in the midst of the commit: only you can find out whether it is to be sent;
+               or in the midst of a move, which another "move" brings to an end
   corrupt      its file cannot be read
 """
 
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
     if arguments.run is queue_init.init:
-        sys.exit(exit_status_of(NAME, lambda: _init(arguments)))
+        sys.exit(exit_status_of(NAME, lambda: _with_settings(queue_init.init, arguments)))
+    if arguments.run is queue_move.move:
+        sys.exit(exit_status_of(NAME, lambda: _with_settings(queue_move.move, arguments)))
     sys.exit(exit_status_of(NAME, lambda: _run(arguments.run, arguments)))
 
 
@@ -93,10 +96,11 @@ def _run(work: Run, arguments: argparse.Namespace) -> int:
             queue.close()
 
 
-def _init(arguments: argparse.Namespace) -> int:
+def _with_settings(work: Callable[[Settings, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Of these the queue is not there yet, or there are two."""
     overrides = dict(map(parse_override, arguments.overrides))
     with blaming(arguments.ini):
-        return queue_init.init(_read_settings(arguments, overrides), arguments)
+        return work(_read_settings(arguments, overrides), arguments)
 
 
 def _read_settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
@@ -283,6 +287,20 @@ def _add_setting_up(add: Add) -> None:
         'What is there already is left as it is.  With another queue it creates the directory.',
     )
     parser.add_argument('--sql', action='store_true', help='change nothing, and print the statements')
+
+    parser = add(
+        'move',
+        queue_move.move,
+        'move messages between the directory and the database of the ini file',
+        'What waits, is held, or is dead goes with all that is known of it.  What is being delivered, in doubt or\n'
+        'corrupt stays.  mq-run and the application may be at work meanwhile, with either queue.  If it is\n'
+        'interrupted, do it again: no message is lost or in both queues, and the few that were half-way are settled.\n'
+        'The exit status is 1 if something is left behind.',
+        changes=True,
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument('--to-sql', action='store_const', dest='to', const='sql', help='into the database')
+    where.add_argument('--to-maildir', action='store_const', dest='to', const='maildir', help='into the directory')
 
 
 def _add_states(parser: argparse.ArgumentParser, help_: str) -> None:

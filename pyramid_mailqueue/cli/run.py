@@ -329,7 +329,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     recovery = report.recovery
     done = {
         'recovered': len(recovery.orphans),
-        'in doubt': len(recovery.in_doubt),
+        'in doubt': len(recovery.in_doubt) + len(recovery.half_way),
         'released': len(recovery.sent),
         'discarded': len(recovery.discarded),
         'sent': report.sent,

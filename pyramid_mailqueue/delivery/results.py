@@ -178,6 +178,7 @@ class Recovery:
     :param sent: in doubt before, published now because ``mailqueue.in_doubt = send``
     :param discarded: in doubt before, removed because ``mailqueue.in_doubt = discard``
     :param swept: never voted for, and older than 36 hours
+    :param half_way: left by a move to another queue that was broken off
     """
 
     orphans: tuple[str, ...] = ()
@@ -186,3 +187,4 @@ class Recovery:
     sent: tuple[str, ...] = ()
     discarded: tuple[str, ...] = ()
     swept: tuple[str, ...] = ()
+    half_way: tuple[str, ...] = ()

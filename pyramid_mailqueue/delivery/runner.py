@@ -179,9 +179,12 @@ class Runner:
     def _recover(self, now: float) -> Recovery:
         """Take care of what dead processes left; who looks again every few seconds tells of a doubt only once."""
         found = self.queue.recover(now)
-        in_doubt = frozenset(found.in_doubt)
-        told = replace(found, in_doubt=tuple(name for name in found.in_doubt if name not in self._told_in_doubt))
-        self._told_in_doubt = in_doubt
+        before, self._told_in_doubt = self._told_in_doubt, frozenset(found.in_doubt + found.half_way)
+        told = replace(
+            found,
+            in_doubt=tuple(name for name in found.in_doubt if name not in before),
+            half_way=tuple(name for name in found.half_way if name not in before),
+        )
         _log_recovery(told)
         return told
 
@@ -336,6 +339,7 @@ def _log_recovery(recovery: Recovery) -> None:
         (recovery.orphans, logging.INFO, 'recovered', 'its deliverer died'),
         (recovery.buried, logging.ERROR, 'buried', 'too many deliverers died'),
         (recovery.in_doubt, logging.CRITICAL, 'in_doubt', 'its commit did not come to an end; a person must decide'),
+        (recovery.half_way, logging.CRITICAL, 'in_doubt', 'its move to another queue was broken off; do it once more'),
         (recovery.sent, logging.WARNING, 'released', 'it was in doubt, and mailqueue.in_doubt = send'),
         (recovery.discarded, logging.WARNING, 'discarded', 'it was in doubt, and mailqueue.in_doubt = discard'),
         (recovery.swept, logging.INFO, 'swept', 'nobody had voted for it'),

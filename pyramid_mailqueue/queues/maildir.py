@@ -54,7 +54,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, STUMBLES, FileName, MaildirClaim
-from pyramid_mailqueue.queues.maildir_folders import MaildirFolders, modified_time
+from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
 from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
@@ -190,7 +190,8 @@ class MaildirQueue(MaildirFolders):
         in_doubt, sent, discarded = self._recover_in_doubt()
         swept = self._sweep(now)
         self.flush()
-        return Recovery(orphans, buried, in_doubt, sent, discarded, swept)
+        half_way = tuple(entry.name for entry in list(self.files(MOVING)) if self._is_nobodys(MOVING, entry.name))
+        return Recovery(orphans, buried, in_doubt, sent, discarded, swept, half_way)
 
     def _recover_orphans(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Whoever claimed these is dead, or the kernel would not have given us their locks."""
@@ -260,12 +261,16 @@ class MaildirQueue(MaildirFolders):
             'in progress': sum(1 for _ in self.files('cur')),
             'held': sum(1 for _ in self.files('held')),
             'dead': sum(1 for _ in self.files('dead')),
-            'in doubt': sum(self._is_in_doubt(entry.name) for entry in list(self.files('prepared'))),
+            'in doubt': sum(
+                self._is_nobodys(folder, entry.name)
+                for folder in ('prepared', MOVING)
+                for entry in list(self.files(folder))
+            ),
             'corrupt': sum(1 for _ in self.files('corrupt')),
         }
 
-    def _is_in_doubt(self, name: str) -> bool:
-        file = self.take('prepared', name)
+    def _is_nobodys(self, folder: str, name: str) -> bool:
+        file = self.take(folder, name)
         if file is None:
             return False
         file.close()

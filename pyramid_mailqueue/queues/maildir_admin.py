@@ -35,13 +35,14 @@ from pyramid_mailqueue.interfaces import IQueueAdmin
 from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats, tally, tell_from_header
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
-from pyramid_mailqueue.queues.maildir_folders import MaildirFolders, modified_time
+from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
 from pyramid_mailqueue.queues.queue_file import read_header
 
 __all__ = ['MaildirAdmin']
 
 STATE_OF = {
     'prepared': 'in doubt',
+    MOVING: 'in doubt',
     'new': 'waiting',
     'cur': 'in progress',
     'held': 'held',
@@ -68,11 +69,13 @@ _BORN = re.compile(r'([0-9]{1,12})\.')
 
 _BUSY = {
     'prepared': 'its transaction is being committed right now',
+    MOVING: 'it is being moved to another queue right now',
     'new': 'it is being delivered right now',
     'cur': 'it is being delivered right now',
 }
 _OTHER_STATE = {
     'prepared': 'it is in doubt; release it, or delete it',
+    MOVING: 'it is half-way to another queue; "mq-queue app.ini move" brings that to an end',
     'new': 'it is waiting',
     'cur': 'its delivery was broken off; the next mq-run takes it up',
     'held': 'it is held; unhold it first',
@@ -143,7 +146,7 @@ class MaildirAdmin:
 
     def _look(self, folder: str, name: str) -> QueueEntry | None:
         """Return what there is to see of a file; None if it is gone, or not to be seen yet."""
-        if folder == 'prepared' and self._is_held(folder, name):
+        if folder in ('prepared', MOVING) and self._is_held(folder, name):
             return None
         try:
             with self._opened(folder, name) as fd:
@@ -202,7 +205,7 @@ class MaildirAdmin:
             if self._is_file(folder, id):
                 return folder, id
         found = {
-            FileName.parse(file.name).id: (folder, file.name)
+            _id_of(file.name): (folder, file.name)
             for folder in STATE_OF
             for file in self._folders.files(folder)
             if id and file.name.startswith(id)
@@ -253,7 +256,7 @@ class MaildirAdmin:
 
     def delete(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
-        with self._taken(id, 'deleted', tuple(STATE_OF)) as taken:
+        with self._taken(id, 'deleted', tuple(folder for folder in STATE_OF if folder != MOVING)) as taken:
             return taken.removed()
 
     def flush(self) -> int:
@@ -303,7 +306,7 @@ class MaildirAdmin:
                 return _Taken(self._folders, folder, file, done)
             if self._is_file(folder, name):
                 busy = _BUSY.get(folder, 'somebody else is about it right now')
-                raise WrongState(f'{FileName.parse(name).id} cannot be {done}: {busy}. Try again in a moment.')
+                raise WrongState(f'{_id_of(name)} cannot be {done}: {busy}. Try again in a moment.')
         raise _gone(id)
 
 
@@ -314,7 +317,7 @@ class _Taken:
         self._folders = folders
         self.folder = folder
         self.file = file
-        self.id = FileName.parse(file.name).id
+        self.id = _id_of(file.name)
         self._done = done
 
     def make_due(self) -> None:
@@ -374,9 +377,14 @@ class _Taken:
         return any(os.path.lexists(self._folders.place(folder, self.file.name)) for folder in ('new', 'cur', 'held'))
 
 
+def _id_of(name: str) -> str:
+    """Return the id of the message in a file of this name."""
+    return FileName.parse(name.partition(',moving=')[0]).id
+
+
 def _entry(folder: str, name: str, fd: int) -> QueueEntry:
     """Return what a message in this place would be shown as.  Raises OSError."""
-    name, state, status = FileName.parse(name).id, STATE_OF[folder], os.fstat(fd)
+    name, state, status = _id_of(name), STATE_OF[folder], os.fstat(fd)
     try:
         with open(fd, 'rb', closefd=False) as fp:
             fp.seek(0)

@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -24,9 +25,12 @@ from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, sync_folder
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
-__all__ = ['FOLDERS', 'MaildirFolders', 'modified_time']
+__all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
 
 FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
+
+#: What is half-way to or from another queue (see :mod:`~.moving`); there is no such folder before the first move.
+MOVING = 'moving'
 
 #: Settled claims are made durable together: with this many changes, or with the first one that comes this many seconds
 #: after the others began.
@@ -75,6 +79,8 @@ class MaildirFolders:
                     if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False):
                         yield entry
         except OSError as error:
+            if folder == MOVING and isinstance(error, FileNotFoundError):
+                return
             raise QueueError(f'The folder {self.place(folder)} cannot be read: {why(error)}') from error
 
     def take(self, folder: str, name: str) -> LockedFile | None:
@@ -103,13 +109,17 @@ class MaildirFolders:
     def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
         return self._holder.create(self.place('tmp', self.new_name()), (serialize_header(header), content), due)
 
-    def new_name(self) -> str:
+    def new_name(self, born: float | None = None) -> str:
         """
         Return a name as a maildir has them (https://cr.yp.to/proto/maildir.html), sorted by time.
 
         The random part keeps forked children, and machines that share a name, apart.
+
+        :param born: when the message came into a queue for the first time, in seconds since the epoch; None is now
         """
-        seconds, microseconds = divmod(int(self.clock() * 1_000_000), 1_000_000)
+        seconds, microseconds = divmod(
+            int(self.clock() * 1_000_000) if born is None else round(born * 1_000_000), 1_000_000
+        )
         number = next(self._numbers)
         return f'{seconds}.M{microseconds:06}P{os.getpid()}Q{number}R{secrets.token_hex(4)}.{self._host}'
 
@@ -210,6 +220,15 @@ def modified_time(entry: os.DirEntry[str]) -> float | None:
     except OSError as error:
         log_trouble('cannot be looked at', entry.path, error)
         return None
+
+
+_BORN = re.compile(r'([0-9]{1,12})\.(?:M([0-9]{1,6})(?![0-9]))?')
+
+
+def born_of(name: str) -> float | None:
+    """Return when a message came into a queue for the first time, as its name tells; None if it does not."""
+    match = _BORN.match(name)
+    return int(match[1]) + int(match[2] or 0) / 1_000_000 if match else None
 
 
 def _in_file_name(host: str) -> str:

@@ -19,7 +19,7 @@ from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 
-__all__ = ['SQLAdmin']
+__all__ = ['IS_SEEN', 'SQLAdmin']
 
 #: So many messages are read at once.
 PAGE = 500
@@ -48,6 +48,7 @@ _OTHER_STATE = {
     'in progress': 'it is being delivered right now. Try again in a moment',
     'held': 'it is held; unhold it first',
     'dead': 'it is a dead letter; it can be retried, or deleted',
+    'in doubt': 'it is half-way to or from a directory; "mq-queue app.ini move" brings that to an end',
     'corrupt': 'its row is damaged; it can only be looked at, or deleted',
 }
 
@@ -75,7 +76,8 @@ class SQLAdmin:
         """No connection is kept while a person reads."""
         if not states:
             return []
-        statement = select(*_COLUMNS).where(Message.id > last, state_is(*states)).order_by(Message.id).limit(size)
+        meant = (Message.id > last, state_is(*states), IS_SEEN)
+        statement = select(*_COLUMNS).where(*meant).order_by(Message.id).limit(size)
         return [*map(_entry, self._rows(statement))]
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
@@ -183,6 +185,9 @@ class SQLAdmin:
         entry = self.find(id)
         return WrongState(f'{entry.id} cannot be {done}: {_OTHER_STATE[entry.state]}.')
 
+
+#: A message that a move has in hand just now (see :mod:`~.moving_sql`) is not to be seen.
+IS_SEEN = or_(Message.state != 'in doubt', Message.lease < database_time())
 
 #: What waits, or would if anybody had seen that its deliverer died.
 _WAITING = or_(state_is('waiting'), and_(state_is('in progress'), Message.lease < database_time()))

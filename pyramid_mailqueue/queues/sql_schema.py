@@ -57,7 +57,7 @@ class Message(_Base):
     One message.
 
     :ivar id: begins with the time at which the message came for the first time, so that its order is that of ids
-    :ivar state: one of :data:`~.entries.STATES`; it is never *in doubt*
+    :ivar state: one of :data:`~.entries.STATES`; *in doubt* is only what moves (:mod:`~.moving_sql`)
     :ivar due: when it may be tried again
     :ivar claim: the token of the claim, by which alone it may be changed while it is in progress
     :ivar claimed_by: the host and the process of the claim, for people
@@ -101,7 +101,7 @@ def _index(name: str, *columns: Any, where: str) -> Index:
 
 _index('due', Message.due, Message.id, where="state = 'waiting'")
 _index('lease', Message.lease, where="state = 'in progress'")
-_index('aside', Message.state, Message.id, where="state IN ('held', 'dead', 'corrupt')")
+_index('aside', Message.state, Message.id, where="state IN ('held', 'dead', 'in doubt', 'corrupt')")
 
 
 @event.listens_for(Message.__table__, 'after_create')

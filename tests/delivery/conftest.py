@@ -51,7 +51,7 @@ class Queue(MaildirQueue):
         super().flush()
 
     def files(self, folder):
-        return sorted(path for path in Path(self.path, folder).iterdir())
+        return sorted(Path(entry.path) for entry in super().files(folder))
 
     def headers(self, folder):
         """What the queue knows of each message in a folder."""

@@ -1,0 +1,106 @@
+"""The command of ``mq-queue`` that moves messages between the two queues."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
+from pyramid_mailqueue.cli.output import numbered, print_json, printable
+from pyramid_mailqueue.queues.moving import MOVED, Move
+from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.wiring import open_move
+
+__all__ = ['move']
+
+#: Seconds between two lines on a terminal.
+BETWEEN_LINES = 2
+
+#: So many messages that cannot be moved are named.
+SOME = 20
+
+
+def move(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Move all that can be moved, and tell of what was left behind."""
+    left = None
+    with open_move(settings, to=arguments.to) as work, _heard_signals() as heard:
+        try:
+            work.run(lambda: bool(heard), _progress(work, arguments.prog))
+            left = {state: number for state, number in work.source.counts().items() if number}
+        finally:
+            # What was done is told, also if one of the queues fails then.
+            _tell(work, left, arguments)
+    if heard:
+        return 128 + heard[0]
+    return EX_NOT_DONE if left else EX_OK
+
+
+@contextmanager
+def _heard_signals() -> Iterator[list[int]]:
+    """Give the signals that have come.  The first one stops the move after its batch; the next one is not caught."""
+    heard: list[int] = []
+    former: dict[int, Any] = {}
+
+    def hear(number: int, _frame: FrameType | None) -> None:
+        heard.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            former[number] = signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        restore()
+
+
+def _progress(work: Move, prog: str) -> Callable[[], None]:
+    """Return what tells somebody at a terminal now and then how far it is."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return lambda: None
+    begin = last = time.monotonic()
+
+    def tell() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= BETWEEN_LINES:
+            last = now
+            moved = work.report.moved.total()
+            print(f'{prog}: {moved} moved, {moved / (now - begin):.0f}/s', file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _tell(work: Move, left: Mapping[str, int] | None, arguments: argparse.Namespace) -> None:
+    report = work.report
+    if arguments.json:
+        refused = [{'id': id_, 'reason': reason} for id_, reason in report.refused.items()]
+        moved = {state: report.moved[state] for state in MOVED}
+        print_json({'moved': moved, 'settled': report.settled, 'refused': refused, 'left': left})
+        return
+    if report.settled:
+        print('What a move that was broken off had left half-way is in one of the queues again.')
+    if left is not None or report.moved:
+        messages = numbered(report.moved.total(), 'message')
+        print(f'{messages} moved to {printable(work.target.name)}{_by_state(report.moved)}')
+    for id_, reason in list(report.refused.items())[:SOME]:
+        complain(arguments.prog, f'{id_} cannot be moved: {reason}')
+    if len(report.refused) > SOME:
+        complain(arguments.prog, f'{len(report.refused) - SOME} more cannot be moved')
+    if left:
+        print(f'left in {printable(work.source.name)}{_by_state(left)}')
+
+
+def _by_state(numbers: Mapping[str, int]) -> str:
+    told = ', '.join(f'{number} {state}' for state, number in numbers.items())
+    return f': {told}' if told else ''

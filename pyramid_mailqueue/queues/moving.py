@@ -1,0 +1,285 @@
+"""
+Moving messages from one queue to another, each of them in exactly one whenever the process dies.
+
+A batch of messages moves by two-phase commit between the two queues, and the directory, which is one of them, keeps the
+record of the decision::
+
+    take     source: the messages of the batch are out of reach, durably      (new/ -> moving/, or state "in doubt")
+    stage    target: copies of them, out of reach too, durably
+    decide   a file moving/.decided-BATCH, durably
+    end      source: what left is removed; then target: the copies are published; then the decision is forgotten
+
+Out of reach means that no worker takes the message, that no orphan rule applies to it, and that nobody can change it.
+What is out of reach carries the name of its batch, its role (:data:`OUT` of this queue, or :data:`IN`), and the state
+that it is to have.
+
+After a death the next move, in either direction, begins with what is left.  A batch that was decided is ended.  Of one
+that was not, first the copies are removed, then the originals put back.  Both are done by the name of the batch, and
+may be repeated.  Until then such messages are *in doubt*, in both queues; they do not come back by themselves.
+
+One move at a time works on a directory, which a lock sees to.  The name of a batch is new each time, so that a
+statement which reaches the database after its process has died cannot mingle with a later batch; what it has written is
+put back or removed as a batch that nobody has decided.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError
+from pyramid_mailqueue.queues.queue_file import QueueHeader
+
+__all__ = [
+    'IN',
+    'MOST_MESSAGES',
+    'MOST_OCTETS',
+    'MOVED',
+    'OUT',
+    'Decisions',
+    'Move',
+    'Moved',
+    'Parcel',
+    'Side',
+    'batched',
+]
+
+#: What becomes of a message that is out of reach: it leaves this queue, or it has come from the other one.
+OUT, IN = 'out', 'in'
+
+#: The states whose messages are moved, in this order.
+MOVED = ('waiting', 'held', 'dead')
+
+#: A batch has at most so many messages, and so many octets unless it is a single message.
+MOST_MESSAGES = 100
+MOST_OCTETS = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """
+    One message on its way.
+
+    :param id: its name in the queue that it leaves
+    :param state: one of :data:`MOVED`
+    :param born: when it came into a queue for the first time, in seconds since the epoch
+    :param due: when it may be tried again
+    :param header: its envelope, and what happened to it
+    :param content: byte for byte
+    :param stumbles: how often a server broke off in the midst of it, since its last attempt
+    :param deaths: how many deliverers it has outlived since then
+    """
+
+    id: str
+    state: str
+    born: float
+    due: float
+    header: QueueHeader
+    content: bytes
+    stumbles: int = 0
+    deaths: int = 0
+
+
+class Side(Protocol):
+    """One of the two queues.  Every method may raise QueueError, and OSError."""
+
+    @property
+    def name(self) -> str:
+        """What the queue is called for people."""
+
+    def recover(self) -> None:
+        """Take care of what dead processes left, as the next run would have done."""
+
+    def batches(self, state: str) -> Iterator[Sequence[str]]:
+        """Yield the ids of messages in *state*, oldest first, as many together as may be a batch."""
+
+    def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
+        """
+        Put messages out of reach, durably, and return them.  What somebody else holds is passed over.
+
+        :param refuse: called with the id of a message that cannot be moved, and why; it stays as it is
+        """
+
+    def stage(self, batch: str, parcels: Sequence[Parcel]) -> list[str]:
+        """Write copies, out of reach, durably; return their ids.  QueueError is said of a message that does not fit."""
+
+    def remove(self, batch: str, role: str) -> None:
+        """Remove what is in this role, durably."""
+
+    def publish(self, batch: str, role: str) -> None:
+        """Give what is in this role the state that it is to have, durably."""
+
+    def unfinished(self) -> set[str]:
+        """Return the batches of this directory of which something is out of reach."""
+
+    def counts(self) -> Mapping[str, int]:
+        """See `IMailQueue`."""
+
+
+class Decisions(Protocol):
+    """Which batches are decided.  Every method may raise QueueError, and OSError."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """In the block no other move works on this directory.  Raises QueueError if one does."""
+
+    def begin(self) -> None:
+        """Begin to give names to batches."""
+
+    def new_batch(self) -> str:
+        """Return a name that no batch ever had."""
+
+    def decide(self, batch: str) -> None:
+        """Decide that a batch moves, durably."""
+
+    def decided(self) -> set[str]:
+        """Return the batches that were decided and not forgotten."""
+
+    def forget(self, batch: str) -> None:
+        """Forget a batch that has ended."""
+
+
+@dataclass
+class Moved:
+    """
+    What a move has done.
+
+    :param moved: how many messages were moved, by their state
+    :param refused: the ids of messages that cannot be moved, and why
+    :param settled: how many batches were left by a move that was broken off, and are settled now
+    :param is_complete: False if it was told to stop
+    """
+
+    moved: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, str] = field(default_factory=dict)
+    settled: int = 0
+    is_complete: bool = False
+
+
+class Move:
+    """
+    A move of all messages that nobody is delivering from one queue into another.
+
+    :param source: the queue that they leave
+    :param target: the queue that they come into
+    :param decisions: what is kept in the directory of one of them
+    """
+
+    def __init__(self, source: Side, target: Side, decisions: Decisions) -> None:
+        self.source = source
+        self.target = target
+        self._decisions = decisions
+        self.report = Moved()
+
+    def run(self, is_stopped: Callable[[], bool] = lambda: False, on_batch: Callable[[], None] = lambda: None) -> None:
+        """
+        Do it; :attr:`report` tells how far it is.
+
+        :param is_stopped: asked before each batch
+        :param on_batch: called after each
+        :raises QueueError: one of the queues cannot be used now, or another move works on the directory.  What is left
+            is out of reach until the next move
+        """
+        try:
+            with self._decisions.alone():
+                self._settle_all()
+                self._decisions.begin()
+                self.source.recover()
+                self._move_all(is_stopped, on_batch)
+        except OSError as error:
+            named = f': {error.filename}' if error.filename else ''
+            raise QueueError(f'{self.source.name} and {self.target.name}{named}: {why(error)}') from error
+
+    def _settle_all(self) -> None:
+        decided = self._decisions.decided()
+        for batch in sorted(decided | self.source.unfinished() | self.target.unfinished()):
+            self._end(batch, is_decided=batch in decided)
+            self.report.settled += 1
+
+    def _move_all(self, is_stopped: Callable[[], bool], on_batch: Callable[[], None]) -> None:
+        for state in MOVED:
+            for ids in self.source.batches(state):
+                if is_stopped():
+                    return
+                self._move(state, ids)
+                on_batch()
+        self.report.is_complete = True
+
+    def _move(self, state: str, ids: Sequence[str]) -> None:
+        try:
+            self._move_batch(state, ids)
+        except _Refusal as refusal:
+            self._move_singly(state, ids, refusal)
+
+    def _move_singly(self, state: str, ids: Sequence[str], refusal: _Refusal) -> None:
+        """One of them does not fit into the other queue.  If none of several does, it is not they who are to blame."""
+        refused = {}
+        for id_ in ids:
+            try:
+                self._move_batch(state, [id_])
+            except _Refusal as error:
+                refused[id_] = str(error)
+        if len(refused) == len(ids) > 1:
+            raise QueueError(str(refusal))
+        self.report.refused |= refused
+
+    def _move_batch(self, state: str, ids: Sequence[str]) -> None:
+        batch = self._decisions.new_batch()
+        parcels: list[Parcel] = []
+        try:
+            parcels = self.source.take(batch, state, ids, self.report.refused.__setitem__)
+            new_ids = self._stage(batch, parcels)
+        except BaseException:
+            # If that fails too, the next move does it.
+            with suppress(MailqueueError, OSError):
+                self._end(batch, is_decided=False)
+            raise
+        if not parcels:
+            return
+        # Whatever is raised from here on, only the next move can tell how it stands.
+        self._decisions.decide(batch)
+        self._end(batch, is_decided=True)
+        self.report.moved[state] += len(parcels)
+        for parcel, new_id in zip(parcels, new_ids, strict=True):
+            log_event(queue_log, logging.INFO, status='moved', id=parcel.id, new_id=new_id, to=self.target.name)
+
+    def _stage(self, batch: str, parcels: Sequence[Parcel]) -> list[str]:
+        if not parcels:
+            return []
+        try:
+            return self.target.stage(batch, parcels)
+        except QueueError as error:
+            if type(error) is QueueError:
+                raise _Refusal(str(error)) from error
+            raise
+
+    def _end(self, batch: str, *, is_decided: bool) -> None:
+        """What is out of reach goes in one queue before it comes back in the other: nobody can take both."""
+        goes, comes = (OUT, IN) if is_decided else (IN, OUT)
+        for side in (self.source, self.target):
+            side.remove(batch, goes)
+        for side in (self.source, self.target):
+            side.publish(batch, comes)
+        self._decisions.forget(batch)
+
+
+class _Refusal(QueueError):
+    """The other queue does not take one of these messages; they are where they were."""
+
+
+def batched(sized: Iterable[tuple[str, int]]) -> Iterator[Sequence[str]]:
+    """Divide ids, each with the octets of its message, into batches."""
+    batch: list[str] = []
+    octets = 0
+    for id_, size in sized:
+        if batch and (len(batch) == MOST_MESSAGES or octets + size > MOST_OCTETS):
+            yield batch
+            batch, octets = [], 0
+        batch.append(id_)
+        octets += size
+    if batch:
+        yield batch

@@ -1,0 +1,245 @@
+"""
+The database in a move (:mod:`~.moving`).
+
+A row that is out of reach is in state *in doubt*, which no worker looks for.  Its ``claim`` is
+``move:BATCH.ROLE.STATE``, and its ``lease`` tells until when a move is likely to be at work on it; until then nobody is
+told of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import CTE, Connection, Row, Update, delete, func, insert, or_, select, text, update
+
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import MessageError, QueueError
+from pyramid_mailqueue.queues.entries import tell_from_header
+from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, Parcel, batched
+from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_schema import Message, database_time
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
+    from pyramid_mailqueue.queues.sql import SQLQueue
+
+__all__ = ['SQLSide']
+
+T = TypeVar('T')
+
+#: How long a batch is likely to take, in seconds.
+LEASE = 60
+
+#: So many ids are read at once.
+PAGE = 500
+
+#: What due times and the times in ids are kept within, in seconds since the epoch: what a file and an id can hold.
+_LATEST = 1 << 33
+_LONGEST_AGO = 0
+
+_CLAIM = re.compile(r'move:(.+)\.(?:in|out)\.[a-z]+')
+_ID_TIME = re.compile(r'[0-9a-f]{13}')
+
+_COLUMNS = (
+    Message.id,
+    Message.due,
+    Message.attempts,
+    Message.deaths,
+    Message.queued_at,
+    Message.last_attempt,
+    Message.last_reply,
+    Message.sender,
+    Message.recipients,
+)
+
+
+class SQLSide:
+    """
+    See `Side`.
+
+    :param record: the directory on the other side, whose batches these are
+    """
+
+    def __init__(self, queue: SQLQueue, record: DirectoryRecord) -> None:
+        self._queue = queue
+        self._database = queue.database
+        self._record = record
+        self.name = queue.database.name
+
+    def recover(self) -> None:
+        """See `Side`."""
+        self._queue.recover(self._queue.leases.clock())
+
+    def counts(self) -> Mapping[str, int]:
+        """See `Side`."""
+        return self._queue.counts()
+
+    def _transact(self, work: Callable[[Connection], T]) -> T:
+        """One transaction that is on the disk when this returns: the other queue relies on it."""
+
+        def durably(connection: Connection) -> T:
+            if self._database.dialect == 'postgresql':
+                connection.execute(_SYNCHRONOUS)
+            return work(connection)
+
+        return self._database.transact(durably)
+
+    # -- what leaves
+
+    def batches(self, state: str) -> Iterator[Sequence[str]]:
+        """See `Side`."""
+        return batched(self._sizes(state))
+
+    def _sizes(self, state: str) -> Iterator[tuple[str, int]]:
+        last = ''
+        columns = (Message.id, func.length(Message.content))
+        while True:
+            page = select(*columns).where(state_is(state), Message.id > last).order_by(Message.id).limit(PAGE)
+            rows = self._rows(page)
+            yield from map(tuple, rows)
+            if len(rows) < PAGE:
+                return
+            last = rows[-1].id
+
+    def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
+        """See `Side`."""
+        claim = _claim(batch, OUT, state)
+        taking = self._taking(state, ids).values(**_out_of_reach(claim)).returning(*_COLUMNS)
+        rows: list[Row[Any]] = self._transact(lambda connection: [*connection.execute(taking)])
+        contents = dict(map(tuple, self._rows(select(Message.id, Message.content).where(*_claimed(claim)))))
+        parcels = []
+        for row in sorted(rows, key=lambda row: str(row.id)):
+            try:
+                parcels.append(_parcel(state, row, contents[row.id]))
+            except (MessageError, QueueError, TypeError, ValueError, OverflowError) as error:
+                self._put_back(claim, state, row.id)
+                refuse(row.id, f'its row is damaged, or does not fit into a file: {error}')
+        return parcels
+
+    def _taking(self, state: str, ids: Sequence[str]) -> Update:
+        found = select(Message.id).where(Message.id.in_(ids), state_is(state))
+        if self._database.dialect == 'sqlite':
+            return update(Message).where(Message.id.in_(found))
+        picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
+        return update(Message).where(Message.id == picked.c.id)
+
+    def _put_back(self, claim: str, state: str, id: str) -> None:
+        statement = update(Message).where(*_claimed(claim), Message.id == id).values(state=state, **UNCLAIMED)
+        self._transact(lambda connection: connection.execute(statement))
+
+    def _rows(self, statement: Any) -> Sequence[Row[Any]]:
+        return self._database.run(lambda connection: connection.execute(statement).all())
+
+    # -- what comes
+
+    def stage(self, batch: str, parcels: Sequence[Parcel]) -> list[str]:
+        """See `Side`."""
+        now = self._queue.leases.clock()
+        rows = [{**_row(parcel, now), **_mark(_claim(batch, IN, parcel.state))} for parcel in parcels]
+        statement = insert(Message).values(lease=database_time() + LEASE)
+        self._transact(lambda connection: connection.execute(statement, rows))
+        return [row['id'] for row in rows]
+
+    # -- how it ends
+
+    def unfinished(self) -> set[str]:
+        """
+        See `Side`.
+
+        A batch that not the last move has begun can be that of a copy of this directory, which is at work elsewhere.
+        """
+        directory = f'move:{self._record.directory}.'
+        is_over = or_(Message.claim.startswith(f'{directory}{self._record.run}.'), Message.lease < database_time())
+        ours = (state_is('in doubt'), Message.claim.startswith(directory), is_over)
+        found = self._rows(select(Message.claim).where(*ours).distinct())
+        return {match[1] for (claim,) in found if (match := _CLAIM.fullmatch(claim))}
+
+    def remove(self, batch: str, role: str) -> None:
+        """See `Side`."""
+        is_meant = Message.claim.in_([_claim(batch, role, state) for state in MOVED])
+        statement = delete(Message).where(state_is('in doubt'), is_meant)
+        self._transact(lambda connection: connection.execute(statement))
+
+    def publish(self, batch: str, role: str) -> None:
+        """See `Side`."""
+
+        def publish(connection: Connection) -> int:
+            published = 0
+            for state in MOVED:
+                is_meant = _claimed(_claim(batch, role, state))
+                published += connection.execute(
+                    update(Message).where(*is_meant).values(state=state, **UNCLAIMED)
+                ).rowcount
+            return published
+
+        if self._transact(publish):
+            self._queue.tell_news()
+
+
+# What the application may have switched off, to commit faster.
+_SYNCHRONOUS = text(
+    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
+)
+
+
+def _claim(batch: str, role: str, state: str) -> str:
+    return f'move:{batch}.{role}.{state}'
+
+
+def _claimed(claim: str) -> tuple[Any, ...]:
+    return state_is('in doubt'), Message.claim == claim
+
+
+def _mark(claim: str) -> dict[str, Any]:
+    return {'state': 'in doubt', 'claim': claim, 'claimed_by': f'mq-queue move, {socket.gethostname()}:{os.getpid()}'}
+
+
+def _out_of_reach(claim: str) -> dict[str, Any]:
+    return {**_mark(claim), 'lease': database_time() + LEASE}
+
+
+def _parcel(state: str, row: Row[Any], content: bytes) -> Parcel:
+    """Raises what is raised for a row of which no queue file can be made."""
+    envelope = Envelope(row.sender, tuple(row.recipients), b'')
+    header = QueueHeader(
+        envelope.sender, envelope.recipients, row.queued_at, row.attempts, row.last_attempt, row.last_reply
+    )
+    serialize_header(header)
+    begin = _ID_TIME.match(row.id)
+    born = int(begin[0], 16) / 1_000_000 if begin else row.queued_at
+    return Parcel(row.id, state, _within(born), _within(row.due), header, content, deaths=row.deaths)
+
+
+def _within(seconds: float) -> float:
+    if not math.isfinite(seconds):
+        raise ValueError(f'{seconds} is no time')
+    return min(max(seconds, _LONGEST_AGO), _LATEST)
+
+
+def _row(parcel: Parcel, now: float) -> dict[str, Any]:
+    header = parcel.header
+    subject, message_id = tell_from_header(parcel.content)
+    # In a database it is the due time alone that lets a message wait behind others.
+    due = max(parcel.due, now) if parcel.stumbles else parcel.due
+    born = min(_within(parcel.born), (1 << 52) / 1_000_000 - 1)
+    return {
+        'id': f'{round(born * 1_000_000):013x}{secrets.token_hex(5)}',
+        'due': due,
+        'attempts': header.attempts,
+        'deaths': parcel.deaths,
+        'queued_at': header.queued_at,
+        'last_attempt': header.last_attempt,
+        'last_reply': header.last_reply.replace('\0', ' '),
+        'sender': header.sender,
+        'recipients': [*header.recipients],
+        'message_id': message_id,
+        'subject': subject.replace('\0', '\N{REPLACEMENT CHARACTER}'),
+        'content': parcel.content,
+    }
