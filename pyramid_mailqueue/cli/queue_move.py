@@ -36,7 +36,8 @@ def move(settings: Settings, arguments: argparse.Namespace) -> int:
         finally:
             # What was done is told, also if one of the queues fails then.
             _tell(work, left, arguments)
-    if heard:
+    if heard and not work.report.is_complete:
+        complain(arguments.prog, 'the move is not complete; do it again')
         return 128 + heard[0]
     return EX_NOT_DONE if left else EX_OK
 

@@ -1,0 +1,566 @@
+"""``mq-queue move``: what moves, what stays, and that others may be at work meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyramid_mailqueue.addresses import check_address
+from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, QueueError, WrongState
+from pyramid_mailqueue.queues import moving
+from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.wiring import open_move
+from tests.sql.databases import create_queue_tables
+from tests.sql.move_parts import FOLDER, Office, Place, touch
+from tests.strategies import addresses
+
+BORN = 1_700_000_000
+HEADER = QueueHeader('shop@site.example', ('ada@x.example',), BORN)
+
+
+def content(number):
+    return f'Message-ID: <{number}@site.example>\r\nSubject: order {number}\r\n\r\nHello\r\n'.encode()
+
+
+@pytest.fixture
+def place(tmp_path, url):
+    return Place(tmp_path / 'queue', url)
+
+
+KINDS = {
+    'several recipients': (QueueHeader('a@x.example', ('b@x.example', '"c,d"@x.example', 'ü@x.example'), BORN), {}),
+    'the null sender': (QueueHeader('', ('b@x.example',), BORN), {}),
+    'attempts': (QueueHeader('a@x.example', ('b@x.example',), BORN, 3, BORN + 9000, '451 4.3.0 try later'), {}),
+    'due later': (HEADER, {'due': 1 << 32}),
+    'held': (HEADER, {'state': 'held', 'due': BORN + 1000.25}),
+    'dead': (QueueHeader('a@x.example', ('b@x.example',), BORN, 9, BORN + 9, '550 no such user'), {'state': 'dead'}),
+    'deaths': (HEADER, {'deaths': 3}),
+}
+CONTENTS = {
+    'text': content(1),
+    '8bit': b'Subject: \xc3\xbc\r\n\r\n\xff\xfe\x80\r\n',
+    'line ends as they are': b'Subject: x\n\nbare\nlines\r\rand NUL \0',
+    'nothing': b'',
+    'no header': b'\r\n\r\n',
+    'big': b'Subject: big\r\n\r\n' + b'x' * 76 * 200_000,
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_message_moves_there_and_back_with_all_that_is_known_of_it(place, kind):
+    header, options = KINDS[kind]
+    place.put(content(1), header=header, **options)
+    before = place.kept('maildir')
+
+    place.move('sql')
+    assert (place.kept('maildir'), place.kept('sql')) == ([], before)
+    place.move('maildir')
+    assert (place.kept('maildir'), place.kept('sql')) == (before, [])
+
+
+@pytest.mark.parametrize('name', CONTENTS)
+def test_a_content_moves_byte_for_byte(place, name):
+    place.put(CONTENTS[name])
+
+    for to in ('sql', 'maildir'):
+        place.move(to)
+        assert [kept.content for kept in place.kept(to)] == [CONTENTS[name]]
+
+
+def _checked(address):
+    try:
+        return check_address(address)
+    except AddressError:
+        return None
+
+
+SOME_ADDRESSES = addresses().map(_checked).filter(bool)
+SECONDS = st.integers(0, 1 << 32)
+REPLIES = st.text(' !"#abcXYZ019.-', max_size=40).map(lambda text: ' '.join(text.split()))
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.builds(
+        QueueHeader,
+        sender=st.just('') | SOME_ADDRESSES,
+        recipients=st.lists(SOME_ADDRESSES, min_size=1, max_size=4, unique=True).map(tuple),
+        queued_at=SECONDS,
+        attempts=st.integers(0, 999_999),
+        last_attempt=SECONDS,
+        last_reply=REPLIES,
+    ),
+    state=st.sampled_from(list(FOLDER)),
+    due=SECONDS,
+    deaths=st.integers(0, 4),
+    data=st.binary(max_size=200),
+)
+def test_any_message_moves_there_and_back(place, header, state, due, deaths, data):
+    place.put(data, header=header, state=state, due=due, deaths=deaths)
+    before = place.kept('maildir')
+
+    place.move('sql')
+    there = place.kept('sql')
+    place.move('maildir')
+
+    assert there == place.kept('maildir') == before
+    for entry in list(place.maildir.admin.entries(STATES)):
+        place.maildir.admin.delete(entry.id)
+
+
+def test_messages_keep_their_order_and_their_age(place):
+    names = [place.put(content(n), header=QueueHeader('a@x.example', ('b@x.example',), BORN + n)) for n in range(5)]
+    assert [entry.id for entry in place.maildir.admin.entries(STATES)] == names
+
+    for to in ('sql', 'maildir'):
+        place.move(to)
+        with place.sql() as queue:
+            admin = (queue if to == 'sql' else place.maildir).admin
+            assert [entry.queued_at for entry in admin.entries(STATES)] == [BORN + n for n in range(5)]
+            assert admin.oldest(STATES).queued_at == BORN
+
+
+def test_a_name_of_somebody_elses_making_moves_too(place):
+    place.put(content(1), name='letter')
+    place.put(content(2), name='999999999999.x')
+
+    assert place.move('sql').moved == {'waiting': 2}
+    assert len(place.kept('sql')) == 2
+
+
+def test_what_a_server_has_stumbled_over_waits_behind_the_others_that_are_due(place):
+    stumbled = place.put(content(1), due=BORN)
+    Path(place.maildir.place('new', stumbled)).rename(place.maildir.place('new', f'{stumbled},stumbles=1'))
+    place.put(content(2), due=BORN + 1)
+
+    place.move('sql')
+
+    with place.sql() as queue:
+        assert [claim.envelope.content for claim in queue.claim_due(time.time() + 1)] == [content(2), content(1)]
+
+
+def test_many_messages_move_in_batches(place, monkeypatch):
+    monkeypatch.setattr(moving, 'MOST_MESSAGES', 3)
+    monkeypatch.setattr(moving, 'MOST_OCTETS', 2000)
+    for n in range(8):
+        place.put(content(n) + b'x' * (700 if n < 4 else 3000 if n == 4 else 0))
+    batches = []
+
+    for to in ('sql', 'maildir'):
+        place.move(to, on_batch=lambda: batches.append(1))
+        assert len(place.kept(to)) == 8
+
+    # Two and two, the large one alone, and the last three.
+    assert len(batches) == 2 * 4
+
+
+def test_what_somebody_holds_or_nobody_can_decide_stays_and_what_dead_deliverers_left_moves(place):
+    envelope = Envelope('a@x.example', ('b@x.example',), content(1))
+    claim = place.maildir.put_claimed(envelope)
+    orphan = place.maildir.put_claimed(Envelope('a@x.example', ('b@x.example',), content(2)))
+    orphan._file.abandon()
+    staging = place.maildir.staging()
+    staging.add(envelope, claimed=False)
+    staging.prepare()
+    staging._files[0].close()
+    Path(place.maildir.place('corrupt', 'damaged')).write_bytes(b'no queue file')
+
+    report = place.move('sql')
+
+    assert report.moved == {'waiting': 1}
+    assert [(kept.content, kept.deaths) for kept in place.kept('sql')] == [(content(2), 1)]
+    assert place.counts('maildir') == {'in progress': 1, 'in doubt': 1, 'corrupt': 1}
+    claim.release()
+    assert place.move('sql').moved == {'waiting': 1}
+
+
+def test_rows_that_somebody_has_claimed_stay_and_those_whose_lease_ran_out_move(place, sql, url):
+    with place.sql() as queue, place.sql() as other:
+        kept = queue.put_claimed(Envelope('a@x.example', ('b@x.example',), content(1)))
+        lost = other.put_claimed(Envelope('a@x.example', ('b@x.example',), content(2)))
+        sql(url, 'UPDATE mailqueue_message SET lease = 1 WHERE id = :id', id=lost.id)
+
+        assert place.move('maildir').moved == {'waiting': 1}
+        assert [(it.content, it.deaths) for it in place.kept('maildir')] == [(content(2), 1)]
+        assert place.counts('sql') == {'in progress': 1}
+        kept.release()
+
+
+def test_a_damaged_file_stays_and_is_told_of(place):
+    Path(place.maildir.place('new', 'damaged')).write_bytes(b'no queue file')
+    place.put(content(1))
+
+    report = place.move('sql')
+
+    assert report.moved == {'waiting': 1}
+    assert list(report.refused) == ['damaged']
+    assert Path(place.maildir.place('new', 'damaged')).read_bytes() == b'no queue file'
+
+
+def test_a_name_that_is_too_long_stays_and_is_told_of(place):
+    name = place.put(content(1), name='n' * 240)
+    place.put(content(2))
+
+    report = place.move('sql')
+
+    assert (report.moved, list(report.refused)) == ({'waiting': 1}, [name])
+    assert place.counts('maildir') == {'waiting': 1}
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        "sender = 'a b@x.example'",
+        "recipients = '[]'",
+        "recipients = '5'",
+        'due = 9e999',
+        'queued_at = 1e15',
+        "id = 'x'",
+    ],
+)
+def test_a_damaged_row_stays_as_it_is_and_is_told_of(place, sql, url, damage):
+    with place.sql() as queue:
+        damaged, _ = (queue.put(Envelope('a@x.example', ('b@x.example',), content(n))) for n in range(2))
+    if 'e999' in damage and 'sqlite' not in url:
+        damage = "due = 'Infinity'"
+    sql(url, f'UPDATE mailqueue_message SET {damage} WHERE id = :id', id=damaged)
+
+    report = place.move('maildir')
+
+    # An id of somebody else's making is no damage.
+    stays = [] if damage.startswith('id') else [damaged]
+    assert list(report.refused) == stays
+    assert report.moved == {'waiting': 2 - len(stays)}
+    assert place.counts('sql') == ({'waiting': 1} if stays else {})
+
+
+def test_what_does_not_fit_into_the_other_queue_stays_and_the_others_move(place, sql, url):
+    if url.startswith('sqlite'):
+        trigger = (
+            'CREATE TRIGGER no_9 BEFORE INSERT ON mailqueue_message WHEN NEW.subject LIKE :subject '
+            "BEGIN SELECT RAISE(ABORT, 'too large'); END"
+        ).replace(':subject', "'order 9'")
+        sql(url, trigger)
+    else:
+        sql(url, "ALTER TABLE mailqueue_message ADD CONSTRAINT no_9 CHECK (subject <> 'order 9')")
+    for n in (8, 9, 10):
+        place.put(content(n))
+
+    report = place.move('sql')
+
+    assert report.moved == {'waiting': 2}
+    assert len(report.refused) == 1
+    assert [kept.content for kept in place.kept('maildir')] == [content(9)]
+    assert place.in_moving() == []
+
+
+def test_if_nothing_fits_the_move_ends_and_everything_is_where_it_was(place, sql, url):
+    if url.startswith('sqlite'):
+        sql(url, "CREATE TRIGGER no BEFORE INSERT ON mailqueue_message BEGIN SELECT RAISE(ABORT, 'read only'); END")
+    else:
+        sql(url, 'ALTER TABLE mailqueue_message ADD CONSTRAINT no CHECK (attempts > 1000)')
+    for n in range(3):
+        place.put(content(n))
+    before = place.kept('maildir')
+
+    with pytest.raises(QueueError):
+        place.move('sql')
+
+    assert (place.kept('maildir'), place.kept('sql'), place.in_moving()) == (before, [], [])
+
+
+# --- others at work ---------------------------------------------------------
+
+
+@pytest.mark.parametrize('to', ['sql', 'maildir'])
+def test_workers_on_both_queues_may_be_at_work_meanwhile(place, to, monkeypatch):
+    monkeypatch.setattr(moving, 'MOST_MESSAGES', 7)
+    for n in range(150):
+        place.put(content(n))
+    if to == 'maildir':
+        place.move('sql')
+    office, is_over = Office(), threading.Event()
+
+    def work(kind):
+        while not is_over.is_set():
+            place.run(office, kind)
+
+    workers = [threading.Thread(target=work, args=[kind]) for kind in ('maildir', 'sql')]
+    for worker in workers:
+        worker.start()
+    try:
+        place.move(to)
+    finally:
+        is_over.set()
+        for worker in workers:
+            worker.join()
+    place.run(office, 'maildir')
+    place.run(office, 'sql')
+
+    assert sorted(office.contents) == sorted(map(content, range(150)))
+    assert (place.counts('maildir'), place.counts('sql')) == ({}, {})
+
+
+def test_a_second_move_of_the_same_directory_is_refused_while_the_first_is_at_work(place):
+    place.put(content(1))
+    refusals = []
+
+    def try_another():
+        with pytest.raises(QueueError, match='Another move is at work') as info:
+            place.move('maildir')
+        refusals.append(info.value)
+
+    assert place.move('sql', on_batch=try_another).moved == {'waiting': 1}
+    assert len(refusals) == 1
+
+
+def test_several_directories_may_move_into_one_database_and_back_at_the_same_time(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(moving, 'MOST_MESSAGES', 5)
+    places = [Place(tmp_path / name, url) for name in 'abc']
+    for number, place in enumerate(places):
+        for n in range(30):
+            place.put(content(100 * number + n))
+
+    def at_once(to):
+        failures = []
+
+        def move(place):
+            try:
+                place.move(to)
+            except BaseException as error:  # noqa: BLE001 - told in the thread of the test
+                failures.append(error)
+
+        threads = [threading.Thread(target=move, args=[place]) for place in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+
+    everything = sorted(content(100 * number + n) for number in range(3) for n in range(30))
+    at_once('sql')
+    assert [kept.content for kept in places[0].kept('sql')] == everything
+    at_once('maildir')
+    assert sorted(kept.content for place in places for kept in place.kept('maildir')) == everything
+    assert places[0].counts('sql') == {}
+
+
+# --- half-way ---------------------------------------------------------------
+
+
+class _Killed(Exception):
+    """Stands for a signal."""
+
+
+def break_off(place, to, *, at):
+    """A move that ends at a step as if it had been killed there."""
+
+    def die(*_, **__):
+        raise _Killed
+
+    with open_move(place.settings, to=to) as work:
+        if at == 'decided':
+            work._end = die
+        else:
+            decide = work._decisions.decide
+            work._decisions.decide = die
+        with pytest.raises(_Killed):
+            work.run()
+        if at != 'decided':
+            work._decisions.decide = decide
+        for side in (work.source, work.target):
+            for file in getattr(side, '_held', {}).values():
+                file.abandon()
+
+
+@pytest.mark.parametrize('at', ['staged', 'decided'])
+@pytest.mark.parametrize('to', ['sql', 'maildir'])
+def test_what_is_half_way_is_in_doubt_in_both_queues_until_another_move_settles_it(place, sql, url, to, at):
+    place.put(content(1), due=BORN)
+    if to == 'maildir':
+        place.move('sql')
+    break_off(place, to, at=at)
+    # Until then a move may be at work on it.
+    assert place.counts('sql') == {}
+    sql(url, 'UPDATE mailqueue_message SET lease = 1')
+    office = Office()
+
+    for kind in ('maildir', 'sql'):
+        assert place.counts(kind) == {'in doubt': 1}
+        assert len(place.run(office, kind).recovery.half_way) == 1
+    assert office.contents == []
+    with place.sql() as queue:
+        for admin in (place.maildir.admin, queue.admin):
+            (entry,) = admin.entries(STATES)
+            assert (entry.state, admin.find(entry.id), admin.content(entry.id)) == ('in doubt', entry, content(1))
+            for change in (admin.hold, admin.unhold, admin.retry, admin.release, admin.delete):
+                with pytest.raises(WrongState, match='half-way'):
+                    change(entry.id)
+
+    report = place.move(to)
+
+    assert report.settled == 1
+    assert report.moved == ({'waiting': 1} if at == 'staged' else {})
+    other = 'maildir' if to == 'sql' else 'sql'
+    assert (place.counts(to), place.counts(other), place.in_moving()) == ({'waiting': 1}, {}, [])
+
+
+def test_mq_run_tells_once_of_what_is_half_way(place, caplog):
+    place.put(content(1))
+    break_off(place, 'sql', at='staged')
+
+    place.run(Office(), 'maildir')
+
+    (record,) = [it for it in caplog.records if it.levelno == logging.CRITICAL]
+    assert record.mailqueue['reason'] == 'its move to another queue was broken off; do it once more'
+
+
+def test_a_move_with_another_database_does_not_touch_what_is_half_way(place, tmp_path):
+    place.put(content(1))
+    break_off(place, 'sql', at='decided')
+    url = f'sqlite:///{tmp_path}/other.sqlite'
+    create_queue_tables(url)
+    elsewhere = Place(place.maildir.path, url)
+
+    with pytest.raises(ConfigurationError, match='half-way between this directory and'):
+        elsewhere.move('sql')
+    assert place.move('sql').settled == 1
+    assert len(place.kept('sql')) == 1
+    elsewhere.move('sql')
+
+
+def test_a_copy_of_the_directory_leaves_alone_what_the_original_has_under_way(place, tmp_path):
+    place.put(content(1))
+    place.move('sql')
+    copy = Place(tmp_path / 'copy', place.settings.sql_url)
+    Path(copy.maildir.place('moving')).mkdir()
+    for name in ('.record', '.lock'):
+        Path(copy.maildir.place('moving', name)).write_bytes(Path(place.maildir.place('moving', name)).read_bytes())
+    place.put(content(2))
+    break_off(place, 'sql', at='staged')
+
+    assert copy.move('sql').settled == 0
+    assert place.move('sql').settled == 1
+    assert [kept.content for kept in place.kept('sql')] == [content(1), content(2)]
+
+
+def test_what_a_statement_wrote_after_its_process_had_died_is_removed_by_a_later_move(place, sql, url):
+    """The INSERT reaches the database when the next move has put the messages back already."""
+    place.put(content(1))
+    break_off(place, 'sql', at='staged')
+    columns = 'due, attempts, deaths, queued_at, last_reply, sender, recipients, message_id, subject, content'
+    late = sql(url, f'SELECT claim, {columns} FROM mailqueue_message')[0]
+    place.move('sql')
+    place.move('maildir')
+    names = [f':c{n}' for n in range(11)]
+    values = {f'c{n}': value if not isinstance(value, list) else json.dumps(value) for n, value in enumerate(late)}
+    sql(
+        url,
+        f'INSERT INTO mailqueue_message (id, state, lease, claim, {columns}) '
+        f"VALUES ('0', 'in doubt', 1, {', '.join(names)})",
+        **values,
+    )
+
+    assert place.counts('sql') == {'in doubt': 1}
+    place.move('sql')
+
+    assert place.counts('sql') == {'waiting': 1}
+
+
+def test_what_is_half_way_can_be_moved_back_instead(place):
+    for n in range(3):
+        place.put(content(n))
+    break_off(place, 'sql', at='decided')
+
+    assert place.move('maildir').settled == 1
+    assert [kept.content for kept in place.kept('maildir')] == [content(n) for n in range(3)]
+    assert place.counts('sql') == {}
+
+
+def test_somebody_who_looks_at_what_is_half_way_does_not_keep_it_from_being_settled(place):
+    place.put(content(1))
+    break_off(place, 'sql', at='staged')
+    (name,) = place.in_moving()
+    looked_at = place.maildir.hold('moving', name)
+    threading.Timer(0.2, looked_at.close).start()
+
+    assert place.move('sql').settled == 1
+    assert place.counts('sql') == {'waiting': 1}
+
+
+def test_the_log_says_where_a_message_went(place, caplog):
+    caplog.set_level(logging.INFO, 'mailqueue.queue_log')
+    name = place.put(content(1))
+
+    place.move('sql')
+
+    (event,) = [it.mailqueue for it in caplog.records if getattr(it, 'mailqueue', {}).get('status') == 'moved']
+    with place.sql() as queue:
+        assert (event['id'], event['new_id']) == (name, next(queue.admin.entries(STATES)).id)
+
+
+def test_a_move_that_is_told_to_stop_does_so_between_two_batches(place, monkeypatch):
+    monkeypatch.setattr(moving, 'MOST_MESSAGES', 1)
+    for n in range(3):
+        place.put(content(n))
+    done = []
+
+    report = place.move('sql', is_stopped=lambda: bool(done), on_batch=lambda: done.append(1))
+
+    assert (report.moved, report.is_complete) == ({'waiting': 1}, False)
+    assert (place.counts('sql'), place.counts('maildir')) == ({'waiting': 1}, {'waiting': 2})
+
+
+def test_new_mail_wakes_whoever_listens(postgres_url, tmp_path):
+    place = Place(tmp_path / 'queue', postgres_url + '&application_name=test')
+    place.settings = place.settings.__class__(queue_dir=place.settings.queue_dir, sql_url=postgres_url, sql_notify=True)
+    place.put(content(1))
+    heard = threading.Event()
+
+    with place.sql(notify=True) as queue, queue.listening(heard.set):
+        place.move('sql')
+        assert heard.wait(30)
+
+
+def test_a_session_that_commits_without_waiting_for_the_disk_is_not_relied_upon(postgres_url, tmp_path, sql):
+    separator = '&' if '?' in postgres_url else '?'
+    url = f'{postgres_url}{separator}application_name=mq'.replace('options=', 'options=-csynchronous_commit%3Doff%20')
+    place = Place(tmp_path / 'queue', url)
+    place.put(content(1))
+    (before,) = sql(url, 'SHOW synchronous_commit')
+    settings_seen = []
+
+    with open_move(place.settings, to='sql') as work:
+        transact = work.target._database.transact
+
+        def watched(do):
+            def and_look(connection):
+                result = do(connection)
+                settings_seen.append(connection.exec_driver_sql('SHOW synchronous_commit').scalar())
+                return result
+
+            return transact(and_look)
+
+        work.target._database.transact = watched
+        work.run()
+
+    assert before == ('off',)
+    assert set(settings_seen) == {'on'}
+
+
+def test_due_times_survive_in_part_of_a_second(place):
+    name = place.put(content(1))
+    touch(place.maildir.place('new', name), BORN + 0.125)
+
+    for to in ('sql', 'maildir'):
+        place.move(to)
+        assert [kept.due for kept in place.kept(to)] == [BORN + 0.125]

@@ -1,0 +1,214 @@
+"""
+A move that dies at any of its steps: each message is in exactly one queue, and is delivered exactly once.
+
+It is killed before each system call that changes the directory, and before each statement, COMMIT too.  What was done
+before that is what it leaves behind, so "after" a call is "before" the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+from collections import Counter
+from functools import partial
+
+import pytest
+from sqlalchemy import Engine, event
+
+from pyramid_mailqueue.queues import moving_maildir
+from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.wiring import open_move
+from tests.crash import faults
+from tests.crash.children import Child
+from tests.sql.move_parts import Office, Place
+
+STEPS = faults.CHANGES | {'fsync', 'open'}
+
+
+class Steps:
+    """Calls *at_step* before each step of the move that is made in its block; the disk is not waited for."""
+
+    def __init__(self, at_step):
+        self._at_step = at_step
+
+    def __enter__(self):
+        self._modules = faults.MODULES
+        faults.MODULES = (*self._modules, moving_maildir)
+        self._intercepted = faults.intercepted(self._on_call)
+        self._intercepted.__enter__()
+        event.listen(Engine, 'before_cursor_execute', self._on_statement)
+
+    def __exit__(self, *exc_info):
+        event.remove(Engine, 'before_cursor_execute', self._on_statement)
+        self._intercepted.__exit__(*exc_info)
+        faults.MODULES = self._modules
+
+    def _on_call(self, call):
+        if call.name in STEPS:
+            self._at_step(call)
+        return faults.without_sync(call)
+
+    def _on_statement(self, _connection, _cursor, statement, *_):
+        self._at_step(statement)
+
+
+def die_at(number):
+    left = itertools.count(1)
+
+    def at_step(_):
+        if next(left) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return at_step
+
+
+def move_and_die(connection, *, settings, to, number):
+    """In the child."""
+    with Steps(die_at(number)), open_move(settings, to=to) as work:
+        work.run()
+    connection.send('alive')
+
+
+def content(name):
+    return f'Message-ID: <{name}@site.example>\r\n\r\n{name}\r\n'.encode()
+
+
+def fill(place, to, trial):
+    """One batch of what waits, and a dead letter; return the contents of the former."""
+    header = QueueHeader('a@x.example', ('b@x.example', 'c@x.example'), 1_700_000_000, 2, 1_700_000_009, '450 later')
+    with without_waiting_for_the_disk():
+        for n in range(2):
+            place.put(content(f'{trial}.{n}'), header=header, deaths=n)
+        place.put(content(f'{trial}.dead'), header=header, state='dead')
+        if to == 'maildir':
+            place.move('sql')
+    return [content(f'{trial}.{n}') for n in range(2)]
+
+
+def without_waiting_for_the_disk():
+    return Steps(lambda _: None)
+
+
+@pytest.fixture
+def place(tmp_path, url):
+    return Place(tmp_path / 'queue', url)
+
+
+OTHER = {'sql': 'maildir', 'maildir': 'sql'}
+
+
+@pytest.mark.parametrize('to', OTHER)
+def test_each_message_is_in_exactly_one_queue_whenever_the_move_dies(place, to):
+    """Workers deliver what they find in both queues before the next move, which goes the same way or back, by turns."""
+    deaths = 0
+    for number in itertools.count(1):
+        waiting = fill(place, to, number)
+        before = place.kept(OTHER[to])
+        assert len(before) == 3
+        with Child(partial(move_and_die, settings=place.settings, to=to, number=number)) as child:
+            status = child.wait()
+        assert status in (0, -signal.SIGKILL)
+        office, then = Office(), to if number % 3 else OTHER[to]
+
+        with without_waiting_for_the_disk():
+            place.run(office, to)
+            place.run(office, OTHER[to])
+            place.move(then)
+        left = [kept for kept in before if kept.content not in office.contents]
+        assert place.kept(then) == left
+        assert (place.counts(OTHER[then]), place.in_moving()) == ({}, [])
+
+        with without_waiting_for_the_disk():
+            place.run(office, then)
+            assert Counter(office.contents) == Counter(waiting)
+            assert place.counts(then) == {'dead': 1}
+            place.delete_all()
+        if status == 0:
+            break
+        deaths += 1
+    assert deaths > 50
+
+
+@pytest.mark.parametrize('to', OTHER)
+def test_the_moves_that_settle_what_others_left_may_die_too(place, to):
+    """Each of them gets one step further than the one before, until one comes to its end."""
+    waiting = fill(place, to, 0)
+    before = place.kept(OTHER[to])
+    for step in itertools.count(20):
+        with Child(partial(move_and_die, settings=place.settings, to=to, number=step)) as child:
+            if child.wait() == 0:
+                break
+    assert step > 22
+    office = Office()
+
+    assert place.kept(to) == before
+    assert (place.counts(OTHER[to]), place.in_moving()) == ({}, [])
+    with without_waiting_for_the_disk():
+        place.run(office, to)
+    assert sorted(office.contents) == sorted(waiting)
+
+
+# --- power cuts -------------------------------------------------------------
+
+
+def steps_of(place, to):
+    """The steps of a move of one message, in words; folders are named where they are made durable."""
+    told = []
+
+    def note(step):
+        if isinstance(step, str):
+            word = step.split()[0]
+            # PostgreSQL picks the rows in a WITH before the UPDATE.
+            told.append({'BEGIN': None, 'SELECT': None, 'PRAGMA': None, 'WITH': 'UPDATE'}.get(word, word))
+        elif step.name == 'fsync':
+            # What was opened last is what is made durable.
+            told.append(f'fsync {opened[-1]}')
+        elif step.name == 'open':
+            opened.append(os.path.relpath(step.args[0], place.maildir.path).split('/')[0])
+            told.append('decide' if '.decided-' in step.args[0] else None)
+        elif step.name == 'rename':
+            source, target = (os.path.relpath(path, place.maildir.path).split('/')[0] for path in step.args)
+            told.append(f'{source} -> {target}' if '.record' not in step.args[1] else None)
+        elif step.name == 'unlink':
+            told.append('forget' if '.decided-' in step.args[0] else 'unlink')
+
+    opened = ['nothing']
+    with Steps(note), open_move(place.settings, to=to) as work:
+        decisions = work._decisions
+        new_batch = decisions.new_batch
+
+        def begin_to_note():
+            told.clear()
+            return new_batch()
+
+        decisions.new_batch = begin_to_note
+        work.run()
+    return [step for step in told if step]
+
+
+STEPS_OF_MOVE = {
+    'sql': """
+        new -> moving, fsync moving, fsync new; INSERT, COMMIT;
+        decide, fsync moving;
+        unlink, fsync moving, DELETE, COMMIT; UPDATE, UPDATE, UPDATE, COMMIT; forget
+    """,
+    'maildir': """
+        UPDATE, COMMIT; fsync tmp, tmp -> moving, fsync moving;
+        decide, fsync moving;
+        DELETE, COMMIT; UPDATE, UPDATE, UPDATE, COMMIT, moving -> new, fsync new, fsync moving; forget
+    """,
+}
+
+
+@pytest.mark.parametrize('to', STEPS_OF_MOVE)
+def test_nothing_is_relied_upon_before_a_power_cut_cannot_undo_it(place, to):
+    place.put(content('one'))
+    if to == 'maildir':
+        place.move('sql')
+
+    made = steps_of(place, to)
+
+    begin = made.index('UPDATE' if to == 'maildir' else 'new -> moving')
+    assert made[begin:] == [step.strip() for step in re.split('[,;]', STEPS_OF_MOVE[to])]
