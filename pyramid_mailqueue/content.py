@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from email.errors import NonASCIILocalPartDefect, ObsoleteHeaderDefect
 from email.generator import BytesGenerator
@@ -31,7 +31,7 @@ from typing import Any
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8, parse_header_addresses
 from pyramid_mailqueue.exceptions import AddressError, MailqueueError, MessageError
 
-__all__ = ['Field', 'message_bytes', 'normalize_line_ends', 'split_content']
+__all__ = ['Field', 'joined', 'message_bytes', 'normalize_line_ends', 'split_content']
 
 # RFC 5322 section 2.1.1; without the CRLF.
 LINE_SHOULD, LINE_MUST = 78, 998
@@ -64,6 +64,12 @@ def normalize_line_ends(data: bytes, start: int = 0) -> bytes:
         return _Normalized(data[start:]) if len(data) <= SMALL else data[start:]
     lines = data[start:].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
     return _Normalized(lines.replace(b'\n', b'\r\n'))
+
+
+def joined(pieces: Iterable[bytes | memoryview]) -> bytes:
+    """Return *pieces* as one; each of them is as :func:`normalize_line_ends` returns it."""
+    data = b''.join(pieces)
+    return _Normalized(data) if len(data) <= SMALL else data
 
 
 # --- bytes to fields --------------------------------------------------------

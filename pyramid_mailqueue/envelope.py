@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from pyramid_mailqueue.addresses import check_address, parse_header_addresses, parse_mailbox
-from pyramid_mailqueue.content import Field, message_bytes, normalize_line_ends, split_content
+from pyramid_mailqueue.content import Field, joined, message_bytes, normalize_line_ends, split_content
 from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
 
 __all__ = ['MAX_RECIPIENTS_OCTETS', 'Envelope', 'message_id_of']
@@ -283,4 +283,4 @@ def _outgoing(
     if 'message-id' in missing:
         domain = sender.rpartition('@')[2] or local_hostname or socket.getfqdn()
         lines.append(f'Message-ID: {make_msgid(domain=domain)}\r\n'.encode('ascii'))
-    return b''.join([*lines, b'\r\n', body])
+    return joined([*lines, b'\r\n', body])

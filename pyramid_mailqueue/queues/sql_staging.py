@@ -96,14 +96,19 @@ def takes_part(session: Any, manager: Any) -> bool:
         txn = manager.get()
     except NoTransaction:
         return False
+    # A scoped_session stands for another one.
+    real = session() if callable(session) else session
+    if _has_joined(real, txn):
+        return True
     with _told_why():
         # What zope.sqlalchemy has registered joins the transaction when its own begins.
         session.connection(bind_arguments={'mapper': Message})
-    # A scoped_session stands for another one.
-    real = session() if callable(session) else session
-    resources = getattr(txn, '_resources', None)
     # Of a transaction that does not tell (it is not public) we think that the application means this one.
-    return resources is None or any(getattr(resource, 'session', None) is real for resource in resources)
+    return getattr(txn, '_resources', None) is None or _has_joined(real, txn)
+
+
+def _has_joined(session: Any, txn: Any) -> bool:
+    return any(getattr(resource, 'session', None) is session for resource in getattr(txn, '_resources', ()))
 
 
 def insert_into(session: Any, message: NewMessage) -> None:
