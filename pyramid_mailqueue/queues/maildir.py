@@ -11,6 +11,7 @@ The queue that is a directory: durable with what every machine has, readable wit
         held/             not to be delivered until a person says so; the file's mtime is still its due time
         dead/             dead letters
         corrupt/          what could not be parsed, untouched
+        moving/           half-way to or from a database (see :mod:`~.moving_maildir`)
 
 How a message goes through it; each arrow is one ``rename``, and the file is locked while it moves::
 

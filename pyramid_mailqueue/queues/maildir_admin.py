@@ -75,7 +75,7 @@ _BUSY = {
 }
 _OTHER_STATE = {
     'prepared': 'it is in doubt; release it, or delete it',
-    MOVING: 'it is half-way to another queue; "mq-queue app.ini move" brings that to an end',
+    MOVING: 'it is half-way to or from a database; "mq-queue app.ini move --to-..." settles that',
     'new': 'it is waiting',
     'cur': 'its delivery was broken off; the next mq-run takes it up',
     'held': 'it is held; unhold it first',

@@ -244,8 +244,7 @@ class DirectoryRecord:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """See `Decisions`.  Raises ConfigurationError if there are messages half-way to another database."""
-        place = self._queue.place(MOVING)
-        os.makedirs(place, 0o700, exist_ok=True)
+        os.makedirs(self._queue.place(MOVING), 0o700, exist_ok=True)
         path = self._queue.place(MOVING, '.lock')
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         lock = self._holder.take(path)

@@ -57,6 +57,7 @@ _COLUMNS = (
     Message.last_reply,
     Message.sender,
     Message.recipients,
+    Message.content,
 )
 
 
@@ -111,13 +112,13 @@ class SQLSide:
     def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
         """See `Side`."""
         claim = _claim(batch, OUT, state)
-        taking = self._taking(state, ids).values(**_out_of_reach(claim)).returning(*_COLUMNS)
-        rows: list[Row[Any]] = self._transact(lambda connection: [*connection.execute(taking)])
-        contents = dict(map(tuple, self._rows(select(Message.id, Message.content).where(*_claimed(claim)))))
+        taking = self._taking(state, ids).values(**_out_of_reach(claim))
+        self._transact(lambda connection: connection.execute(taking))
         parcels = []
-        for row in sorted(rows, key=lambda row: str(row.id)):
+        # Not what the statement returns: if its answer was lost, it was repeated, and found nothing any more.
+        for row in self._rows(select(*_COLUMNS).where(*_claimed(claim)).order_by(Message.id)):
             try:
-                parcels.append(_parcel(state, row, contents[row.id]))
+                parcels.append(_parcel(state, row))
             except (MessageError, QueueError, TypeError, ValueError, OverflowError) as error:
                 self._put_back(claim, state, row.id)
                 refuse(row.id, f'its row is damaged, or does not fit into a file: {error}')
@@ -205,7 +206,7 @@ def _out_of_reach(claim: str) -> dict[str, Any]:
     return {**_mark(claim), 'lease': database_time() + LEASE}
 
 
-def _parcel(state: str, row: Row[Any], content: bytes) -> Parcel:
+def _parcel(state: str, row: Row[Any]) -> Parcel:
     """Raises what is raised for a row of which no queue file can be made."""
     envelope = Envelope(row.sender, tuple(row.recipients), b'')
     header = QueueHeader(
@@ -214,7 +215,7 @@ def _parcel(state: str, row: Row[Any], content: bytes) -> Parcel:
     serialize_header(header)
     begin = _ID_TIME.match(row.id)
     born = int(begin[0], 16) / 1_000_000 if begin else row.queued_at
-    return Parcel(row.id, state, _within(born), _within(row.due), header, content, deaths=row.deaths)
+    return Parcel(row.id, state, _within(born), _within(row.due), header, row.content, deaths=row.deaths)
 
 
 def _within(seconds: float) -> float:

@@ -48,7 +48,7 @@ _OTHER_STATE = {
     'in progress': 'it is being delivered right now. Try again in a moment',
     'held': 'it is held; unhold it first',
     'dead': 'it is a dead letter; it can be retried, or deleted',
-    'in doubt': 'it is half-way to or from a directory; "mq-queue app.ini move" brings that to an end',
+    'in doubt': 'it is half-way to or from a directory; "mq-queue app.ini move --to-..." settles that',
     'corrupt': 'its row is damaged; it can only be looked at, or deleted',
 }
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
 
 from pyramid_mailqueue.addresses import check_address
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, QueueError, WrongState
-from pyramid_mailqueue.queues import moving
+from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.queue_file import QueueHeader
 from pyramid_mailqueue.wiring import open_move
@@ -352,6 +356,93 @@ def test_several_directories_may_move_into_one_database_and_back_at_the_same_tim
     at_once('maildir')
     assert sorted(kept.content for place in places for kept in place.kept('maildir')) == everything
     assert places[0].counts('sql') == {}
+
+
+def test_more_messages_move_than_are_read_at_once(place, monkeypatch):
+    monkeypatch.setattr(moving_sql, 'PAGE', 3)
+    monkeypatch.setattr(moving_maildir, 'SUPPLY', 3)
+    for n in range(7):
+        place.put(content(n))
+
+    for to in ('sql', 'maildir'):
+        assert place.move(to).moved == {'waiting': 7}
+
+
+@contextlib.contextmanager
+def away(word):
+    """The database is away for statements that begin with *word*."""
+
+    def fail(_connection, _cursor, statement, *_):
+        if statement.startswith(word):
+            raise OperationalError(statement, {}, ConnectionError('the server is away'))
+
+    event.listen(Engine, 'before_cursor_execute', fail)
+    try:
+        yield
+    finally:
+        event.remove(Engine, 'before_cursor_execute', fail)
+
+
+def test_a_database_that_goes_away_before_the_decision_leaves_everything_where_it_was(place):
+    for n in range(3):
+        place.put(content(n))
+    before = place.kept('maildir')
+
+    with away('INSERT'), pytest.raises(QueueError, match='away'):
+        place.move('sql')
+
+    assert (place.kept('maildir'), place.kept('sql'), place.in_moving()) == (before, [], [])
+
+
+@pytest.mark.parametrize('to', ['sql', 'maildir'])
+def test_a_database_that_goes_away_after_the_decision_leaves_it_to_the_next_move(place, to):
+    for n in range(3):
+        place.put(content(n))
+    before = place.kept('maildir')
+    if to == 'maildir':
+        place.move('sql')
+
+    with away('DELETE'), pytest.raises(QueueError, match='away'):
+        place.move(to)
+
+    assert place.in_moving() != []
+    report = place.move(to)
+    assert (report.settled, report.moved) == (1, {})
+    assert (place.kept(to), place.in_moving()) == (before, [])
+
+
+def test_an_answer_that_was_lost_loses_no_message(postgres_url, tmp_path):
+    """The rows are out of reach, but the connection broke before the database could say so; it is asked again."""
+    place = Place(tmp_path / 'queue', postgres_url)
+    place.put(content(1))
+    place.move('sql')
+    broken = []
+
+    def break_after_commit(_connection, cursor, statement, *_):
+        if statement == 'COMMIT' and not broken:
+            broken.append(1)
+            cursor.connection.close()
+            raise psycopg.OperationalError('the connection is lost')
+
+    with open_move(place.settings, to='maildir') as work:
+        event.listen(work.source._database.engine, 'after_cursor_execute', break_after_commit)
+        # With this the first COMMIT is that of what is taken.
+        work._settle_all = lambda: None
+        work.run()
+
+    assert broken
+    assert work.report.moved == {'waiting': 1}
+    assert [kept.content for kept in place.kept('maildir')] == [content(1)]
+    assert place.counts('sql') == {}
+
+
+def test_a_record_that_is_damaged_is_told_of(place):
+    place.put(content(1))
+    place.move('sql')
+    Path(place.maildir.place('moving', '.record')).write_text('{}')
+
+    with pytest.raises(QueueError, match=r'\.record is damaged'):
+        place.move('maildir')
 
 
 # --- half-way ---------------------------------------------------------------
