@@ -19,7 +19,7 @@ import socket
 import threading
 
 from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
-from pyramid_mailqueue.transports import smtp
+from pyramid_mailqueue.transports import smtp_session
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
@@ -49,13 +49,13 @@ def intercepted(around):
         for module in MODULES:
             module.os = _Through(around, os, SYSTEM_CALLS)
         locked_file.fcntl = _Through(around, fcntl, SYSTEM_CALLS)
-        smtp.select = _Select(around)
+        smtp_session.select = _Select(around)
         yield around
     finally:
         for module in MODULES:
             module.os = os
         locked_file.fcntl = fcntl
-        smtp.select = select
+        smtp_session.select = select
 
 
 def connecting(around):

@@ -921,7 +921,7 @@ def test_after_close_the_transport_may_be_used_again():
 
 
 def test_close_does_not_wait_for_a_server_that_says_no_goodbye(monkeypatch):
-    monkeypatch.setattr('pyramid_mailqueue.transports.smtp.QUIT_PATIENCE', 0.05)
+    monkeypatch.setattr('pyramid_mailqueue.transports.smtp_pool.QUIT_PATIENCE', 0.05)
     with ScriptedSMTPServer({'QUIT': Silence()}) as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         transport.close()
@@ -1074,7 +1074,7 @@ def test_whatever_interrupts_a_message_its_session_is_not_used_again(monkeypatch
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         with monkeypatch.context() as patch:
-            patch.setattr('pyramid_mailqueue.transports.smtp._Session._wait_until', interrupt)
+            patch.setattr('pyramid_mailqueue.transports.smtp_session.Session._wait_until', interrupt)
             with pytest.raises(KeyboardInterrupt):
                 transport.send(SENDER, (B,), CONTENT)
         transport.send(SENDER, (C,), CONTENT)

@@ -1,0 +1,312 @@
+"""
+Reaching a mail server: smtplib up to the point where mail can be sent.
+
+:class:`Connector` goes the way there: connection, greeting, EHLO, STARTTLS, AUTH.  :class:`Client` takes its steps.
+
+This is imported with the first connection: smtplib and ssl take a good part of the time of a run that has nothing to
+do.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import logging
+import smtplib
+import socket
+import ssl
+from contextlib import suppress
+from functools import cached_property
+from os import PathLike
+
+from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.transports.smtp_server import Server, is_ehlo_argument
+from pyramid_mailqueue.transports.smtp_transaction import ReplyReader, printable
+
+__all__ = ['Client', 'Connector']
+
+log = logging.getLogger('mailqueue.smtp')
+
+# More than a record of TLS: nothing that was decrypted stays behind, where poll() would not see it.
+READ_SIZE = 64 * 1024
+
+
+class Connector:
+    """
+    See the module.
+
+    :param server: where the server is
+    :param tls: ``implicit``, ``starttls``, ``opportunistic`` or ``off``
+    :param tls_ca_file: the authorities (PEM) that certificates are checked against, instead of the system's
+    :param credentials: username and password
+    :param local_hostname: the argument of EHLO; by default the fully qualified name of this host
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        tls: str,
+        tls_ca_file: str | PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
+        local_hostname: str | None = None,
+    ) -> None:
+        self._server = server
+        self._tls = tls
+        self._tls_ca_file = tls_ca_file
+        self._credentials = credentials
+        self._given_local_hostname = local_hostname
+
+    def connect(self) -> Client:
+        """Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person."""
+        try:
+            return self._open()
+        except (OSError, ValueError, smtplib.SMTPException) as error:
+            raise self._explained(error) from error
+
+    def _open(self) -> Client:
+        client = self._greeted()
+        try:
+            if self._tls == 'starttls':
+                self._start_tls(client)
+            elif self._tls == 'opportunistic' and client.has_extn('starttls'):
+                try:
+                    self._start_tls(client)
+                except (OSError, ServerTrouble, smtplib.SMTPException) as error:
+                    log.info('%s: TLS failed, going on without: %s', self._server, error)
+                    client.close()
+                    client = self._greeted()
+            if self._credentials:
+                client.authenticate(*self._credentials)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def _greeted(self) -> Client:
+        # Before connecting: finding out our own name may take longer than a server waits.
+        our_name = self._local_hostname
+        client = Client(self._server, self._context if self._tls == 'implicit' else None)
+        try:
+            client.greet()
+            client.local_hostname = our_name or client.address_literal
+            # Where TLS must come next nothing but EHLO is said in clear text.
+            client.introduce(may_say_helo=self._tls != 'starttls')
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def _start_tls(self, client: Client) -> None:
+        if not client.has_extn('starttls'):
+            raise ServerTrouble(
+                f'{self._server} does not offer STARTTLS, and mailqueue.smtp_tls = {self._tls} requires it. If it '
+                'should, somebody on the way may have removed the offer; nothing was sent.'
+            )
+        try:
+            client.starttls(context=self._context)
+        except smtplib.SMTPResponseException as error:
+            raise ServerTrouble(
+                f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}.',
+                code=error.smtp_code,
+            ) from error
+        # What was offered in clear text is forgotten by now.
+        client.introduce(may_say_helo=False)
+
+    @cached_property
+    def _local_hostname(self) -> str:
+        """The argument of EHLO; ``''`` for the address of the connection (RFC 5321 section 4.1.4)."""
+        if self._given_local_hostname:
+            return self._given_local_hostname
+        name = socket.getfqdn()
+        return name if '.' in name and is_ehlo_argument(name) else ''
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if self._tls == 'opportunistic' else self._verifying_context()
+        if self._tls == 'opportunistic':
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Then sending never has to wait for something to be received.
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        return context
+
+    def _verifying_context(self) -> ssl.SSLContext:
+        try:
+            return ssl.create_default_context(cafile=self._tls_ca_file)
+        except OSError as error:
+            raise ServerTrouble(f'mailqueue.smtp_tls_ca_file = {self._tls_ca_file} cannot be used: {error}.') from error
+
+    def _explained(self, error: Exception) -> ServerTrouble:
+        server = self._server
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return ServerTrouble(
+                f'The certificate of {server} does not hold: {error.verify_message}. mailqueue.smtp_tls = {self._tls} '
+                f'requires one for {server.hostname}; a private authority goes into mailqueue.smtp_tls_ca_file.'
+            )
+        if isinstance(error, ssl.SSLError):
+            return ServerTrouble(
+                f'TLS with {server} failed: {error.reason or error}. '
+                f'Check that mailqueue.smtp_tls = {self._tls} fits mailqueue.smtp_port.'
+            )
+        if isinstance(error, (socket.gaierror, UnicodeError)):
+            return ServerTrouble(
+                f'There is no address for {server}: {error}. Check mailqueue.smtp_hostname, and the name server.'
+            )
+        if isinstance(error, smtplib.SMTPResponseException):
+            return ServerTrouble(
+                f'{server} takes no mail from us: {error.smtp_code} {_text(error.smtp_error)}.', code=error.smtp_code
+            )
+        return ServerTrouble(
+            f'Cannot reach {server}: {error}. Check mailqueue.smtp_hostname, smtp_port and smtp_tls, and that a mail '
+            'server runs there.'
+        )
+
+
+class Client(smtplib.SMTP):
+    """
+    smtplib up to the point where mail can be sent.
+
+    Replies are read by our own reader: within the timeout as a whole and not for each byte, never more than was asked
+    for, and never more than fits.  So there is no buffer either in which a forged line could wait for the end of the
+    TLS handshake.
+
+    :param context: for TLS from the first byte
+    """
+
+    ehlo_msg = 'EHLO'
+
+    def __init__(self, server: Server, context: ssl.SSLContext | None) -> None:
+        super().__init__(local_hostname='', timeout=server.timeout)
+        # smtplib's own name for what certificates are checked against.
+        self._host = server.hostname
+        self._server = server
+        self._context = context
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        """Called by smtplib to connect."""
+        sock = self._server.connect((host, port), self._server.connect_timeout)
+        sock.settimeout(timeout)
+        # What is to go out goes at once: we write whole groups of commands.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._context.wrap_socket(sock, server_hostname=host) if self._context else sock
+
+    @property
+    def address_literal(self) -> str:
+        """Our address on this connection, as EHLO takes it."""
+        assert self.sock
+        address = self.sock.getsockname()[0].partition('%')[0]
+        return f'[IPv6:{address}]' if ':' in address else f'[{address}]'
+
+    def greet(self) -> None:
+        """Connect, and hear the greeting."""
+        code, text = self.connect(self._server.hostname, self._server.port)
+        if code != 220:
+            raise smtplib.SMTPConnectError(code, text)
+
+    def introduce(self, *, may_say_helo: bool) -> None:
+        """Say EHLO, and HELO if the server does not know that."""
+        code, text = self.ehlo()
+        if code not in {250, 421} and may_say_helo:
+            code, text = self.helo()
+        if code != 250:
+            raise smtplib.SMTPHeloError(code, text)
+
+    def authenticate(self, username: str, password: str) -> None:
+        """
+        Log in.
+
+        smtplib's own login tries the same wrong password with every mechanism, which locks accounts, and takes ASCII
+        only.
+        """
+        offered = self.esmtp_features.get('auth', '').upper().split()
+        for mechanism in ('PLAIN', 'LOGIN', 'CRAM-MD5'):
+            if mechanism not in offered:
+                continue
+            try:
+                code, text = self._try(mechanism, username.encode(), password.encode())
+            except (OSError, ValueError, smtplib.SMTPException) as error:
+                raise self._login_failed(username, str(error)) from error
+            if code == 235:
+                return
+            # RFC 4954 section 4: 504 is "mechanism unknown", in spite of the offer.
+            if code != 504:
+                raise self._login_failed(username, f'{code} {text}', code)
+        raise self._login_failed(
+            username, f'it offers {" ".join(offered) or "no AUTH"}, and we know PLAIN, LOGIN and CRAM-MD5'
+        )
+
+    def _login_failed(self, username: str, why: str, code: int | None = None) -> ServerTrouble:
+        return ServerTrouble(
+            f'{self._server} does not let {username!r} in: {why}. '
+            'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
+            code=code,
+        )
+
+    def _try(self, mechanism: str, username: bytes, password: bytes) -> tuple[int, str]:
+        plain = b'\0%s\0%s' % (username, password)
+        if mechanism == 'PLAIN':
+            code, text = self._tell(plain, 'AUTH PLAIN ')
+        else:
+            code, text = self.docmd('AUTH', mechanism)
+        if code == 334 and mechanism == 'LOGIN':
+            code, text = self._tell(username)
+            if code == 334:
+                code, text = self._tell(password)
+        elif code == 334 and mechanism == 'CRAM-MD5':
+            digest = hmac.new(password, base64.b64decode(text), 'md5').hexdigest()
+            code, text = self._tell(b'%s %s' % (username, digest.encode()))
+        # Some servers repeat what they do not understand.
+        for secret in (plain, password):
+            text = text.replace(base64.b64encode(secret), b'[redacted]').replace(secret, b'[redacted]')
+        return code, _text(text)
+
+    def _tell(self, secret: bytes, command: str = '') -> tuple[int, bytes]:
+        log.debug('%s C: %s[redacted]', self._server, command)
+        self.send(f'{command}{base64.b64encode(secret).decode()}\r\n')
+        return self._read_reply('[redacted]')
+
+    def putcmd(self, cmd: str, args: str = '') -> None:
+        """Say a command; called by smtplib."""
+        log.debug('%s C: %s %s', self._server, cmd, args)
+        super().putcmd(cmd, args)
+
+    def getreply(self) -> tuple[int, bytes]:
+        """Hear the reply to the last command; called by smtplib."""
+        return self._read_reply()
+
+    def _read_reply(self, shown: str | None = None) -> tuple[int, bytes]:
+        reader = ReplyReader(str(self._server))
+        deadline = self._server.clock() + self._server.timeout
+        while (reply := reader.next_reply()) is None:
+            reader.feed(self._receive(deadline))
+        if not reader.is_empty:
+            raise ServerTrouble(
+                f'{self._server} said more than it was asked for; somebody on the way may have added it.'
+            )
+        code, lines = reply
+        if log.isEnabledFor(logging.DEBUG):
+            for line in lines:
+                log.debug('%s S: %d %s', self._server, code, shown or _text(line))
+        return code, b'\n'.join(lines)
+
+    def _receive(self, deadline: float) -> bytes:
+        assert self.sock
+        remaining = deadline - self._server.clock()
+        data = None
+        with suppress(TimeoutError):
+            if remaining > 0:
+                self.sock.settimeout(remaining)
+                data = self.sock.recv(READ_SIZE)
+        if data is None:
+            raise TimeoutError(f'no reply within {self._server.timeout:g} seconds')
+        self.sock.settimeout(self._server.timeout)
+        if not data:
+            raise smtplib.SMTPServerDisconnected('it closed the connection')
+        return data
+
+
+def _text(said: bytes | str) -> str:
+    """What a server said, in one line."""
+    return ' '.join((printable(said) if isinstance(said, bytes) else said).split())

@@ -1,0 +1,69 @@
+"""Which mail server there is, how long it may take, and what has to be encrypted on the way to it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.hosts import is_loopback
+from pyramid_mailqueue.settings import default_tls
+
+__all__ = ['Connect', 'Server', 'is_ehlo_argument', 'tls_mode']
+
+Connect = Callable[[tuple[str, int], float], socket.socket]
+
+_EHLO_ARGUMENT = re.compile(
+    r'\[[0-9A-Za-z:.-]+\]|[0-9A-Za-z](?:[0-9A-Za-z-]*[0-9A-Za-z])?(?:\.[0-9A-Za-z](?:[0-9A-Za-z-]*[0-9A-Za-z])?)*'
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the server is, and how long it may take; see `SMTPTransport`."""
+
+    hostname: str
+    port: int
+    connect_timeout: float
+    timeout: float
+    data_timeout: float
+    clock: Callable[[], float]
+    connect: Connect
+
+    def __str__(self) -> str:
+        return f'[{self.hostname}]:{self.port}' if ':' in self.hostname else f'{self.hostname}:{self.port}'
+
+
+def is_ehlo_argument(name: str) -> bool:
+    """Whether *name* is a domain name or an address literal (RFC 5321 section 4.1.1.1)."""
+    return _EHLO_ARGUMENT.fullmatch(name) is not None
+
+
+def tls_mode(tls: str | None, hostname: str, port: int, *, has_credentials: bool, has_ca_file: bool) -> str:
+    """
+    Return what ``mailqueue.smtp_tls`` comes to: ``implicit``, ``starttls``, ``opportunistic`` or ``off``.
+
+    TLS is required, and certificates are verified, with the first two.  Credentials never leave this host in clear
+    text: with them *opportunistic* becomes ``starttls``, and *off* is a
+    :class:`~.exceptions.ConfigurationError`, unless the server is on this host.  So is a file of authorities with
+    a mode that verifies nothing.
+    """
+    if tls is None or tls in ('', 'auto'):
+        tls = default_tls(hostname, port, has_ca_file=has_ca_file)
+    if tls not in ('implicit', 'starttls', 'opportunistic', 'off'):
+        raise ConfigurationError(f'mailqueue.smtp_tls = {tls}: must be implicit, starttls, opportunistic or off.')
+    if has_ca_file and tls in ('opportunistic', 'off'):
+        raise ConfigurationError(
+            f'mailqueue.smtp_tls_ca_file is of no use with mailqueue.smtp_tls = {tls}, which verifies no certificate. '
+            'Remove one of them.'
+        )
+    if not has_credentials or is_loopback(hostname):
+        return tls
+    if tls == 'off':
+        raise ConfigurationError(
+            f'mailqueue.smtp_tls = off would send mailqueue.smtp_password in clear text to {hostname}. '
+            'Set it to starttls or implicit.'
+        )
+    return 'starttls' if tls == 'opportunistic' else tls

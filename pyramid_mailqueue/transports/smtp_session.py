@@ -1,0 +1,186 @@
+"""
+A connection on which mail can be sent: the bytes of the :class:`~.smtp_transaction.Dialogue`, and the deadlines.
+
+Several threads may each have a session, and take turns (see :class:`Turns`).
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import ssl
+from contextlib import suppress
+
+from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client
+from pyramid_mailqueue.transports.smtp_server import Server
+from pyramid_mailqueue.transports.smtp_transaction import Capabilities, Dialogue, MailTransaction
+from pyramid_mailqueue.transports.smtp_turns import Turn
+
+__all__ = ['Session']
+
+log = logging.getLogger('mailqueue.smtp')
+
+#: How much goes into one record of TLS, at most (RFC 8446 section 5.1).
+TLS_RECORD = 16 * 1024
+
+
+class Session:
+    """
+    A connection on which mail can be sent: the bytes of the dialogue, and the deadlines.
+
+    The socket does not block, so that we can always hear while we speak: with a long group of commands the server may
+    stop reading until we have read its replies.
+
+    :ivar turn: the turn of the thread that uses it, which is given up here while it waits
+    :ivar was_used: a transaction was completed on it
+    :ivar idle_since: when it went into the pool
+    """
+
+    def __init__(self, client: Client, server: Server, turn: Turn) -> None:
+        assert client.sock
+        self.turn = turn
+        self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
+        self.was_used = False
+        self.idle_since = 0.0
+        self._has_delivered = False
+        self._is_broken_off = False
+        self._server = server
+        self._client = client
+        self._sock = client.sock
+        self._sock.settimeout(0)
+        self._is_encrypted = isinstance(client.sock, ssl.SSLSocket)
+        self._poll = select.poll()
+        self._poll.register(self._sock)
+
+    def run(self, transaction: MailTransaction) -> None:
+        """
+        Go on until *transaction* is done.
+
+        Raises :class:`~.exceptions.ServerTrouble`.  What comes behind the last reply, such as a farewell (421), is not
+        about this transaction: it is raised for the next one.
+        """
+        self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
+        try:
+            self._go_on_until_done(transaction)
+        except ServerTrouble:
+            if not transaction.done:
+                raise
+        self.was_used = True
+        self._has_delivered |= transaction.delivered
+
+    def _go_on_until_done(self, transaction: MailTransaction) -> None:
+        """
+        A deadline begins anew when a chunk has left and when a reply is complete.
+
+        Not with single bytes: a slow server could hold us for ever.
+        """
+        began = self._server.clock()
+        if self.dialogue.trouble and not transaction.done:
+            raise self.dialogue.trouble
+        while not transaction.done:
+            if chunk := self.dialogue.data_to_send():
+                count = self._send(chunk)
+                self.dialogue.sent(count)
+                if count == len(chunk):
+                    began = self._server.clock()
+                has_more = bool(self.dialogue.data_to_send())
+            else:
+                count, has_more = 0, False
+            if not (count and has_more):
+                self._wait_until(began, has_more=has_more)
+            # In the midst of a long content too: the server may have something to say about what it has seen so far.
+            if self._hear():
+                began = self._server.clock()
+
+    def was_stale(self, transaction: MailTransaction) -> bool:
+        """The server had ended this session while it was idle: nothing of *transaction* was answered."""
+        if transaction.answered or transaction.done or self._is_broken_off:
+            return False
+        return self.was_used and self.dialogue.closed_by_server
+
+    def takes_no_more(self, transaction: MailTransaction) -> bool:
+        """
+        The server has ended this session, or takes only so many messages in one (OpenSMTPD: 452 to MAIL).
+
+        In either case nothing of *transaction* has happened, and a new session may do.
+        """
+        return self.was_stale(transaction) or (transaction.postponed and self._has_delivered)
+
+    @property
+    def is_alive(self) -> bool:
+        """Nothing has come since the last reply: neither the end of the stream nor a farewell (421)."""
+        try:
+            return self._receive() is None
+        except ServerTrouble:
+            return False
+
+    def say_quit(self) -> None:
+        """Say goodbye, if that does not take any time."""
+        with suppress(OSError):
+            self._sock.send(b'QUIT\r\n')
+
+    def hear_out(self, seconds: float) -> None:
+        """Close when the server has said goodbye too, or after *seconds*."""
+        with suppress(OSError):
+            self._wait(select.POLLIN, seconds)
+            # A socket with something unread is reset when it is closed.
+            self._sock.recv(READ_SIZE)
+        self.close()
+
+    def shut_down(self) -> None:
+        """End the connection from another thread; the one that uses it will hear of it."""
+        self._is_broken_off = True
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close without a word."""
+        self._client.close()
+
+    def _trace(self, line: str) -> None:
+        log.debug('%s %s', self._server, line)
+
+    def _wait_until(self, began: float, *, has_more: bool) -> None:
+        limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
+        remaining = began + limit - self._server.clock()
+        mask = select.POLLIN | select.POLLOUT if has_more else select.POLLIN
+        self.turn.give_up()
+        has_come = remaining > 0 and self._wait(mask, remaining)
+        self.turn.take()
+        if not has_come:
+            raise self.dialogue.timed_out(limit)
+
+    def _wait(self, mask: int, seconds: float) -> bool:
+        self._poll.modify(self._sock, mask)
+        return bool(self._poll.poll(max(0, seconds) * 1000))
+
+    def _hear(self) -> int:
+        """Take what has come; return how many replies are complete with it."""
+        data = self._receive()
+        return 0 if data is None else self.dialogue.receive_data(data)
+
+    def _receive(self) -> bytes | None:
+        """Return what has come: None for nothing yet, ``b''`` for the end of the stream."""
+        try:
+            return self._sock.recv(READ_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except OSError as error:
+            raise self.dialogue.connection_lost(f'broke off the connection ({error})') from error
+
+    def _send(self, chunk: memoryview) -> int:
+        """Return how much of *chunk* the network has taken."""
+        if not chunk:
+            return 0
+        # OpenSSL does not tell how many of several records have left when it has to wait; of one it is all or nothing.
+        size = TLS_RECORD if self._is_encrypted else len(chunk)
+        try:
+            return self._sock.send(chunk[:size])
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError as error:
+            # It may have said why before it closed.
+            self._hear()
+            raise self.dialogue.connection_lost(f'broke off the connection ({error})') from error
