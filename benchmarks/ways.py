@@ -98,7 +98,7 @@ def peers(python: Path | None) -> list[Way]:
         return [python, '-c', start, '--config', config, folder / 'queue']
 
     def post_office(folder: Path, port: int) -> list[Argument]:
-        return [python, '-m', 'benchmarks.post_office', 'send', folder, str(port)]
+        return [python, '-m', 'benchmarks.post_office', 'send', folder, str(port), '1']
 
     def version(package: str) -> str:
         ask = f'from importlib.metadata import version; print(version({package!r}))'
