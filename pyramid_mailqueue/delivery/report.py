@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Account:
         return max(self.now - self.queued_at, 0.0)
 
 
+@cache
 def plugins() -> ModuleType:
     """Imported with the first message: it takes a good part of the time of a run that has nothing to do."""
     from pyramid_mailqueue.delivery import plugins

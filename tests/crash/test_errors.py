@@ -293,7 +293,7 @@ def test_a_recovery_that_fails_is_completed_by_the_next_one(rounds, told, in_dou
         if refusal:
             assert str(refusal) in {
                 f'The folder {queue.place(folder)} cannot be read: {os.strerror(fault.error)}'
-                for folder in ('cur', 'prepared', 'tmp')
+                for folder in ('cur', 'prepared', 'tmp', 'moving')
             }
         else:
             assert_is_true(recovery, queue)
@@ -318,6 +318,7 @@ def test_a_recovery_that_fails_is_completed_by_the_next_one(rounds, told, in_dou
                 'sent': 2 if in_doubt == 'send' else 0,
                 'discarded': 2 if in_doubt == 'discard' else 0,
                 'swept': 1,
+                'half_way': 0,
             }
 
 
