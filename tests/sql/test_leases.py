@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 
 import pytest
@@ -172,6 +173,25 @@ def test_in_a_forked_child_claims_are_the_parents(postgres_url, make_queue, enve
     assert (valid, in_progress) == (False, 1)
     assert claim.is_valid()
     assert queue.claim(name).envelope == envelope
+
+
+@pytest.mark.parametrize('url', ['postgresql+psycopg', 'postgresql+psycopg2'], indirect=True)
+def test_both_drivers_say_and_hear_the_same(url, make_queue, rows):
+    queue = make_queue(url)
+    content = b'Subject: all of them\r\n\r\n' + bytes({*range(256)} - {*b'\r\n'}) + b"%s %(x)s \\ '\r\n"
+    names = [queue.put(Envelope('shop@site.example', (ADA, f"{it}'%s{{}}@x.example"), content)) for it in range(4)]
+    claims = queue._claim_after((-math.inf, ''), LATER, 10)
+
+    assert [(it.id, it.envelope.recipients[1], it.envelope.content) for it in claims] == [
+        (name, f"{it}'%s{{}}@x.example", content) for it, name in enumerate(names)
+    ]
+    queue.leases._renew(claims)
+    for claim, end in zip(claims, ENDS.values(), strict=False):
+        end(claim)
+    queue.flush()
+    assert [row[:3] for row in rows()[:2]] == [(names[1], 'waiting', None), (names[2], 'dead', None)]
+    assert names[0] not in {row[0] for row in rows()}
+    assert claims[3].is_valid()
 
 
 # --- the heartbeat ----------------------------------------------------------
