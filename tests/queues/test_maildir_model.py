@@ -89,6 +89,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def another_process_starts(self):
+        # Its first names are later than the others': what the same moment leaves to chance cannot be played again.
+        self.now += 1
         self.queue = self.open()
 
     @rule()
