@@ -6,8 +6,8 @@ process lives, a thread of it (the heartbeat) prolongs the leases at a third of 
 messages:
 
 * Messages that are done are deleted together: :data:`ENOUGH` of them, or what there is :data:`LINGER` seconds after the
-  first.  There are never more than :data:`BATCH` that are done and not deleted, and they are all that a death of the
-  process can send twice: whoever has one more waits.
+  first.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they are all that a death of
+  the process can send twice; while the database is away, what was claimed before is added to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written because the database is away is written when it is back.
 
@@ -180,6 +180,8 @@ class Leases:
         if ended:
             with self._changed:
                 self._ended.extend((claim, None) for claim in ended)
+                # Whoever settles one now finds others there, and does not wake the heartbeat.
+                self._changed.notify_all()
             self.flush()
 
     def flush(self) -> None:
