@@ -52,7 +52,15 @@ def _loggers_are_as_they_were():
     """What a test, or a command that it calls, makes of the logs ends with it."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(it, it.level, it.handlers[:], it.propagate, it.disabled) for it in loggers]
+    root = logging.getLogger()
+    root_level, root_handlers = root.level, root.handlers[:]
     yield
+    root.setLevel(root_level)
+    for handler in root.handlers[:]:
+        # Those of pytest come and go with the phases of a test.
+        if handler not in root_handlers and type(handler).__module__ != '_pytest.logging':
+            root.removeHandler(handler)
+            handler.close()
     for logger, level, handlers, propagate, disabled in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
