@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from pyramid_mailqueue.cli.config import read_app_settings, read_mqrunner_section
 from pyramid_mailqueue.cli.output import printable
@@ -129,7 +130,9 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
     """Do *work*, which returns an exit status.  Whatever it raises gets a status too, and words for a person."""
     try:
         status = work()
-        sys.stdout.flush()
+        # There is none if it was closed before the command began.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ConfigurationError as error:
         complain(command, str(error))
         status = EX_CONFIG
@@ -150,7 +153,17 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
         complain(command, 'this is a defect of pyramid_mailqueue; please report it with these lines:')
         traceback.print_exc()
         status = EX_SOFTWARE
+    _let_go_of_stderr()
     return status
+
+
+def _let_go_of_stderr() -> None:
+    """A terminal that has gone away does not change how a command has ended."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        _silence(sys.stderr)
 
 
 def complain(command: str, text: str) -> None:
@@ -160,6 +173,11 @@ def complain(command: str, text: str) -> None:
 
 
 def silence_stdout() -> None:
-    """Nobody hears it; but the interpreter would try once more when it ends, and then say otherwise."""
+    """Nobody hears it."""
+    _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Else the interpreter would try once more when it ends, and then say that something had failed."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -132,7 +132,7 @@ class SMTPTransport:
         said MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers
         PIPELINING.
         """
-        session = self._next_session()
+        session = self._pool.take() or self._connect()
         offers = deque([first])
         try:
             transactions = deque([self._submit(session, first)])
@@ -153,7 +153,7 @@ class SMTPTransport:
                 if session.takes_no_more(transaction):
                     session.say_quit()
                     self._pool.discard(session)
-                    session = self._next_session()
+                    session = self._pool.take() or self._connect()
                     transactions = deque(self._submit(session, offer) for offer in offers)
                     continue
                 offers.popleft()
@@ -176,16 +176,11 @@ class SMTPTransport:
 
     # --- sessions ---
 
-    def _next_session(self) -> Session:
-        session = self._pool.take() or self._connect()
-        session.turn.take()
-        return session
-
     def _connect(self) -> Session:
         from pyramid_mailqueue.transports.smtp_session import Session
 
         aborts = self._pool.aborts
-        session = Session(self._connector.connect(), self._server, self._pool.turns.new())
+        session = Session(self._connector.connect(), self._server)
         if not self._pool.add(session, aborts):
             session.close()
             raise ServerTrouble(f'The connection to {self._server} was given up by this process.')

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.transports.smtp_turns import Turns
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.transports.smtp_session import Session
@@ -37,7 +36,6 @@ class Pool:
     def _start_anew(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self.turns = Turns()
         #: How often everything was broken off.
         self.aborts = 0
         self._open: set[Session] = set()
@@ -75,7 +73,6 @@ class Pool:
 
     def give_back(self, session: Session) -> None:
         """Keep *session* for the next message, if it is fit for that."""
-        session.turn.give_up()
         with self._lock:
             # Not one that was discarded, because no other could be had for it.
             if session in self._open and session.dialogue.is_idle:
@@ -87,7 +84,6 @@ class Pool:
 
     def discard(self, session: Session) -> None:
         """Close a session that broke, or is of no use any more."""
-        session.turn.give_up()
         with self._lock:
             self._open.discard(session)
         session.close()

@@ -1,8 +1,4 @@
-"""
-A connection on which mail can be sent: the bytes of the :class:`~.smtp_transaction.Dialogue`, and the deadlines.
-
-Several threads may each have a session, and take turns (see :class:`Turns`).
-"""
+"""A connection on which mail can be sent: the bytes of the :class:`~.smtp_transaction.Dialogue`, and the deadlines."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client
 from pyramid_mailqueue.transports.smtp_server import Server
 from pyramid_mailqueue.transports.smtp_transaction import Capabilities, Dialogue, MailTransaction
-from pyramid_mailqueue.transports.smtp_turns import Turn
 
 __all__ = ['Session']
 
@@ -33,14 +28,12 @@ class Session:
     The socket does not block, so that we can always hear while we speak: with a long group of commands the server may
     stop reading until we have read its replies.
 
-    :ivar turn: the turn of the thread that uses it, which is given up here while it waits
     :ivar was_used: a transaction was completed on it
     :ivar idle_since: when it went into the pool
     """
 
-    def __init__(self, client: Client, server: Server, turn: Turn) -> None:
+    def __init__(self, client: Client, server: Server) -> None:
         assert client.sock
-        self.turn = turn
         self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
         self.was_used = False
         self.idle_since = 0.0
@@ -146,10 +139,7 @@ class Session:
         limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
         remaining = began + limit - self._server.clock()
         mask = select.POLLIN | select.POLLOUT if has_more else select.POLLIN
-        self.turn.give_up()
-        has_come = remaining > 0 and self._wait(mask, remaining)
-        self.turn.take()
-        if not has_come:
+        if remaining <= 0 or not self._wait(mask, remaining):
             raise self.dialogue.timed_out(limit)
 
     def _wait(self, mask: int, seconds: float) -> bool:

@@ -29,6 +29,7 @@ DEADLINE = 30
 CHILD = """
 import logging, sys, warnings
 from pyramid_mailqueue.cli import progress as module
+from pyramid_mailqueue.cli.common import exit_status_of
 from pyramid_mailqueue.cli.progress import open_progress
 
 for pause in ('_PATIENCE', '_BETWEEN_BARS', '_BETWEEN_LINES'):
@@ -42,7 +43,12 @@ except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
 except ZeroDivisionError:
     print('failed', file=sys.stderr)
-print('summary')
+
+def work():
+    print('summary')
+    return 0
+
+sys.exit(exit_status_of('mq-run', work))
 """
 WITHOUT_RICH = 'sys.modules["rich"] = None'
 IMPORTED = 'print("rich" in sys.modules, flush=True)'
