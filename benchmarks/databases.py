@@ -10,16 +10,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import create_engine, text
 
 from benchmarks.common import Failed, new_message
+from benchmarks.servers import HOST
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
 from tests.sql.databases import Elsewhere, Postgres, create_queue_tables, find_binaries, postgres_schema
 
-__all__ = ['TABLE', 'Source', 'Sql', 'create_queue_tables', 'queue_tables', 'schema', 'server', 'sizes']
+__all__ = [
+    'TABLE',
+    'Source',
+    'Sql',
+    'create_queue_tables',
+    'queue_tables',
+    'schema',
+    'server',
+    'sizes',
+    'write_sql_ini',
+]
 
 TABLE = 'mailqueue_message'
 
@@ -115,3 +127,16 @@ def sizes(sql: Sql) -> tuple[int, int, int]:
         "FROM pg_class WHERE oid = '{0}'::regclass"
     )
     return tuple(sql(statement.format(TABLE))[0])
+
+
+def write_sql_ini(folder: Path, url: str, port: int) -> Path:
+    """Write the ini file of an application whose queue is in its database, for a server at a port of this host."""
+    ini = folder / 'app.ini'
+    ini.write_text(
+        '[app:main]\n'
+        f'sqlalchemy.url = {url.replace("%", "%%")}\n'
+        'mailqueue.queue = sql\n'
+        f'mailqueue.smtp_hostname = {HOST}\n'
+        f'mailqueue.smtp_port = {port}\n'
+    )
+    return ini

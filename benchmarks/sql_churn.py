@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import KIB, MB, Failed, options, print_table, progress
-from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server, sizes
-from benchmarks.servers import HOST, sink
+from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server, sizes, write_sql_ini
+from benchmarks.servers import sink
 from benchmarks.ways import mq_run
 from pyramid_mailqueue.queues.sql import CLAIM_BATCH
 
@@ -108,14 +108,7 @@ def _plan(sql: Sql) -> dict:
 @contextlib.contextmanager
 def _workers(url: str, port: int, number: int) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
-        ini = Path(folder, 'app.ini')
-        ini.write_text(
-            '[app:main]\n'
-            f'sqlalchemy.url = {url.replace("%", "%%")}\n'
-            'mailqueue.queue = sql\n'
-            f'mailqueue.smtp_hostname = {HOST}\n'
-            f'mailqueue.smtp_port = {port}\n'
-        )
+        ini = write_sql_ini(Path(folder), url, port)
         workers = [_started([mq_run(), ini, '--watch', '0.2']) for _ in range(number)]
         try:
             yield

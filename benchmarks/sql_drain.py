@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import KIB, Failed, measure, options, print_table, progress, run
-from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server
+from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server, write_sql_ini
 from benchmarks.post_office import THREADS
-from benchmarks.servers import HOST, sink, sink_name
+from benchmarks.servers import sink, sink_name
 from benchmarks.ways import mq_run
 
 SIZE = 4 * KIB
@@ -117,14 +117,7 @@ def _ours(url: str, folder: Path, port: int, workers: list[int]) -> list[Way]:
             source.put(number)
 
     queue = Queue(url, TABLE, fill)
-    ini = folder / 'app.ini'
-    ini.write_text(
-        '[app:main]\n'
-        f'sqlalchemy.url = {url.replace("%", "%%")}\n'
-        'mailqueue.queue = sql\n'
-        f'mailqueue.smtp_hostname = {HOST}\n'
-        f'mailqueue.smtp_port = {port}\n'
-    )
+    ini = write_sql_ini(folder, url, port)
     return [Way(_mq_run(number), queue, [[mq_run(), ini]] * number, _peer(number)) for number in workers]
 
 

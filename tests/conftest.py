@@ -50,21 +50,17 @@ COMPLETE = bool(os.environ.get('MAILQUEUE_TESTS_COMPLETE'))
 @pytest.fixture(autouse=True)
 def _loggers_are_as_they_were():
     """What a test, or a command that it calls, makes of the logs ends with it."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+    loggers = [logging.getLogger(), *map(logging.getLogger, LOGGERS)]
     before = [(it, it.level, it.handlers[:], it.propagate, it.disabled) for it in loggers]
-    root = logging.getLogger()
-    root_level, root_handlers = root.level, root.handlers[:]
     yield
-    root.setLevel(root_level)
-    for handler in root.handlers[:]:
-        # Those of pytest come and go with the phases of a test.
-        if handler not in root_handlers and type(handler).__module__ != '_pytest.logging':
-            root.removeHandler(handler)
-            handler.close()
     for logger, level, handlers, propagate, disabled in before:
         logger.setLevel(level)
-        logger.handlers[:] = handlers
         logger.propagate, logger.disabled = propagate, disabled
+        for handler in logger.handlers[:]:
+            # Those of pytest come and go with the phases of a test.
+            if handler not in handlers and type(handler).__module__ != '_pytest.logging':
+                logger.removeHandler(handler)
+                handler.close()
 
 
 def _fail_if_left_out(report):

@@ -45,22 +45,6 @@ def state(queue_dir):
     return lambda: {state: number for state, number in MaildirQueue(queue_dir).counts().items() if number}
 
 
-@pytest.fixture
-def _logging_as_it_was():
-    """A run may set up logging, as a program of its own would."""
-    root = logging.getLogger()
-    loggers = [root, *(logging.getLogger(f'mailqueue.{name}') for name in ('delivery_log', 'queue_log'))]
-    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, level, propagate, handlers in before:
-        for handler in logger.handlers:
-            if handler not in handlers:
-                handler.close()
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
 # --- a message into the queue -----------------------------------------------
 
 
@@ -249,7 +233,6 @@ def test_plugins_are_loaded_for_a_handler_of_ones_own_too(queue_dir, caplog):
     ]
 
 
-@pytest.mark.usefixtures('_logging_as_it_was')
 def test_the_logs_of_the_settings_are_written(queue_dir, smtp, tmp_path):
     enqueue_message(CONTENT, queue_dir, SHOP, [ADA])
 
@@ -258,7 +241,6 @@ def test_the_logs_of_the_settings_are_written(queue_dir, smtp, tmp_path):
     assert ' status=sent ' in (tmp_path / 'delivery.log').read_text()
 
 
-@pytest.mark.usefixtures('_logging_as_it_was')
 def test_logging_that_is_configured_is_left_alone(queue_dir, smtp):
     before = list(logging.getLogger().handlers)
 
@@ -268,7 +250,6 @@ def test_logging_that_is_configured_is_left_alone(queue_dir, smtp):
     assert len(logging.getLogger().handlers) == len(before) + 1
 
 
-@pytest.mark.usefixtures('_logging_as_it_was')
 def test_a_configuration_file_may_be_named_instead(queue_dir, server, tmp_path):
     enqueue_message(CONTENT, queue_dir, SHOP, [ADA])
     ini = tmp_path / 'mqrunner.ini'

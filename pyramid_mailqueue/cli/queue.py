@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pyramid_mailqueue.cli import queue_change, queue_init, queue_look, queue_move
 from pyramid_mailqueue.cli.common import (
@@ -32,6 +32,8 @@ from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
+
+T = TypeVar('T')
 
 NAME = 'mq-queue'
 
@@ -80,15 +82,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors='backslashreplace')
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
-    if arguments.run is queue_init.init:
-        sys.exit(exit_status_of(NAME, lambda: _with_settings(queue_init.init, arguments)))
-    if arguments.run is queue_move.move:
-        sys.exit(exit_status_of(NAME, lambda: _with_settings(queue_move.move, arguments)))
-    sys.exit(exit_status_of(NAME, lambda: _run(arguments.run, arguments)))
+    # Of these the queue is not there yet, or there are two.
+    start = _with_settings if arguments.run in (queue_init.init, queue_move.move) else _with_queue
+    sys.exit(exit_status_of(NAME, lambda: start(arguments.run, arguments)))
 
 
-def _run(work: Run, arguments: argparse.Namespace) -> int:
-    queue = _open_queue(arguments)
+def _with_queue(work: Callable[[IMailQueue, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    queue = _with_settings(_open_queue, arguments)
     try:
         return work(queue, arguments)
     finally:
@@ -96,31 +96,23 @@ def _run(work: Run, arguments: argparse.Namespace) -> int:
             queue.close()
 
 
-def _with_settings(work: Callable[[Settings, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Of these the queue is not there yet, or there are two."""
+def _with_settings(work: Callable[[Settings, argparse.Namespace], T], arguments: argparse.Namespace) -> T:
     overrides = dict(map(parse_override, arguments.overrides))
     with blaming(arguments.ini):
-        return work(_read_settings(arguments, overrides), arguments)
+        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+        refuse_root(settings.queue_dir, NAME)
+        if arguments.changes:
+            # Who only looks need not be able to write the logs.
+            setup_logging(arguments.ini, overrides, settings)
+        return work(settings, arguments)
 
 
-def _read_settings(arguments: argparse.Namespace, overrides: dict[str, str]) -> Settings:
-    settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
-    refuse_root(settings.queue_dir, NAME)
-    if arguments.changes:
-        # Who only looks need not be able to write the logs.
-        setup_logging(arguments.ini, overrides, settings)
-    return settings
-
-
-def _open_queue(arguments: argparse.Namespace) -> IMailQueue:
+def _open_queue(settings: Settings, _arguments: argparse.Namespace) -> IMailQueue:
     from pyramid_mailqueue.wiring import build_queue
 
-    overrides = dict(map(parse_override, arguments.overrides))
-    with blaming(arguments.ini):
-        settings = _read_settings(arguments, overrides)
-        queue = build_queue(settings)
-        if getattr(queue, 'admin', None) is None:
-            raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
+    queue = build_queue(settings)
+    if getattr(queue, 'admin', None) is None:
+        raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
     return queue
 
 
@@ -330,7 +322,7 @@ def _whole(text: str) -> int:
 def _as_plugin(arguments: argparse.Namespace) -> int:
     """Whatever happens, Nagios is told of it on stdout, and by one of its four statuses."""
     try:
-        status = _run(queue_look.check, arguments)
+        status = _with_queue(queue_look.check, arguments)
         sys.stdout.flush()
     except MailqueueError as error:
         problem = printable(' '.join(str(error).splitlines()))

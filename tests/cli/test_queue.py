@@ -110,8 +110,6 @@ def ini(tmp_path):
 @pytest.fixture
 def mq_queue(ini, capfdbinary):
     """Run the command in this process: ``mq_queue('list')`` returns the exit status, and what was printed."""
-    root = logging.getLogger()
-    before = list(root.handlers)
 
     def mq_queue(*arguments, path=None):
         with pytest.raises(SystemExit) as exit_:
@@ -120,8 +118,7 @@ def mq_queue(ini, capfdbinary):
         out, err = capfdbinary.readouterr()
         return exit_.value.code, out.decode(), err.decode()
 
-    yield mq_queue
-    root.handlers[:] = before
+    return mq_queue
 
 
 @pytest.fixture
