@@ -202,7 +202,7 @@ def _check_tables(queue: SQLQueue, settings: Settings) -> None:
         hint = (
             ''
             if settings.queue == 'sql'
-            else ' As long as the ini file names the other queue, init needs --set mailqueue.queue=sql.'
+            else ' As long as the ini file names the other queue: mq-queue app.ini --set mailqueue.queue=sql init.'
         )
         raise ConfigurationError(f'{error}{hint}') from error
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pyramid_mailqueue.cli import queue_change, queue_init, queue_look, queue_move
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = parser.parse_args(argv)
     if arguments.run is queue_change.retry and bool(arguments.ids) == bool(arguments.states):
         arguments.parser.error('name the messages to retry, or say --all or --dead')
+    if sys.stdout is None:
+        # It was closed before the command began.
+        sys.stdout = Path(os.devnull).open('w')  # noqa: SIM115 - until the process ends
     # Whatever a sender has written, and whatever the terminal can show: it can be printed.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

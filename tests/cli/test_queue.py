@@ -428,6 +428,16 @@ def test_a_dead_letter_can_be_retried_and_is_delivered_by_the_next_run(mq_queue,
     assert states() == {}
 
 
+@pytest.mark.parametrize('command', ['list', 'stats', 'check'])
+def test_without_stdout_the_commands_end_as_always(put, ini, command):
+    put('waiting')
+    run = f'exec {sys.executable} -m pyramid_mailqueue.cli.queue {ini()} {command} >&-'
+
+    done = subprocess.run(['sh', '-c', run], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 def test_a_new_id_is_told(mq_queue, put, queue, states):
     name = put('dead')
     long = f'{name}{"x" * 150}'
