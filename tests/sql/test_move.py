@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import threading
@@ -156,7 +157,8 @@ def test_many_messages_move_in_batches(place, monkeypatch):
     monkeypatch.setattr(moving, 'MOST_MESSAGES', 3)
     monkeypatch.setattr(moving, 'MOST_OCTETS', 2000)
     for n in range(8):
-        place.put(content(n) + b'x' * (700 if n < 4 else 3000 if n == 4 else 0))
+        header = dataclasses.replace(HEADER, queued_at=BORN + n)
+        place.put(content(n) + b'x' * (700 if n < 4 else 3000 if n == 4 else 0), header=header)
     batches = []
 
     for to in ('sql', 'maildir'):
