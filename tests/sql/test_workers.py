@@ -57,7 +57,8 @@ def start_worker(tmp_path):
     workers = []
 
     def start_worker(url, server):
-        ini = tmp_path / 'app.ini'
+        # One of its own: another worker may be about to read what is written anew.
+        ini = tmp_path / f'app-{len(workers)}.ini'
         ini.write_text(
             f"""
             [app:main]
