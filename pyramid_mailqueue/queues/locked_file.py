@@ -23,11 +23,11 @@ import fcntl
 import os
 import stat
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pyramid_mailqueue.forks import call_in_children
 
-__all__ = ['Holder', 'LockedFile', 'sync_folder']
+__all__ = ['Holder', 'LockedFile', 'abandon_all', 'sync_folder']
 
 # Gone; a symbolic link; a folder; a fifo or socket.
 _NOTHING_TO_TAKE = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO})
@@ -78,9 +78,14 @@ class LockedFile:
             return False
         return stat.S_ISREG(self._stat.st_mode) and os.path.samestat(self._stat, named)
 
+    @property
+    def size(self) -> int:
+        """How much is in the file, in octets.  Raises OSError."""
+        return (self._stat or os.fstat(self.fd)).st_size
+
     def read(self) -> bytes:
         """Return what is in the file.  Raises OSError."""
-        size = (self._stat or os.fstat(self.fd)).st_size
+        size = self.size
         content = os.pread(self.fd, size, 0)
         if len(content) < size:
             raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
@@ -91,10 +96,13 @@ class LockedFile:
         os.rename(self.path, path)
         self.path = path
 
-    def remove(self) -> None:
-        """Remove the file from its folder, and keep it locked.  Raises OSError, but not if it is gone already."""
-        with contextlib.suppress(FileNotFoundError):
+    def remove(self) -> bool:
+        """Remove the file from its folder, and keep it locked; False if it is gone already.  Raises OSError."""
+        try:
             os.unlink(self.path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the file where it is.  A second call does nothing."""
@@ -171,14 +179,36 @@ class Holder:
             return None
         return file
 
+    def take_over(self, file: LockedFile) -> LockedFile:
+        """Return another one that holds what *file* has held, which is closed by that."""
+        fd, file.fd = file.fd, -1
+        return self._hold(LockedFile(file.path, fd))
+
     def _open(self, path: str, flags: int) -> LockedFile:
-        file = LockedFile(path, os.open(path, flags, 0o600))
+        return self._hold(LockedFile(path, os.open(path, flags, 0o600)))
+
+    def _hold(self, file: LockedFile) -> LockedFile:
         self._held.add(file)
         return file
 
     def _abandon_all(self) -> None:
         for file in self._held:
             file.abandon()
+
+
+def abandon_all(files: Iterable[LockedFile]) -> None:
+    """Abandon files at once: those whose descriptors follow each other with one system call."""
+    descriptors = []
+    for file in files:
+        if not file.closed:
+            descriptors.append(file.fd)
+            file.fd = -1
+    descriptors.sort()
+    while descriptors:
+        first = descriptors[0]
+        number = next((n for n, fd in enumerate(descriptors) if fd != first + n), len(descriptors))
+        os.closerange(first, first + number)
+        del descriptors[:number]
 
 
 def _write_all(fd: int, pieces: Sequence[bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import os
@@ -163,8 +162,8 @@ class MaildirClaim:
         if settlement.burials:
             sync_folder(self._folders.place('dead'))
         if not settlement.waiting:
-            self._file.remove()
-            self._folders.changed('cur')
+            if self._file.remove():
+                self._folders.removed('cur', self._file)
         elif self._is_changed_by(settlement):
             self._rewrite(settlement)
             # Its deliverer has lived, so the deaths before do not count any more.
@@ -176,6 +175,9 @@ class MaildirClaim:
         return settlement.counted or settlement.due is not None or settlement.waiting != self._header.recipients
 
     def _bury(self, burial: Burial, settlement: Settlement) -> None:
+        # Few runs need it.
+        import hashlib
+
         header = self._next_header(burial.recipients, settlement, burial.reason)
         names = hashlib.sha256('\0'.join(burial.recipients).encode()).hexdigest()
         path = self._folders.place('dead', f'{self.id}.{names[:8]}')

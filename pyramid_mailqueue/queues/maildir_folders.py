@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import re
-import secrets
 import socket
 import threading
 import time
@@ -22,7 +21,7 @@ from pyramid_mailqueue.delivery.logs import log_trouble, why
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, sync_folder
+from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, abandon_all, sync_folder
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
@@ -36,6 +35,9 @@ MOVING = 'moving'
 #: after the others began.
 SYNC_EVERY = 100
 SYNC_SECONDS = 0.5
+
+#: The room on the disk of a removed file that is larger than this, in octets, is not kept until then.
+LARGE = 64 * 1024
 
 
 class MaildirFolders:
@@ -121,7 +123,7 @@ class MaildirFolders:
             int(self.clock() * 1_000_000) if born is None else round(born * 1_000_000), 1_000_000
         )
         number = next(self._numbers)
-        return f'{seconds}.M{microseconds:06}P{os.getpid()}Q{number}R{secrets.token_hex(4)}.{self._host}'
+        return f'{seconds}.M{microseconds:06}P{os.getpid()}Q{number}R{os.urandom(4).hex()}.{self._host}'
 
     @contextlib.contextmanager
     def dropped_on_error(self, file: LockedFile) -> Iterator[None]:
@@ -151,6 +153,14 @@ class MaildirFolders:
         """Note a change of a folder that is to be made durable with the next batch."""
         self._changes.note(folder)
 
+    def removed(self, folder: str, file: LockedFile) -> None:
+        """Let go of a file that was removed from a folder, and make that durable, with the next batch."""
+        try:
+            is_small = file.size <= LARGE
+        except OSError:
+            is_small = False
+        self._changes.note(folder, self._holder.take_over(file) if is_small else None)
+
     def flush(self) -> None:
         """See `IMailQueue`."""
         self._changes.flush()
@@ -161,40 +171,68 @@ class MaildirFolders:
 
 
 class _UnsyncedChanges:
-    """The folders that were changed since they were last made durable."""
+    """
+    The folders that were changed since they were last made durable, and files that were removed from them.
+
+    A batch that is full is ended by a thread of its own.  The file system takes its time to free what was in a file,
+    and does that when the last one who has it open closes it.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        # Held while folders are made durable: who has filled the next batch meanwhile has to wait.
+        # Held while a batch is made durable: who has filled the next one meanwhile has to wait.
         self._syncing = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
         self._folders: set[str] = set()
+        self._files: list[LockedFile] = []
         self._count = 0
         self._since = 0.0
 
-    def note(self, folder: str) -> None:
+    def note(self, folder: str, file: LockedFile | None = None) -> None:
         now = time.monotonic()
         with self._lock:
-            if not self._folders:
+            if not self._count:
                 self._since = now
             self._folders.add(folder)
+            if file is not None:
+                self._files.append(file)
             self._count += 1
             if self._count < SYNC_EVERY and now - self._since < SYNC_SECONDS:
                 return
-        self.flush()
+        self._syncing.acquire()
+        batch = self._take()
+        try:
+            threading.Thread(target=self._end, args=batch, name='mailqueue-sync', daemon=True).start()
+        except RuntimeError:
+            # There can be no more threads.
+            self._end(*batch)
 
     def flush(self) -> None:
+        self._syncing.acquire()
+        self._end(*self._take())
+
+    def _take(self) -> tuple[set[str], list[LockedFile]]:
+        with self._lock:
+            batch = self._folders, self._files
+            self._begin()
+        return batch
+
+    def _end(self, folders: set[str], files: list[LockedFile]) -> None:
         # Told of when nothing is held any more: who hears of it may deliver mail.
         troubles = []
-        with self._syncing:
-            with self._lock:
-                folders, self._folders, self._count = self._folders, set(), 0
+        try:
             for folder in folders:
                 path = os.path.join(self._path, folder)
                 try:
                     sync_folder(path)
                 except OSError as error:
                     troubles.append((path, error))
+            abandon_all(files)
+        finally:
+            self._syncing.release()
         for path, trouble in troubles:
             log_trouble('holds changes that a power cut may undo', path, trouble)
 

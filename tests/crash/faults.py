@@ -18,13 +18,13 @@ import signal
 import socket
 import threading
 
+from pyramid_mailqueue.delivery import waiting
 from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
-from pyramid_mailqueue.transports import smtp_session
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
-    'access', 'chmod', 'close', 'fchmod', 'flock', 'fstat', 'fsync', 'makedirs', 'open', 'pread', 'rename', 'scandir',
-    'stat', 'unlink', 'utime', 'writev',
+    'access', 'chmod', 'close', 'closerange', 'fchmod', 'flock', 'fstat', 'fsync', 'makedirs', 'open', 'pread',
+    'rename', 'scandir', 'stat', 'unlink', 'utime', 'writev',
 })  # fmt: skip
 
 #: The methods with which the transport talks to a server.
@@ -49,13 +49,13 @@ def intercepted(around):
         for module in MODULES:
             module.os = _Through(around, os, SYSTEM_CALLS)
         locked_file.fcntl = _Through(around, fcntl, SYSTEM_CALLS)
-        smtp_session.select = _Select(around)
+        waiting.select = _Select(around)
         yield around
     finally:
         for module in MODULES:
             module.os = os
         locked_file.fcntl = fcntl
-        smtp_session.select = select
+        waiting.select = select
 
 
 def connecting(around):
@@ -138,7 +138,7 @@ class Log:
 #: Which calls can come back with which error.
 CAN_FAIL = {
     'ENOSPC': lambda call: call.creates or call.name in {'fsync', 'makedirs', 'rename', 'writev'},
-    'EIO': lambda call: call.name not in {'access', 'flock'},
+    'EIO': lambda call: call.name not in {'access', 'closerange', 'flock'},
     'EACCES': lambda call: call.name in {'chmod', 'makedirs', 'open', 'rename', 'scandir', 'unlink', 'utime'},
     'EROFS': lambda call: call.opens_for_writing or call.name in CHANGES,
     'EMFILE': lambda call: call.name in {'open', 'scandir'},

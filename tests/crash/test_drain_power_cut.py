@@ -74,19 +74,20 @@ def test_what_a_run_does_is_made_durable_in_batches(queue, office):
     drain(queue.path, office, around=disk)
 
     assert where(queue) == {'new': SYNC_EVERY}
-    assert disk.most <= SYNC_EVERY
+    # One batch may be on its way to the disk, and the next one is filled meanwhile.
+    assert disk.most <= 2 * SYNC_EVERY
     assert disk.story.count('change') == 2 * SYNC_EVERY + 20
     assert disk.unsynced == set(), 'everything is durable when a run ends'
 
 
-def test_threads_do_not_run_away_from_a_slow_disk(queue, office):
+def test_a_run_does_not_run_away_from_a_slow_disk(queue, office):
     fill(queue, letters(4 * SYNC_EVERY + 20))
     office.open_for(4)
     disk = Disk(seconds=0.4)
     drain(queue.path, office, connections=4, around=disk)
 
-    # One batch is on its way to the disk, and the next one waits for that, with one message more for each other thread.
-    assert disk.most <= 2 * SYNC_EVERY + 3
+    # One batch is on its way to the disk, and whoever has filled the next one waits for that.
+    assert disk.most <= 2 * SYNC_EVERY
     assert disk.unsynced == set()
     assert where(queue) == {}
 

@@ -76,6 +76,12 @@ def claimed(queue, envelope=ENVELOPE):
         return queue.put_claimed(envelope)
 
 
+def flush(queue):
+    """What was removed stays open until its batch is durable."""
+    with without_faults():
+        queue.flush()
+
+
 def claim_all(queue, *, in_doubt='send'):
     """What the next runs find, when the trouble is over."""
     with without_faults():
@@ -189,6 +195,7 @@ def test_a_message_that_cannot_be_put_and_claimed_is_refused_and_leaves_nothing(
             if taken:
                 assert fault.hit is None
                 taken.settle(Settlement())
+                flush(queue)
                 assert where(queue) == {}
             else:
                 assert_is_refusal(refusal, queue, fault)
@@ -253,6 +260,7 @@ def test_a_settlement_that_cannot_be_written_loses_nobody(rounds, told, settleme
             taken = claimed(queue, dataclasses.replace(ENVELOPE, recipients=(A, B, C, D)))
             with intercepted(fault):
                 taken.settle(settlement)
+            flush(queue)
 
         found = claim_all(queue)
         assert len(found) <= 1
@@ -290,6 +298,7 @@ def test_a_recovery_that_fails_is_completed_by_the_next_one(rounds, told, in_dou
         queue.in_doubt = in_doubt
         with no_open_files_are_left():
             recovery, refusal = attempt(fault, queue.recover, time.time())
+            flush(queue)
         if refusal:
             assert str(refusal) in {
                 f'The folder {queue.place(folder)} cannot be read: {os.strerror(fault.error)}'
@@ -334,9 +343,10 @@ def assert_is_true(recovery, queue):
 
 def test_making_changes_durable_never_raises(rounds, told):
     for fault, queue in rounds:
-        claimed(queue).settle(Settlement())
-        with no_open_files_are_left(), intercepted(fault):
-            queue.flush()
+        with no_open_files_are_left():
+            claimed(queue).settle(Settlement())
+            with intercepted(fault):
+                queue.flush()
         assert fault.hit is None or told(level='ERROR', status='trouble', file=queue.place('cur'))
 
 

@@ -724,7 +724,7 @@ def test_a_message_is_read_with_few_system_calls(queue):
         taken.settle(Settlement())
 
     assert log.names == [
-        'scandir', 'open', 'flock', 'fstat', 'stat', 'rename', 'pread', 'unlink', 'flock', 'close',
+        'scandir', 'open', 'flock', 'fstat', 'stat', 'rename', 'pread', 'unlink',
     ]  # fmt: skip
 
 
@@ -926,6 +926,7 @@ def test_a_claim_that_was_damaged_since_says_so_and_settling_it_does_not_raise(q
 def test_a_message_that_is_done_leaves_the_queue(queue):
     with no_open_files_are_left():
         queue.put_claimed(ENVELOPE).settle(Settlement())
+        queue.flush()
 
     assert where(queue) == {}
 
@@ -1444,7 +1445,7 @@ def test_a_child_does_not_make_its_parents_changes_durable(queue):
     assert run_in_child(flush) == []
     with intercepted(Log()) as log:
         queue.flush()
-    assert log.names == ['open', 'fsync', 'close']
+    assert log.names == ['open', 'fsync', 'close', 'closerange']
 
 
 def test_a_child_claims_and_settles_for_itself(queue):
@@ -1476,6 +1477,12 @@ def test_a_commit_makes_three_syncs_and_two_more_for_each_further_message(queue)
         assert log.names.count('fsync') == syncs
 
 
+def end_of_sync(queue):
+    """Wait until the batch that is being made durable is."""
+    with queue._changes._syncing:
+        pass
+
+
 def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatch):
     monkeypatch.setattr(maildir_folders, 'SYNC_SECONDS', 1000)
     claims = [queue.put_claimed(ENVELOPE) for _ in range(maildir_folders.SYNC_EVERY * 2 + 1)]
@@ -1484,6 +1491,7 @@ def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatc
     for taken in claims:
         with intercepted(Log()) as log:
             taken.settle(Settlement())
+            end_of_sync(queue)
         syncs.append(log.names.count('fsync'))
 
     assert [number for number, count in enumerate(syncs, 1) if count] == [100, 200]
@@ -1503,9 +1511,40 @@ def test_settled_messages_are_made_durable_twice_a_second(queue, monkeypatch):
         now[0] = 1000 + seconds
         with intercepted(Log()) as log:
             taken.settle(Settlement())
+            end_of_sync(queue)
         syncs.append(log.names.count('fsync'))
 
     assert syncs == [0, 0, 0, 1, 0]
+
+
+def test_removed_files_are_closed_together_and_a_large_one_at_once(queue):
+    small = [queue.put_claimed(ENVELOPE) for _ in range(5)]
+    large = queue.put_claimed(dataclasses.replace(ENVELOPE, content=b'x' * maildir_folders.LARGE))
+
+    with intercepted(Log()) as log:
+        for taken in (*small, large):
+            taken.settle(Settlement())
+    assert log.names.count('close') == 1
+
+    with intercepted(Log()) as log:
+        queue.flush()
+    assert log.names == ['open', 'fsync', 'close', 'closerange']
+
+
+def test_where_there_can_be_no_thread_a_batch_is_made_durable_at_once(queue, monkeypatch):
+    def no_more(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', no_more)
+    monkeypatch.setattr(maildir_folders, 'SYNC_EVERY', 3)
+    claims = [queue.put_claimed(ENVELOPE) for _ in range(3)]
+
+    with intercepted(Log()) as log:
+        for taken in claims:
+            taken.settle(Settlement())
+
+    assert log.names[-4:] == ['open', 'fsync', 'close', 'closerange']
+    assert not queue._changes._syncing.locked()
 
 
 def test_each_folder_that_changed_is_synced_once_for_a_batch(queue):
