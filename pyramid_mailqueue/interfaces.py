@@ -322,7 +322,8 @@ class ITransport(Interface):
         an offer before the content of the next can be with the server.  It may ask for the next offer before that, to
         speak of it meanwhile.  Recipients without a reply, where others have one, are offered again.  After trouble it
         ends: with a result that has ``trouble``, or by raising it if the oldest offer has no reply at all.  Whatever
-        came after that offer must be untouched.
+        came after that offer must be untouched.  Where it has to wait it may yield a :class:`~.delivery.waiting.Wait`,
+        so that other streams go on in the same thread.
 
     ``abort()``
         Break off what is under way in other threads.

@@ -5,15 +5,16 @@ Settled first: whatever a logger or a plugin does afterwards, the message cannot
 of it.  Only receivers of ``delivery_failed`` are asked before that, as they may end the message; who has accepted it is
 written down by then (see :mod:`~.plugins`).
 
-A :class:`_Shift` is one thread's work.  It offers its messages in a stream, so that a transport can speak of the next
-one while the one before is under way::
+A :class:`_Shift` is the work of one who delivers.  It offers its messages in a stream, so that a transport can speak of
+the next one while the one before is under way::
 
     claims --take--> next --offer--> under way --outcome--> settled
              take_now  ^                 |
                        +-----------------+   untouched: the stream has ended before it was tried
                                              unfinished: the rest of its recipients, or the next transport
 
-``take`` may wait and is called only when nothing is in hand; ``take_now`` never waits, because somebody does.
+``take`` may wait and is called only when nothing is in hand; ``take_now`` never waits, because somebody does.  What has
+to be waited for is yielded on the way (see :mod:`~.waiting`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -35,7 +37,8 @@ from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins,
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
 from pyramid_mailqueue.delivery.results import Burial, Offer, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
-from pyramid_mailqueue.delivery.route import Route
+from pyramid_mailqueue.delivery.route import Route, Stumbles
+from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
@@ -51,11 +54,11 @@ RATE_TROUBLE_REST = 60
 
 
 class Claims(Protocol):
-    """Where a thread that delivers gets its messages from.  No method raises."""
+    """Where one who delivers gets the messages from.  No method raises."""
 
     @property
     def is_over(self) -> bool:
-        """Whether the thread is to end now: what is not under way is released."""
+        """Whether to end now: what is not under way is released."""
 
     def take(self) -> IClaim | None:
         """Return the next claim, if need be after a while; None if there is nothing more to do."""
@@ -65,7 +68,7 @@ class Claims(Protocol):
 
     def hand_over(self, claims: Sequence[IClaim]) -> bool:
         """
-        Let other threads deliver these, and return True; False if there are none.
+        Let others deliver these, and return True; False if there is nobody else.
 
         The server has no room for one more session, but the others' go on.
         """
@@ -78,7 +81,7 @@ class MessageHandler:
     :param transports: what to offer messages to; any object with a fitting ``send`` will do (see `ITransport`)
     :param retry_policy: see `IRetryPolicy`
     :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
-    :param connections: how many threads a run may deliver with at once; each uses one connection
+    :param connections: how many connections a run may use at once
     :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
         common rate and returns 0, or takes nothing and returns in how many seconds to ask again
     :param notify: called with each event (see :mod:`~.events`); must not raise
@@ -102,6 +105,7 @@ class MessageHandler:
         self.connections = connections
         self.take_from_rate = take_from_rate
         self.notify = notify
+        self._own = _OfThread()
         self._rate_allows_at = 0.0
         self.plugins = tuple(plugins)
         self._has_loaded_plugins = False
@@ -147,7 +151,15 @@ class MessageHandler:
 
         What is in hand when this generator is closed is released.
         """
-        shift = _Shift(self, claims)
+        return without_waits(self.work_on(claims, self._own.stumbles))
+
+    def work_on(self, claims: Claims, stumbles: Stumbles) -> Generator[tuple[IClaim, SendResult] | Wait]:
+        """
+        As :meth:`deliver_all`, but yield a wait where one has to wait.
+
+        :param stumbles: is written on
+        """
+        shift = _Shift(self, claims, stumbles)
         try:
             yield from shift.work()
         finally:
@@ -213,10 +225,10 @@ class MessageHandler:
         if not self.may_send(attempt):
             attempt.note(SendResult(trouble=ServerTrouble('mailqueue.rate_limit allows no more mail now.')))
         while (route := self.next_route(attempt)) is not None:
-            for result in route.stream(attempt.offer, _do_nothing):
+            for result in without_waits(route.stream(attempt.offer, _do_nothing)):
                 if result.trouble is None:
-                    route.worked()
-                elif not route.forgives(result.trouble):
+                    route.worked(self._own.stumbles)
+                elif not route.forgives(result.trouble, self._own.stumbles):
                     self.rest(route, result.trouble)
                 attempt.note(result)
         result, now = attempt.result, self.clock()
@@ -271,6 +283,13 @@ class MessageHandler:
             route.abort()
 
 
+class _OfThread(threading.local):
+    """What is of the thread that delivers, where there is no run."""
+
+    def __init__(self) -> None:
+        self.stumbles: Stumbles = {}
+
+
 class _Attempt:
     """
     One attempt at a message, and how far it has come.
@@ -296,6 +315,8 @@ class _Attempt:
         self.answers.append(result)
         self._last[self.position] = result
         self.still_open = result.open_of(self.still_open)
+        if not self.still_open:
+            return
         untried = tuple(recipient for recipient in self.offer.recipients if recipient not in result.replies)
         if result.trouble is None and untried:
             # The server takes only so many at once.
@@ -326,7 +347,7 @@ class _Claimed(_Attempt):
     """
     An attempt at a message of a queue.
 
-    :ivar number: its place in the order in which a thread was given its claims
+    :ivar number: its place in the order in which the claims were given
     """
 
     def __init__(self, claim: IClaim, number: int) -> None:
@@ -351,19 +372,24 @@ class _Claimed(_Attempt):
 
 
 class _Shift:
-    """The work of one thread; see the module."""
+    """The work of one who delivers; see the module."""
 
-    def __init__(self, handler: MessageHandler, claims: Claims) -> None:
+    def __init__(self, handler: MessageHandler, claims: Claims, stumbles: Stumbles) -> None:
         self._handler = handler
         self._claims = claims
+        self._stumbles = stumbles
         self._numbers = itertools.count()
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
 
-    def work(self) -> Iterator[tuple[IClaim, SendResult]]:
-        """Yield each claim that is settled, until there is nothing more to do."""
-        while (attempt := self._first()) is not None:
+    def work(self) -> Iterator[tuple[IClaim, SendResult] | Wait]:
+        """Yield each claim that is settled, until there is nothing more to do, and whatever has to be waited for."""
+        while True:
+            yield ABOUT_TO_BLOCK
+            attempt = self._first()
+            if attempt is None:
+                break
             route = self._handler.next_route(attempt)
             if route is None:
                 yield self._concluded(attempt)
@@ -402,10 +428,13 @@ class _Shift:
                 return attempt
         return None
 
-    def _stream(self, route: Route, first: _Claimed) -> Iterator[tuple[IClaim, SendResult]]:
+    def _stream(self, route: Route, first: _Claimed) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         self._under_way.append(first)
         with closing(route.stream(first.offer, lambda: self._more(route))) as results:
             for result in results:
+                if isinstance(result, Wait):
+                    yield result
+                    continue
                 attempt = self._under_way.popleft()
                 if result.trouble is not None and not attempt.is_valid():
                     # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
@@ -435,9 +464,9 @@ class _Shift:
     def _is_left_to_others(self, route: Route, attempt: _Claimed, result: SendResult) -> bool:
         """Learn from *result* how the server is; whether this shift is over, and other threads have what is in hand."""
         if result.trouble is None:
-            route.worked()
+            route.worked(self._stumbles)
             return False
-        if self._claims.is_over or route.forgives(result.trouble):
+        if self._claims.is_over or route.forgives(result.trouble, self._stumbles):
             return False
         untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
         if not (result.replies or attempt.has_outcome):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -12,11 +11,12 @@ from typing import Any
 
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
+from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
 
-__all__ = ['MAX_STUMBLES', 'Route']
+__all__ = ['MAX_STUMBLES', 'Route', 'Stumbles']
 
 log = logging.getLogger('mailqueue.delivery')
 
@@ -27,6 +27,10 @@ MAX_STUMBLES = 2
 #: What is understood where a transport that is not in trouble leaves somebody out.  Silence is no success.
 _SILENCE = Reply(451, 'the transport said nothing of this recipient', '4.3.0', from_server=False)
 
+#: How many times in a row the server of each route has broken off in the midst of a message of one thread, or of one
+#: share of a run: a server that restarts breaks off the sessions of all of them at once.
+Stumbles = dict['Route', int]
+
 
 class Route:
     """May be used by any number of threads at once."""
@@ -35,12 +39,12 @@ class Route:
         self.transport = transport
         self.name: str = getattr(transport, 'name', None) or type(transport).__name__
         self.pause = pause
-        # Counted for each thread: a server that restarts breaks off the sessions of all of them at once.
-        self._row = _Row()
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult]:
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
         """
         Offer *first*, and what *more* gives for as long as it gives something; yield the outcomes in their order.
+
+        Yields a wait where one has to wait.
 
         The outcome of an offer is yielded before the content of the next one can be with the server.  After one with
         ``trouble`` the stream ends, and what was offered after it is as it was.  Raises no Exception.
@@ -48,18 +52,14 @@ class Route:
         :param more: must not wait, and must not raise
         """
         under_way = deque([first])
-
-        def next_offer() -> Offer | None:
-            offer = more()
-            if offer is not None:
-                under_way.append(offer)
-            return offer
-
-        stream = getattr(self.transport, 'stream', None)
+        may_go_on = hasattr(self.transport, 'stream')
         try:
-            with closing((stream or self._one_by_one)(first, next_offer)) as answers:
+            with closing(self._answers(first, _noting(more, under_way))) as answers:
                 for answer in answers:
-                    result = self._read(answer, under_way.popleft().recipients, may_go_on=stream is not None)
+                    if isinstance(answer, Wait):
+                        yield answer
+                        continue
+                    result = self._read(answer, under_way.popleft().recipients, may_go_on=may_go_on)
                     yield result
                     if result.trouble is not None:
                         return
@@ -75,6 +75,20 @@ class Route:
             if under_way:
                 text = f'the transport failed: {type(error).__name__}: {error}'
                 yield self._deferred(under_way.popleft().recipients, text)
+
+    def _answers(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Any | Wait]:
+        # It connects, if it has to.
+        yield ABOUT_TO_BLOCK
+        says_when_it_waits = False
+        stream = getattr(self.transport, 'stream', None) or self._one_by_one
+        with closing(stream(first, more)) as answers:
+            for answer in answers:
+                yield answer
+                if isinstance(answer, Wait):
+                    says_when_it_waits = True
+                elif not says_when_it_waits:
+                    # Who knows how it goes on?
+                    yield ABOUT_TO_BLOCK
 
     def _one_by_one(self, offer: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Any]:
         while offer is not None:
@@ -106,18 +120,18 @@ class Route:
 
     # --- trouble ---
 
-    def worked(self) -> None:
+    def worked(self, stumbles: Stumbles) -> None:
         """Note that the server took or refused a message as servers do."""
-        self._row.stumbles = 0
+        stumbles.pop(self, None)
         self.pause.end()
 
-    def forgives(self, trouble: ServerTrouble) -> bool:
+    def forgives(self, trouble: ServerTrouble, stumbles: Stumbles) -> bool:
         """Whether the next message may be tried at once: the server broke off in the midst of one, and that is rare."""
-        if trouble.in_message and self._row.stumbles < MAX_STUMBLES:
-            self._row.stumbles += 1
-            return True
-        self._row.stumbles = 0
-        return False
+        count = stumbles.pop(self, 0)
+        if not trouble.in_message or count >= MAX_STUMBLES:
+            return False
+        stumbles[self] = count + 1
+        return True
 
     def still_resting(self, trouble: ServerTrouble) -> SendResult:
         """The answer of a transport that is not asked."""
@@ -161,7 +175,13 @@ class Route:
             method()
 
 
-class _Row(threading.local):
-    """How many times in a row the server has broken off in the midst of a message."""
+def _noting(more: Callable[[], Offer | None], offers: deque[Offer]) -> Callable[[], Offer | None]:
+    """Return *more*, which adds what it gives to *offers*."""
 
-    stumbles = 0
+    def more_and_note() -> Offer | None:
+        offer = more()
+        if offer is not None:
+            offers.append(offer)
+        return offer
+
+    return more_and_note

@@ -1,9 +1,13 @@
 """
 One run over a queue: take care of what dead processes left, then try whatever is due, oldest first.
 
-A run begins with one thread, and so with one connection.  When the first message has had its outcome the server is
+A run begins with one deliverer, and so with one connection.  When the first message has had its outcome the server is
 known to work, and as many others as there are to be begin with what is due next; each of them keeps one session busy.
-A thread whose session cannot be opened, or is one too many for the server, hands over to the others and ends.
+One whose session cannot be opened, or is one too many for the server, hands over to the others and ends.
+
+Each begins in a thread of its own, where it connects; as soon as it waits for the server it goes on in the one thread
+that waits for all of them (see :mod:`~.waiting`).  Over a transport that does not say when it waits it stays where it
+is.
 
 The run ends when nothing is due any more; when it was told to; or when the server is in trouble: what is left then
 waits as it is, because the next message would fare no better.  A server that breaks off in the midst of a message is
@@ -24,6 +28,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
+from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
@@ -197,7 +202,7 @@ class Runner:
 
 
 class _Crew:
-    """The threads of one run, and the thread that waits for them."""
+    """Those who deliver in one run, and the thread that waits for them."""
 
     def __init__(
         self,
@@ -213,7 +218,9 @@ class _Crew:
         self._report = report
         self._on_progress = on_progress
         self._lock = threading.Lock()
-        self._threads: set[threading.Thread] = set()
+        self._loop = Loop()
+        # How many deliver.
+        self._at_work = 0
         self._server_works = False
         self._is_server_lost = False
         self._is_cut_short = False
@@ -240,7 +247,7 @@ class _Crew:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._start_one(self._supply.share())
         has_started_others = False
-        while self._threads and not (self._stop.requested or _has_passed(deadline)):
+        while self._at_work and not (self._stop.requested or _has_passed(deadline)):
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
@@ -260,26 +267,24 @@ class _Crew:
             number -= 1
 
     def _start_one(self, share: Share) -> None:
-        # A daemon: at the end it may hang in what cannot be broken off.
-        thread = threading.Thread(target=self._deliver, args=(share,), name='mailqueue-run', daemon=True)
         with self._lock:
-            self._threads.add(thread)
+            self._at_work += 1
         try:
-            thread.start()
+            self._loop.start(self._deliver(share))
         except RuntimeError:
-            self._threads.remove(thread)
+            self._at_work -= 1
             raise
 
     def _end(self) -> None:
         """Wait for the messages in hand, if there are any; who was told to stop does not wait for ever."""
         self._supply.end()
         deadline = None
-        while self._threads and not (_has_passed(deadline) or self._stop.urgent):
+        while self._at_work and not (_has_passed(deadline) or self._stop.urgent):
             if self._stop.requested and deadline is None:
                 self._stop.on_ending()
                 deadline = time.monotonic() + PATIENCE
             self._stop.wait(_until(deadline))
-        if self._threads:
+        if self._at_work:
             self._break_off()
         # Who has nothing left has not been stopped.
         self._report.stopped = self._stop.requested and (self._is_cut_short or self._supply.has_more())
@@ -288,23 +293,32 @@ class _Crew:
     def _break_off(self) -> None:
         self._handler.abort()
         deadline = time.monotonic() + LAST_PATIENCE
-        while self._threads and not _has_passed(deadline):
+        while self._at_work and not _has_passed(deadline):
             self._stop.wait(_until(deadline))
 
     # --- in the threads ---
 
-    def _deliver(self, share: Share) -> None:
+    def _deliver(self, share: Share) -> Work:
         try:
-            with closing(self._handler.deliver_all(share)) as results:
-                for claim, result in results:
+            with closing(self._handler.work_on(share, {})) as steps:
+                for step in steps:
+                    if isinstance(step, Wait):
+                        yield step
+                        continue
+                    claim, result = step
                     share.done_with(claim)
                     self._note(share, claim, result)
+        except GeneratorExit:
+            # What it had in hand is released by now.
+            if share.has_claims:
+                log.warning('No more threads can be started. The run goes on with fewer connections.')
+            share.lost()
         except BaseException as error:  # noqa: BLE001 - it is raised again where the run was started
             self._defect = error
             self._supply.end()
             share.lost()
         with self._lock:
-            self._threads.remove(threading.current_thread())
+            self._at_work -= 1
         self._stop.wake()
 
     def _note(self, share: Share, claim: IClaim, result: SendResult) -> None:

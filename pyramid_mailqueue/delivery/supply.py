@@ -1,9 +1,9 @@
 """
-The claims of one run, in their order, shared by the threads that deliver them.
+The claims of one run, in their order, shared by those who deliver them: each has one session, and a share.
 
-A thread that gets nothing more may only end when nobody can hand anything over to it: a session that was opened beside
-others may turn out to be one too many, and its messages are then theirs.  So a thread waits while there is one that is
-still *new*, which means that it has had no success yet.
+Who gets nothing more may only end when nobody can hand anything over: a session that was opened beside others may turn
+out to be one too many, and its messages are then theirs.  So one waits while there is another that is still *new*,
+which means that it has had no success yet.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ class Supply:
 
 class Share:
     """
-    What one thread has of a supply; see `Claims`.
+    What one who delivers has of a supply; see `Claims`.
 
-    :param first: a claim that was taken for this thread before it began
+    :param first: a claim that was taken for this share before it began
     """
 
     def __init__(self, supply: Supply, first: IClaim | None) -> None:

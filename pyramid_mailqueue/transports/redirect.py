@@ -11,6 +11,7 @@ from typing import Any
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.results import Offer, SendResult
+from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.redirect import original_recipients
 
@@ -80,7 +81,7 @@ class RedirectingTransport:
 class RedirectingStream(RedirectingTransport):
     """See `ITransport`."""
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool]:
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Wait]:
         """See `ITransport`."""
         under_way = deque([first])
 
@@ -93,4 +94,7 @@ class RedirectingStream(RedirectingTransport):
 
         with closing(self._transport.stream(self._redirected(first), next_offer)) as answers:
             for answer in answers:
-                yield self._for_all(under_way.popleft().recipients, answer)
+                if isinstance(answer, Wait):
+                    yield answer
+                else:
+                    yield self._for_all(under_way.popleft().recipients, answer)

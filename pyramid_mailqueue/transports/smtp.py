@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
+from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.exceptions import ConfigurationError, ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.transports.smtp_pool import Pool
@@ -114,7 +115,7 @@ class SMTPTransport:
         # Each transaction brings at least one reply, so this comes to an end: see MailTransaction.finish().
         while trouble is None and (rest := tuple(r for r in recipients if r not in replies)):
             try:
-                for result in self.stream(Offer(sender, rest, content), _nothing_more):
+                for result in without_waits(self.stream(Offer(sender, rest, content), _nothing_more)):
                     replies.update(result.replies)
                     trouble = result.trouble
             except ServerTrouble as error:
@@ -124,7 +125,7 @@ class SMTPTransport:
         in_order = {recipient: replies[recipient] for recipient in recipients if recipient in replies}
         return SendResult(in_order, self._name, trouble=trouble)
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult]:
+    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
         """
         See `ITransport`.
 
@@ -142,7 +143,7 @@ class SMTPTransport:
                     transactions.append(self._submit(session, offer))
                 transaction = transactions[0]
                 try:
-                    session.run(transaction)
+                    yield from session.run(transaction)
                 except ServerTrouble as trouble:
                     if not session.was_stale(transaction):
                         trouble.in_message = transaction.begun
@@ -153,6 +154,7 @@ class SMTPTransport:
                 if session.takes_no_more(transaction):
                     session.say_quit()
                     self._pool.discard(session)
+                    yield ABOUT_TO_BLOCK
                     session = self._pool.take() or self._connect()
                     transactions = deque(self._submit(session, offer) for offer in offers)
                     continue

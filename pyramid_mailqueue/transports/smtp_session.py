@@ -6,8 +6,10 @@ import logging
 import select
 import socket
 import ssl
+from collections.abc import Generator
 from contextlib import suppress
 
+from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client
 from pyramid_mailqueue.transports.smtp_server import Server
@@ -44,26 +46,24 @@ class Session:
         self._sock = client.sock
         self._sock.settimeout(0)
         self._is_encrypted = isinstance(client.sock, ssl.SSLSocket)
-        self._poll = select.poll()
-        self._poll.register(self._sock)
 
-    def run(self, transaction: MailTransaction) -> None:
+    def run(self, transaction: MailTransaction) -> Generator[Wait]:
         """
-        Go on until *transaction* is done.
+        Go on until *transaction* is done; yield whenever that has to wait for the server.
 
         Raises :class:`~.exceptions.ServerTrouble`.  What comes behind the last reply, such as a farewell (421), is not
         about this transaction: it is raised for the next one.
         """
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
         try:
-            self._go_on_until_done(transaction)
+            yield from self._go_on_until_done(transaction)
         except ServerTrouble:
             if not transaction.done:
                 raise
         self.was_used = True
         self._has_delivered |= transaction.delivered
 
-    def _go_on_until_done(self, transaction: MailTransaction) -> None:
+    def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
         """
         A deadline begins anew when a chunk has left and when a reply is complete.
 
@@ -82,7 +82,7 @@ class Session:
             else:
                 count, has_more = 0, False
             if not (count and has_more):
-                self._wait_until(began, has_more=has_more)
+                yield self._wait_since(began, has_more=has_more)
             # In the midst of a long content too: the server may have something to say about what it has seen so far.
             if self._hear():
                 began = self._server.clock()
@@ -117,7 +117,7 @@ class Session:
     def hear_out(self, seconds: float) -> None:
         """Close when the server has said goodbye too, or after *seconds*."""
         with suppress(OSError):
-            self._wait(select.POLLIN, seconds)
+            Wait(self._sock.fileno(), select.POLLIN, seconds).here()
             # A socket with something unread is reset when it is closed.
             self._sock.recv(READ_SIZE)
         self.close()
@@ -135,16 +135,12 @@ class Session:
     def _trace(self, line: str) -> None:
         log.debug('%s %s', self._server, line)
 
-    def _wait_until(self, began: float, *, has_more: bool) -> None:
+    def _wait_since(self, began: float, *, has_more: bool) -> Wait:
         limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
         remaining = began + limit - self._server.clock()
-        mask = select.POLLIN | select.POLLOUT if has_more else select.POLLIN
-        if remaining <= 0 or not self._wait(mask, remaining):
+        if remaining <= 0:
             raise self.dialogue.timed_out(limit)
-
-    def _wait(self, mask: int, seconds: float) -> bool:
-        self._poll.modify(self._sock, mask)
-        return bool(self._poll.poll(max(0, seconds) * 1000))
+        return Wait(self._sock.fileno(), select.POLLIN | select.POLLOUT if has_more else select.POLLIN, remaining)
 
     def _hear(self) -> int:
         """Take what has come; return how many replies are complete with it."""

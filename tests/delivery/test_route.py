@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route
+from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.testing import ScriptedSMTPServer
@@ -72,7 +71,7 @@ class Sends:
 def results(transport, *offers):
     """What comes of *offers*."""
     left = list(offers)
-    return list(Route(transport, Pause()).stream(left.pop(0), lambda: left.pop(0) if left else None))
+    return list(without_waits(Route(transport, Pause()).stream(left.pop(0), lambda: left.pop(0) if left else None)))
 
 
 def said(results):
@@ -110,7 +109,7 @@ def test_the_next_message_is_asked_for_when_the_outcome_of_the_one_before_was_he
         asked_after.append(len(heard))
         return left.pop(0) if left else None
 
-    for result in Route(transport, Pause()).stream(offer(1), more):
+    for result in without_waits(Route(transport, Pause()).stream(offer(1), more)):
         assert len(transport.asked) == len(heard) + 1
         heard.append(result)
 
@@ -163,7 +162,7 @@ def test_results_of_a_stream_are_yielded_in_the_order_of_the_offers():
 
 def test_who_listens_no_longer_ends_the_stream():
     transport = Streams(YES, YES)
-    found = Route(transport, Pause()).stream(offer(1), lambda: offer(2))
+    found = without_waits(Route(transport, Pause()).stream(offer(1), lambda: offer(2)))
     next(found)
     found.close()
 
@@ -228,18 +227,18 @@ def stumble():
 
 
 def test_a_server_may_break_off_in_the_midst_of_two_messages_in_a_row_and_not_of_a_third():
-    route = Route(Sends(), Pause())
+    route, row = Route(Sends(), Pause()), {}
 
-    assert [route.forgives(stumble()) for _ in range(7)] == [True, True, False] * 2 + [True]
+    assert [route.forgives(stumble(), row) for _ in range(7)] == [True, True, False] * 2 + [True]
     assert MAX_STUMBLES == 2
 
 
 def test_a_success_in_between_begins_the_row_anew():
-    route = Route(Sends(), Pause())
+    route, row = Route(Sends(), Pause()), {}
     forgiven = []
     for _ in range(3):
-        forgiven += [route.forgives(stumble()), route.forgives(stumble())]
-        route.worked()
+        forgiven += [route.forgives(stumble(), row), route.forgives(stumble(), row)]
+        route.worked(row)
 
     assert forgiven == [True] * 6
 
@@ -247,19 +246,13 @@ def test_a_success_in_between_begins_the_row_anew():
 def test_trouble_of_the_server_is_not_forgiven(trouble):
     route = Route(Sends(), Pause())
 
-    assert not route.forgives(trouble)
+    assert not route.forgives(trouble, {})
 
 
-def test_the_row_is_counted_for_each_thread():
-    route, forgiven = Route(Sends(), Pause()), []
+def test_the_row_is_counted_for_each_who_delivers():
+    route = Route(Sends(), Pause())
 
-    def in_thread():
-        forgiven.append(route.forgives(stumble()))
-
-    for _ in range(5):
-        thread = threading.Thread(target=in_thread)
-        thread.start()
-        thread.join()
+    forgiven = [route.forgives(stumble(), {}) for _ in range(5)]
 
     assert forgiven == [True] * 5, 'a restart breaks off the sessions of all at once'
 
@@ -269,7 +262,7 @@ def test_a_success_ends_the_rest(trouble):
     route.pause.begin(trouble)
     assert route.pause.trouble is trouble
 
-    route.worked()
+    route.worked({})
 
     assert route.pause.trouble is None
 

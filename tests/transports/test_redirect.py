@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
+from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.debug import DebugInbox
@@ -105,7 +106,7 @@ def test_a_transport_has_what_it_has_and_nothing_more(tmp_path):
 
 def test_a_stream_stays_a_stream(smtp, server):
     more = offers(('carl@x.example',), (ME,))
-    results = list(smtp.stream(Offer('', BOTH, CONTENT), more))
+    results = list(without_waits(smtp.stream(Offer('', BOTH, CONTENT), more)))
 
     assert [tuple(result.replies) for result in results] == [BOTH, ('carl@x.example',), (ME,)]
     assert {result.transport for result in results} == {f'smtp:127.0.0.1:{server.port} (redirected to {ME})'}
@@ -125,7 +126,7 @@ def test_a_stream_that_breaks_off_breaks_off(smtp, server):
     server.script['.'] = ['250 2.0.0 taken', Close('421 4.3.2 closing')]
     more = offers(('carl@x.example',), ('dora@x.example',))
 
-    results = until_trouble(smtp.stream(Offer('', BOTH, CONTENT), more))
+    results = until_trouble(without_waits(smtp.stream(Offer('', BOTH, CONTENT), more)))
 
     assert results[0].accepted == BOTH
     assert all(not result.accepted for result in results[1:])
@@ -146,7 +147,7 @@ def until_trouble(stream):
 
 
 def test_who_stops_listening_ends_the_stream(smtp, server):
-    stream = smtp.stream(Offer('', BOTH, CONTENT), offers(('carl@x.example',)))
+    stream = without_waits(smtp.stream(Offer('', BOTH, CONTENT), offers(('carl@x.example',))))
     assert next(stream).accepted == BOTH
     stream.close()
     smtp.abort()

@@ -23,6 +23,7 @@ from aiosmtpd.smtp import AuthResult
 from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue.delivery.results import Reply
+from pyramid_mailqueue.delivery.waiting import Wait as Waiting
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.testing import Close, Drip, ReceivedMessage, ScriptedSMTPServer, Silence, Wait
@@ -428,13 +429,13 @@ def raw_session(then):
 def test_what_the_server_said_before_the_connection_broke_is_heard(last_words, text):
     with raw_session(lambda sock: sock.sendall(last_words)) as session:
         if last_words:
-            session._wait(select.POLLIN, 10)
+            Waiting(session._sock.fileno(), select.POLLIN, 10).here()
         # As after a reset: what is to be sent finds no way, what has come before can still be read.
         session._sock.shutdown(socket.SHUT_WR)
         transaction = session.dialogue.submit(SENDER, [A], CONTENT)
 
         with pytest.raises(ServerTrouble, match=text):
-            session.run(transaction)
+            list(session.run(transaction))
         assert transaction.replies == {}
 
 
@@ -444,7 +445,7 @@ def test_a_session_that_was_reset_is_not_alive():
         sock.close()
 
     with raw_session(reset) as session:
-        session._wait(select.POLLIN, 10)
+        Waiting(session._sock.fileno(), select.POLLIN, 10).here()
 
         assert not session.is_alive
 
@@ -1074,7 +1075,7 @@ def test_whatever_interrupts_a_message_its_session_is_not_used_again(monkeypatch
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         with monkeypatch.context() as patch:
-            patch.setattr('pyramid_mailqueue.transports.smtp_session.Session._wait_until', interrupt)
+            patch.setattr('pyramid_mailqueue.transports.smtp_session.Session._wait_since', interrupt)
             with pytest.raises(KeyboardInterrupt):
                 transport.send(SENDER, (B,), CONTENT)
         transport.send(SENDER, (C,), CONTENT)
