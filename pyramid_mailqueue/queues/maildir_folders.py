@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -183,6 +184,9 @@ class _UnsyncedChanges:
         self._lock = threading.Lock()
         # Held while a batch is made durable: who has filled the next one meanwhile has to wait.
         self._syncing = threading.Lock()
+        # Of two batches no more are kept open than a quarter of what this process may have open.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = SYNC_EVERY if limit == resource.RLIM_INFINITY else limit // 8
         self._begin()
 
     def _begin(self) -> None:
@@ -197,8 +201,10 @@ class _UnsyncedChanges:
             if not self._count:
                 self._since = now
             self._folders.add(folder)
-            if file is not None:
+            if file is not None and len(self._files) < self._most_files:
                 self._files.append(file)
+            elif file is not None:
+                file.abandon()
             self._count += 1
             if self._count < SYNC_EVERY and now - self._since < SYNC_SECONDS:
                 return

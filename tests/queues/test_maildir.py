@@ -1531,6 +1531,18 @@ def test_removed_files_are_closed_together_and_a_large_one_at_once(queue):
     assert log.names == ['open', 'fsync', 'close', 'closerange']
 
 
+def test_a_process_that_may_open_few_files_keeps_few_of_them_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(maildir_folders.resource, 'getrlimit', lambda _: (64, 64))
+    queue = MaildirQueue(tmp_path)
+    claims = [queue.put_claimed(ENVELOPE) for _ in range(20)]
+
+    with intercepted(Log()) as log:
+        for taken in claims:
+            taken.settle(Settlement())
+
+    assert log.names.count('close') == 20 - 64 // 8
+
+
 def test_where_there_can_be_no_thread_a_batch_is_made_durable_at_once(queue, monkeypatch):
     def no_more(thread):
         raise RuntimeError("can't start new thread")
