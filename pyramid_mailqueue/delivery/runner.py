@@ -272,7 +272,8 @@ class _Crew:
         try:
             self._loop.start(self._deliver(share))
         except RuntimeError:
-            self._at_work -= 1
+            with self._lock:
+                self._at_work -= 1
             raise
 
     def _end(self) -> None:
