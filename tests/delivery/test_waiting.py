@@ -7,7 +7,6 @@ import os
 import select
 import socket
 import threading
-import time
 
 import pytest
 
@@ -40,10 +39,12 @@ class Peer:
 class Office:
     """Starts works in a loop, and knows in which threads they went on."""
 
-    def __init__(self):
+    def __init__(self, until):
         self.loop = Loop()
+        self._until = until
         self.peers = []
         self.threads = {}
+        self._others = set(threading.enumerate())
         self._ended = threading.Semaphore(0)
         self._number = 0
 
@@ -67,14 +68,26 @@ class Office:
         for _ in range(self._number):
             assert self._ended.acquire(timeout=LONG)
 
+    def gather(self):
+        """Wait until all that is left is the thread of the loop: everything waits there."""
+        self._until(lambda: len(set(threading.enumerate()) - self._others) == 1)
+
+    def is_over(self):
+        """Wait until no thread is left; whether the loop has put everything away."""
+        self._until(lambda: set(threading.enumerate()) <= self._others)
+        return self.loop._bell is None
+
+    def wait_for_steps(self, peer, number):
+        self._until(lambda: len(self.threads.get(peer, ())) >= number)
+
     def close(self):
         for peer in self.peers:
             peer.close()
 
 
 @pytest.fixture
-def office():
-    office = Office()
+def office(until):
+    office = Office(until)
     yield office
     office.close()
 
@@ -90,34 +103,23 @@ def hears(number):
     return steps
 
 
-def is_over(office):
-    """Wait until no thread of the loop is left."""
-    end = time.monotonic() + LONG
-    while any(thread.name == 'mailqueue-run' for thread in threading.enumerate()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return office.loop._bell is None
-
-
 def test_works_that_wait_go_on_in_one_thread(office):
     peers = [office.start(hears(3)) for _ in range(4)]
+    office.gather()
     for _ in range(3):
         for peer in peers:
             peer.say()
     office.wait_for_all()
 
     assert len({ident for idents in office.threads.values() for ident in idents}) == 1
-    assert is_over(office)
+    assert office.is_over()
 
 
 def test_each_goes_on_when_its_own_server_has_spoken(office):
     slow, fast = office.start(hears(1)), office.start(hears(5))
     for _ in range(5):
         fast.say()
-    end = time.monotonic() + LONG
-    while len(office.threads.get(fast, ())) < 5:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    office.wait_for_steps(fast, 5)
 
     assert slow not in office.threads
     slow.say()
@@ -125,21 +127,14 @@ def test_each_goes_on_when_its_own_server_has_spoken(office):
 
 
 def test_who_has_waited_long_enough_goes_on(office):
-    resumed = []
-
     def steps(peer):
         yield peer.wait(0.05)
-        resumed.append(peer)
 
-    office.start(hears(1))
-    peer = office.start(steps)
-    end = time.monotonic() + LONG
-    while not resumed:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    other = office.start(hears(1))
+    office.wait_for_steps(office.start(steps), 1)
 
-    assert resumed == [peer]
-    office.peers[0].say()
+    assert other not in office.threads
+    other.say()
     office.wait_for_all()
 
 
@@ -150,20 +145,21 @@ def test_a_work_that_blocks_keeps_nobody_waiting(office):
         yield peer.wait()
         yield ABOUT_TO_BLOCK
         assert go_on.wait(LONG)
-        yield peer.wait()
 
-    def lets_it_go_on(peer):
-        yield peer.wait()
-        yield peer.wait()
-        go_on.set()
-
-    blocked, other = office.start(blocks), office.start(lets_it_go_on)
+    blocked, other = office.start(blocks), office.start(hears(2))
+    office.gather()
     blocked.say()
+    office.wait_for_steps(blocked, 2)
+    other.say()
+    office.wait_for_steps(other, 1)
+    go_on.set()
     other.say()
     office.wait_for_all()
 
-    assert len(set(office.threads[blocked])) >= 2
-    assert is_over(office)
+    (in_loop, by_itself) = office.threads[blocked]
+    assert by_itself != in_loop
+    assert set(office.threads[other]) == {in_loop}
+    assert office.is_over()
 
 
 def test_the_last_one_blocks_in_the_thread_where_it_is(office):
@@ -179,7 +175,7 @@ def test_the_last_one_blocks_in_the_thread_where_it_is(office):
     office.wait_for_all()
 
     assert len(set(office.threads[peer])) == 1
-    assert is_over(office)
+    assert office.is_over()
 
 
 def test_who_comes_back_from_blocking_may_wait_for_something_else(office):
@@ -198,7 +194,7 @@ def test_who_comes_back_from_blocking_may_wait_for_something_else(office):
     second.say()
     other.say()
     office.wait_for_all()
-    assert is_over(office)
+    assert office.is_over()
 
 
 def test_a_work_may_wait_for_something_else_in_the_loop_too(office):
@@ -216,11 +212,11 @@ def test_a_work_may_wait_for_something_else_in_the_loop_too(office):
     second.say()
     office.peers[1].say()
     office.wait_for_all()
-    assert is_over(office)
+    assert office.is_over()
 
 
-def test_where_there_can_be_no_more_threads_who_blocks_is_closed_and_the_others_go_on(office, monkeypatch):
-    closed, waits = [], threading.Event()
+def test_where_there_can_be_no_more_threads_who_blocks_is_closed_and_the_others_go_on(office, until, monkeypatch):
+    closed = []
 
     def blocks(peer):
         try:
@@ -232,27 +228,16 @@ def test_where_there_can_be_no_more_threads_who_blocks_is_closed_and_the_others_
     def no_more(work):
         raise RuntimeError("can't start new thread")
 
-    def waits_too(peer):
-        waits.set()
-        yield from hears(2)(peer)
-
-    blocked, other = office.start(blocks), office.start(waits_too)
-    assert waits.wait(LONG)
-    other.say()
-    end = time.monotonic() + LONG
-    while not office.threads.get(other):
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    blocked, other = office.start(blocks), office.start(hears(1))
+    office.gather()
     monkeypatch.setattr(office.loop, 'start', no_more)
     blocked.say()
-    while not closed:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    until(lambda: closed)
     other.say()
     office.wait_for_all()
 
     assert closed == [blocked]
-    assert is_over(office)
+    assert office.is_over()
 
 
 def test_where_there_are_too_many_open_files_each_waits_in_its_own_thread(office, monkeypatch):
