@@ -462,7 +462,7 @@ class _Shift:
         self._next = deque(sorted((*self._next, *attempts), key=attrgetter('number')))
 
     def _is_left_to_others(self, route: Route, attempt: _Claimed, result: SendResult) -> bool:
-        """Learn from *result* how the server is; whether this shift is over, and other threads have what is in hand."""
+        """Learn from *result* how the server is; whether this shift is over, and others have what is in hand."""
         if result.trouble is None:
             route.worked(self._stumbles)
             return False
@@ -517,7 +517,7 @@ class _Shift:
 
 
 class _One:
-    """A single claim, for a thread that has nothing else to do."""
+    """A single claim, for one who has nothing else to do."""
 
     def __init__(self, claim: IClaim) -> None:
         self._claim: IClaim | None = claim

@@ -29,12 +29,12 @@ class Supply:
     """
     See the module.
 
-    :param claims: asked for the next one when it is needed, by one thread at a time
+    :param claims: asked for the next one when it is needed, by one at a time
     :param limit: how many of them may be handed out
     :param take_from_rate: called with a number of sends; takes them and returns 0, or returns in how many seconds to
         ask again
-    :param is_stopped: whether somebody has told the run to end; asked by the threads, so that none begins with one more
-        message before :meth:`end` is called
+    :param is_stopped: whether somebody has told the run to end; asked by those who deliver, so that none begins with
+        one more message before :meth:`end` is called
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Supply:
             self._changed.notify_all()
 
     def share(self, first: IClaim | None = None) -> Share:
-        """Return what one more thread works with, which begins with *first*."""
+        """Return what one more works with, who begins with *first*."""
         with self._changed:
             self._at_work += 1
             self._new += 1
@@ -85,7 +85,7 @@ class Supply:
         return claim if claim is None or not self._wait_for_rate(claim) else None
 
     def next(self, *, is_new: bool) -> IClaim | None:
-        """Return the next claim; None if there will be no more, and then the thread has to end."""
+        """Return the next claim; None if there will be no more, and then one has to end."""
         while (claim := self._next_or_wait(is_new=is_new)) is not None:
             seconds = self._wait_for_rate(claim)
             if not seconds:
@@ -163,13 +163,13 @@ class Supply:
             return True
 
     def grow_up(self) -> None:
-        """Note that one more thread has had success."""
+        """Note that one more has had success."""
         with self._changed:
             self._new -= 1
             self._changed.notify_all()
 
     def lose(self, *, is_new: bool) -> None:
-        """Note that a thread has ended by a defect."""
+        """Note that one has ended by a defect, or could not go on."""
         with self._changed:
             self._at_work -= 1
             self._new -= is_new
@@ -186,7 +186,7 @@ class Supply:
             return True
 
     def release(self) -> None:
-        """Give back what is not settled, for threads that do not come back, too."""
+        """Give back what is not settled, for those that do not come back, too."""
         self.end()
         with self._changed:
             returned = [*self._returned]
@@ -247,24 +247,24 @@ class Share:
         self._in_hand.pop(claim.id, None)
 
     def succeeded(self) -> bool:
-        """Note that a message of this thread had its outcome; whether it is the first."""
+        """Note that a message of this share had its outcome; whether it is the first."""
         is_first, self._is_new = self._is_new, False
         if is_first:
             self._supply.grow_up()
         return is_first
 
     def lost(self) -> None:
-        """Note that the thread has ended by a defect.  What it was over stays claimed: its deaths are counted."""
+        """Note that this one has ended.  By a defect: what it was over stays claimed, and its deaths are counted."""
         self._in_hand.clear()
         self._supply.lose(is_new=self._is_new)
 
     @property
     def has_claims(self) -> bool:
-        """Whether the thread has something that it has not settled."""
+        """Whether there is something that is not settled."""
         return bool(self._first or self._in_hand)
 
     def release(self) -> None:
-        """Give back what the thread has not settled."""
+        """Give back what is not settled."""
         for claim in [self._first, *self._in_hand.values()]:
             if claim is not None:
                 claim.release()

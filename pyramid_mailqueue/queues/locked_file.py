@@ -192,8 +192,7 @@ class Holder:
         return file
 
     def _abandon_all(self) -> None:
-        for file in self._held:
-            file.abandon()
+        abandon_all(self._held)
 
 
 def abandon_all(files: Iterable[LockedFile]) -> None:

@@ -159,7 +159,7 @@ def test_a_committed_message_is_delivered_whenever_its_process_dies_while_it_del
         if 'acknowledged' in trial.notes:
             deaths += 1
         assert where(trial.queue).keys() <= {'tmp', 'prepared'}
-    assert deaths > 8
+    assert deaths > 9
     assert sorted(trial.notes.delivered) == BOTH, 'once each, if nobody dies'
 
 
