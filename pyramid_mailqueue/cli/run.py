@@ -8,7 +8,6 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import re
 import signal
@@ -117,8 +116,6 @@ def _number(text: str) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     runner = _build_runner(arguments)
-    # What there is now stays until the end, and need not be looked at with each collection of garbage.
-    gc.freeze()
     with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
         if arguments.watch is None:
             return _run_once(runner, signals, arguments)

@@ -127,8 +127,6 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         super().__init__()
         self._patience = patience
         self._asked: set[str] = set()
-        # Those of them that need not be waited for any more: looked at with each message, without the lock.
-        self._ready: frozenset[str] = frozenset()
         self._plugins: dict[str, _Plugin] = {}
         self._make_lock()
         call_in_children(self._make_lock)
@@ -143,8 +141,6 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         Returns when all of them can hear.  One that is broken or missing, or that takes too long, is logged by its name
         and stops no other.
         """
-        if self._ready.issuperset(names):
-            return
         if isinstance(threading.current_thread(), _Plugin):
             # A plugin sends mail while it is initialised; whoever has called for it waits for it.
             return
@@ -159,7 +155,6 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             for name in sorted(installed.keys() if '*' in new else installed.keys() & new):
                 if name not in self._plugins:
                     self._load(installed[name])
-            self._ready = frozenset(self._asked)
 
     def _load(self, entry_point: EntryPoint) -> None:
         plugin = self._plugins[entry_point.name] = _Plugin(entry_point, self)
@@ -178,7 +173,7 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             # Those that hang still are loading, and would do the same again.
             hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_alive()}
             ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
-            self._plugins, self._asked, self._ready = hanging, set(hanging), frozenset(hanging)
+            self._plugins, self._asked = hanging, set(hanging)
         for plugin in ready:
             plugin.terminate()
 
