@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
-from pyramid_mailqueue.exceptions import AddressError
+from pyramid_mailqueue.exceptions import AddressError, NoRecipients
 
 __all__ = [
+    'at_least_one',
     'check_address',
     'needs_smtputf8',
     'parse_header_addresses',
@@ -155,6 +156,14 @@ def split_addresses(text: str) -> list[str]:
     """Split the comma list of a queue file; a comma in a quoted local part does not count.  Nothing is checked."""
     items = _LIST_ITEM.findall(text) if '"' in text else text.split(',')
     return [stripped for item in items if (stripped := item.strip(' \t'))]
+
+
+def at_least_one(recipients: Iterable[str]) -> tuple[str, ...]:
+    """Return *recipients*, each once.  Raises :class:`~.exceptions.NoRecipients` if there is nobody."""
+    unique = tuple(dict.fromkeys(recipients))
+    if not unique:
+        raise NoRecipients('There is nobody to send the message to: give it a To, Cc or Bcc, or pass recipients=.')
+    return unique
 
 
 # --- addresses in header fields ---------------------------------------------

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.errors import NonASCIILocalPartDefect, ObsoleteHeaderDefect
 from email.generator import BytesGenerator
@@ -30,8 +30,9 @@ from typing import Any
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8, parse_header_addresses
 from pyramid_mailqueue.exceptions import AddressError, MailqueueError, MessageError
+from pyramid_mailqueue.line_ends import normalize_line_ends
 
-__all__ = ['Field', 'joined', 'message_bytes', 'normalize_line_ends', 'split_content']
+__all__ = ['Field', 'message_bytes', 'split_content']
 
 # RFC 5322 section 2.1.1; without the CRLF.
 LINE_SHOULD, LINE_MUST = 78, 998
@@ -40,36 +41,6 @@ _FIELD_NAME = re.compile(r'[!-9;-~]+')
 # A field with its folds.  A blank before the colon is obsolete (RFC 5322 section 4.5) and must still be understood.
 _FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
-
-
-#: How many octets may be copied once more.
-SMALL = 64 * 1024
-
-
-class _Normalized(bytes):
-    """What :func:`normalize_line_ends` has returned: on its way it is asked for that wherever it could come in."""
-
-
-def normalize_line_ends(data: bytes, start: int = 0) -> bytes:
-    """
-    Return *data* from *start* on, with each CR, LF and CRLF as CRLF.
-
-    If it is large, and so already from its beginning, that is *data* itself, not a copy.
-    """
-    if isinstance(data, _Normalized) and not start:
-        return data
-    line_feeds = data.count(b'\n', start)
-    if data.count(b'\r', start) == line_feeds == data.count(b'\r\n', start):
-        # Python makes two copies for a subclass of bytes: that is too dear for a large one, and looking again is not.
-        return _Normalized(data[start:]) if len(data) <= SMALL else data[start:]
-    lines = data[start:].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-    return _Normalized(lines.replace(b'\n', b'\r\n'))
-
-
-def joined(pieces: Iterable[bytes | memoryview]) -> bytes:
-    """Return *pieces* as one; each of them is as :func:`normalize_line_ends` returns it."""
-    data = b''.join(pieces)
-    return _Normalized(data) if len(data) <= SMALL else data
 
 
 # --- bytes to fields --------------------------------------------------------

@@ -2,25 +2,23 @@
 The envelope of a message: who sends it, whom it is for, and its content.
 
 RFC 5321 section 2.3.1: the envelope is not the header.  :meth:`Envelope.from_message` reads one from the header where
-nobody says otherwise; from then on the header has no say in it.
+nobody says otherwise (see :mod:`~.outgoing`); from then on the header has no say in it.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-import socket
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from email.utils import format_datetime, make_msgid, mktime_tz, parsedate_tz
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyramid_mailqueue.addresses import check_address, parse_header_addresses, parse_mailbox
-from pyramid_mailqueue.content import Field, joined, message_bytes, normalize_line_ends, split_content
-from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
+from pyramid_mailqueue.addresses import at_least_one, check_address
+from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, TooManyRecipients
+from pyramid_mailqueue.line_ends import normalize_line_ends
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 __all__ = ['MAX_RECIPIENTS_OCTETS', 'Envelope', 'message_id_of']
 
@@ -107,16 +105,15 @@ class Envelope:
         :raises MessageTooLarge: the content has more than *max_size* octets
         :raises MessageError: *message* cannot be made into bytes
         """
-        if hasattr(message, 'to_message') and hasattr(message, 'send_to'):
-            message, sender, recipients = _unwrap(message, sender, recipients, default_sender)
-        fields, body = split_content(message_bytes(message))
-        envelope = object.__new__(cls)
-        put = object.__setattr__
-        put(envelope, 'sender', _find_sender(sender, fields, default_sender))
-        put(envelope, 'recipients', _find_recipients(recipients, fields))
+        # Whoever delivers what others have sent does not need it, nor the half of email that comes with it.
+        from pyramid_mailqueue.outgoing import read_message
+
+        parts = read_message(message, sender, recipients, default_sender, local_hostname, now)
         # Not wherever an envelope is made: a queue file of another program may name a few more, and is sent.
-        _check_fit(envelope.recipients)
-        put(envelope, 'content', _outgoing(fields, body, envelope.sender, local_hostname, now))
+        _check_fit(parts.recipients)
+        envelope = object.__new__(cls)
+        # The same fields as always, without asking the addresses again.
+        envelope.__dict__.update(parts._asdict())
         if max_size is not None and len(envelope.content) > max_size:
             raise MessageTooLarge(
                 f'The message has {len(envelope.content)} octets; mailqueue.max_message_size allows {max_size}.'
@@ -151,47 +148,7 @@ def message_id_of(content: bytes) -> str:
 def _checked_recipients(recipients: Iterable[str]) -> tuple[str, ...]:
     if isinstance(recipients, str):
         raise AddressError(f'The recipients of an envelope must be several, not the text {ascii(recipients[:100])}.')
-    return _at_least_one(map(check_address, recipients))
-
-
-# --- who sends it, and whom it is for ---------------------------------------
-
-_NULL_SENDER = frozenset({'', '<>'})
-
-
-def _find_sender(sender: str | None, fields: list[Field], default_sender: str | None) -> str:
-    if sender is not None:
-        return '' if sender in _NULL_SENDER else parse_mailbox(sender)
-    resending = _latest_resending(fields)
-    for name in ('resent-sender', 'resent-from') if resending else ('sender', 'from'):
-        for address in _addresses(resending or fields, name):
-            return address
-    if default_sender:
-        return parse_mailbox(default_sender)
-    raise _no_sender('Resent-From header (it has other Resent- fields)' if resending else 'From header')
-
-
-def _no_sender(what_it_needs: str) -> AddressError:
-    return AddressError(
-        f'The message has no sender: give it a {what_it_needs}, pass sender=, or set mailqueue.default_sender.'
-    )
-
-
-def _find_recipients(recipients: Iterable[str] | str | None, fields: list[Field]) -> tuple[str, ...]:
-    if isinstance(recipients, str):
-        recipients = [recipients]
-    if recipients is not None:
-        return _at_least_one(map(parse_mailbox, recipients))
-    resending = _latest_resending(fields)
-    names = ('resent-to', 'resent-cc', 'resent-bcc') if resending else ('to', 'cc', 'bcc')
-    return _at_least_one(address for name in names for address in _addresses(resending or fields, name))
-
-
-def _at_least_one(recipients: Iterable[str]) -> tuple[str, ...]:
-    unique = tuple(dict.fromkeys(recipients))
-    if not unique:
-        raise NoRecipients('There is nobody to send the message to: give it a To, Cc or Bcc, or pass recipients=.')
-    return unique
+    return at_least_one(map(check_address, recipients))
 
 
 def _check_fit(recipients: tuple[str, ...]) -> None:
@@ -201,86 +158,3 @@ def _check_fit(recipients: tuple[str, ...]) -> None:
             f'The message has {len(recipients)} recipients with {octets} octets; one message can have '
             f'{MAX_RECIPIENTS_OCTETS}. Send it as several messages, each to some of them.'
         )
-
-
-def _addresses(fields: list[Field], name: str) -> list[str]:
-    return parse_header_addresses(
-        entry.value.decode('utf-8', 'surrogateescape') for entry in fields if entry.name == name
-    )
-
-
-def _latest_resending(fields: list[Field]) -> list[Field]:
-    """
-    Return the block of ``Resent-`` fields of the latest resending; the empty list if there was none.
-
-    That is the one with the latest ``Resent-Date``.  Where a block has none that can be read it is the topmost one: RFC
-    5322 section 3.6.6 lets who resends a message put a block above those of others.
-    """
-    blocks = _resendings(fields)
-    dates = [_resent_date(block) for block in blocks]
-    known = [date for date in dates if date is not None]
-    if not known or len(known) < len(blocks):
-        return blocks[0] if blocks else []
-    return blocks[dates.index(max(known))]
-
-
-def _resendings(fields: list[Field]) -> list[list[Field]]:
-    """A block has each of its fields once, and ends where any other field stands."""
-    blocks: list[dict[str, Field]] = [{}]
-    for entry in fields:
-        is_resent = entry.name.startswith('resent-')
-        if blocks[-1] and (not is_resent or entry.name in blocks[-1]):
-            blocks.append({})
-        if is_resent:
-            blocks[-1][entry.name] = entry
-    return [list(block.values()) for block in blocks if block]
-
-
-def _resent_date(block: list[Field]) -> float | None:
-    for entry in block:
-        if entry.name == 'resent-date':
-            date = parsedate_tz(entry.value.decode('ascii', 'replace'))
-            with suppress(ValueError, OverflowError):
-                return mktime_tz(date) if date else None
-    return None
-
-
-def _unwrap(
-    message: Any, sender: str | None, recipients: Iterable[str] | str | None, default_sender: str | None
-) -> tuple[Any, str, Iterable[str] | str]:
-    """Return the message, the sender and the recipients of a ``Message`` of pyramid_mailer."""
-    if recipients is None:
-        # send_to is a set, and the order should be the same each time.
-        named = [*(message.recipients or ()), *(message.cc or ()), *(message.bcc or ())]
-        send_to = set(message.send_to)
-        recipients = _at_least_one([*filter(send_to.__contains__, named), *sorted(send_to.difference(named))])
-    twin = copy.copy(message)
-    twin.sender = message.sender or (sender if sender not in _NULL_SENDER else None) or default_sender
-    if not twin.sender:
-        raise _no_sender('From header')
-    try:
-        return twin.to_message(), twin.sender if sender is None else sender, recipients
-    except Exception as exc:
-        # Its own exceptions, which are not imported here, and whatever an attachment raises.
-        raise MessageError(f'The message of pyramid_mailer cannot be used: {type(exc).__name__}: {exc}') from exc
-
-
-# --- what goes out ----------------------------------------------------------
-
-_HIDDEN = frozenset({'bcc', 'resent-bcc'})
-_REQUIRED = frozenset({'date', 'message-id'})
-
-
-def _outgoing(
-    fields: list[Field], body: memoryview, sender: str, local_hostname: str | None, now: datetime | None
-) -> bytes:
-    # An empty Date or Message-ID is as good as none, but must not stand beside a second one.
-    kept = [entry for entry in fields if entry.name not in _HIDDEN and (entry.value or entry.name not in _REQUIRED)]
-    missing = _REQUIRED.difference(entry.name for entry in kept)
-    lines = [entry.lines for entry in kept]
-    if 'date' in missing:
-        lines.append(f'Date: {format_datetime(now or datetime.now(timezone.utc))}\r\n'.encode('ascii'))
-    if 'message-id' in missing:
-        domain = sender.rpartition('@')[2] or local_hostname or socket.getfqdn()
-        lines.append(f'Message-ID: {make_msgid(domain=domain)}\r\n'.encode('ascii'))
-    return joined([*lines, b'\r\n', body])

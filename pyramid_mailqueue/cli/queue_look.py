@@ -23,9 +23,9 @@ from pyramid_mailqueue.cli.output import (
     span_in_words,
     timestamp,
 )
-from pyramid_mailqueue.content import normalize_line_ends
 from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.line_ends import normalize_line_ends
 from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, QueueEntry, Tally
 
 __all__ = ['check', 'list_messages', 'print_metrics', 'show_message', 'show_stats']

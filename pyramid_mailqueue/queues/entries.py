@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 
-from pyramid_mailqueue.content import normalize_line_ends
 from pyramid_mailqueue.envelope import message_id_of
+from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = ['AGE_LIMITS', 'STATES', 'UNDELIVERED', 'QueueEntry', 'QueueStats', 'Tally', 'tally', 'tell_from_header']
 

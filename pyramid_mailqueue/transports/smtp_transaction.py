@@ -47,9 +47,9 @@ from functools import lru_cache
 from typing import ClassVar
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8
-from pyramid_mailqueue.content import normalize_line_ends
 from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.exceptions import NoRecipients, ServerTrouble
+from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = ['Capabilities', 'Dialogue', 'MailTransaction', 'ReplyReader', 'printable']
 
