@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address
 
 from pyramid_mailqueue.exceptions import AddressError, NoRecipients
 
@@ -118,6 +117,8 @@ def _check_literal(domain: str, address: str) -> str:
 
 
 def _is_ip_address(ipv4: str | None, ipv6: str | None) -> bool:
+    from ipaddress import IPv4Address, IPv6Address
+
     try:
         IPv4Address(ipv4) if ipv4 else IPv6Address(ipv6)
     except ValueError:

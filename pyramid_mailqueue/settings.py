@@ -289,8 +289,7 @@ def _or(words: Iterable[str]) -> str:
 # --- the table of keys ------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """
     What is known of one key, for the docs and for error messages.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry
@@ -107,23 +105,29 @@ def as_json(entry: QueueEntry) -> dict[str, Any]:
 
 def print_json(value: object) -> None:
     """Print *value*, in ASCII, whatever the terminal or pipe can take."""
-    print(json.dumps(value))
+    print(_json(value))
 
 
 def print_json_list(values: Iterable[object]) -> None:
     """Print a list of *values*, one a line, each as soon as it is there."""
     before = '['
     for value in values:
-        print(before + json.dumps(value), end='')
+        print(before + _json(value), end='')
         before = ',\n '
     print(']' if before != '[' else '[]')
+
+
+def _json(value: object) -> str:
+    # mq-run, which has nothing to do most of the time, does without.
+    import json
+
+    return json.dumps(value)
 
 
 # --- tables -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """
     A column of a table.
 
@@ -138,15 +142,21 @@ class Column:
     is_number: bool = False
     is_whole: bool = False
     from_width: int = 0
-    styles: Mapping[str, str] = field(default_factory=dict)
+    styles: Mapping[str, str] = MappingProxyType({})
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print *rows*: with rich if it is there and this is a terminal, else in plain columns, with two blanks between."""
     safe = (tuple(map(printable, row)) for row in rows)
-    show = _show_rich if sys.stdout.isatty() and find_spec('rich') else _show_plain
+    show = _show_rich if sys.stdout.isatty() and _has_rich() else _show_plain
     for number, chunk in enumerate(_chunks(safe)):
         show(columns, chunk, with_titles=number == 0)
+
+
+def _has_rich() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec('rich') is not None
 
 
 def _chunks(rows: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:

@@ -14,8 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, NamedTuple, TextIO, cast
 
 from pyramid_mailqueue.cli.service import all_handlers
 
@@ -127,8 +126,7 @@ class _Rate:
         return (done - done_then) / (now - then) if now > then else 0
 
 
-@dataclass(frozen=True)
-class _State:
+class _State(NamedTuple):
     """What is shown at one moment."""
 
     done: int

@@ -30,7 +30,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import reduce
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
@@ -40,9 +40,11 @@ from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
 from pyramid_mailqueue.delivery.route import Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ITransport
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.events import MailEvent
 
 __all__ = ['Claims', 'MessageHandler']
 
@@ -382,6 +384,7 @@ class _Shift:
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
+        self._has_begun = False
 
     def work(self) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Yield each claim that is settled, until there is nothing more to do, and whatever has to be waited for."""
@@ -417,7 +420,9 @@ class _Shift:
             if attempt.is_valid():
                 return attempt
         while (claim := take()) is not None:
-            self._handler.load_plugins()
+            if not self._has_begun:
+                self._has_begun = True
+                self._handler.load_plugins()
             try:
                 attempt = _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:

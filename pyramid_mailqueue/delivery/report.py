@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.events import MailEvent
 
 __all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell']
 
@@ -27,8 +29,7 @@ LONG = 3600
 DISCARDED = 'discarded by a plugin'
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """
     One attempt at a message, when it is over.
 
@@ -205,6 +206,8 @@ def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement)
 
 
 def _events(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement) -> Iterator[MailEvent]:
+    from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailQueued
+
     name, envelope = account.id, account.envelope
     accepted: dict[tuple[str, str], list[str]] = {}
     for it in outcomes:

@@ -112,7 +112,7 @@ class SendResult:
     @property
     def accepted(self) -> tuple[str, ...]:
         """The recipients for whom the server took the message."""
-        return tuple(recipient for recipient, reply in self.replies.items() if reply.accepted)
+        return tuple([recipient for recipient, reply in self.replies.items() if reply.accepted])
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ class SendResult:
 
     def open_of(self, recipients: Iterable[str]) -> tuple[str, ...]:
         """Those of *recipients* who are neither accepted nor refused yet, in their order."""
-        return tuple(r for r in recipients if not (reply := self.replies.get(r)) or reply.deferred)
+        replies = self.replies
+        return tuple([r for r in recipients if not (reply := replies.get(r)) or reply.deferred])
 
     def merged_with(self, later: SendResult) -> SendResult:
         """The outcome of two attempts at one message; what was said *later* of a recipient holds."""

@@ -52,7 +52,7 @@ class ExponentialBackoff:
         burials = refusals(recipients, result)
         still_open = result.open_of(recipients)
         if not still_open:
-            return Settlement(burials=burials)
+            return Settlement(burials=burials) if burials else _DELIVERED
         replies = [str(reply) for recipient in still_open if (reply := result.replies.get(recipient))]
         is_over = now - queued_at >= self.lifetime
         stumbled = result.trouble is not None and result.trouble.in_message
@@ -76,6 +76,10 @@ class ExponentialBackoff:
         wait = min(self.first * 2.0 ** min(attempts - 1, 60), self.longest)
         share = zlib.crc32(seed.encode()) / 0xFFFFFFFF
         return wait * (1 + self.jitter * (2 * share - 1))
+
+
+#: Everybody has it.
+_DELIVERED = Settlement()
 
 
 def refusals(recipients: Sequence[str], result: SendResult) -> tuple[Burial, ...]:

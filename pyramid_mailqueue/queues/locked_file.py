@@ -58,7 +58,7 @@ class LockedFile:
     @property
     def name(self) -> str:
         """The name of the file without its folder."""
-        return os.path.basename(self.path)
+        return self.path.rpartition('/')[2]
 
     @property
     def modified(self) -> float:

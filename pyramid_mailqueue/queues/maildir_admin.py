@@ -16,7 +16,6 @@ that is still in doubt: there is one file of it at all times.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
 import io
 import logging
@@ -334,7 +333,7 @@ class _Taken:
         """
         now = self._folders.clock()
         source = io.BytesIO(self.file.read())
-        header = dataclasses.replace(read_header(source), queued_at=now, attempts=0)
+        header = read_header(source)._replace(queued_at=now, attempts=0)
         version = self._folders.write(self.file.path, header, source.read(), now)
         self.file.close()
         self.file = version

@@ -99,7 +99,7 @@ class MaildirClaim:
         """See `IClaim`."""
         if self._file.closed:
             return
-        header = dataclasses.replace(self._header, recipients=recipients)
+        header = self._header._replace(recipients=recipients)
         try:
             file = self._folders.write(self._file.path, header, self.envelope.content, self._file.modified)
         except (OSError, QueueError) as error:
@@ -193,8 +193,7 @@ class MaildirClaim:
 
     def _next_header(self, recipients: tuple[str, ...], settlement: Settlement, last_reply: str) -> QueueHeader:
         header = self._header
-        return dataclasses.replace(
-            header,
+        return header._replace(
             recipients=recipients,
             attempts=header.attempts + settlement.counted,
             last_attempt=self._folders.clock() if settlement.counted or last_reply else header.last_attempt,

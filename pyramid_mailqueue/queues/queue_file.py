@@ -17,11 +17,9 @@ format only: where files are, who may open them and when they reach the disk is 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from email.utils import format_datetime
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pyramid_mailqueue.addresses import check_address, split_addresses
 from pyramid_mailqueue.envelope import Envelope
@@ -40,8 +38,7 @@ _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attem
 _END = b'X-Queue-Meta-End: end'
 
 
-@dataclass(frozen=True, slots=True)
-class QueueHeader:
+class QueueHeader(NamedTuple):
     """
     What the queue knows of a message.
 
@@ -85,6 +82,9 @@ def serialize_header(header: QueueHeader) -> bytes:
 
 
 def _format_date(seconds: float) -> str:
+    # Who has nothing to write does without.
+    from email.utils import format_datetime
+
     return format_datetime(datetime.fromtimestamp(int(seconds), timezone.utc))
 
 
@@ -131,7 +131,7 @@ def _parse_header(data: bytes) -> tuple[QueueHeader, int]:
         sender=_parse_sender(_required(fields, 'Return-path')),
         recipients=_parse_recipients(_required(fields, 'Envelope-to')),
         queued_at=_parse_date('X-Queue-Date', _required(fields, 'X-Queue-Date')),
-        attempts=_parse_retries(fields.get('X-Retries', '0')),
+        attempts=_parse_retries(fields.get('X-Retries')),
         last_attempt=last_attempt,
         last_reply=last_reply,
     )
@@ -236,7 +236,9 @@ def _parse_attempt(value: str | None) -> tuple[float | None, str]:
     return _parse_date('X-Last-Attempt', match.group(1)), match.group(2) or ''
 
 
-def _parse_retries(value: str) -> int:
+def _parse_retries(value: str | None) -> int:
+    if value is None:
+        return 0
     if not _RETRIES.fullmatch(value):
         raise QueueFileError(f'X-Retries must be a number, not {ascii(value[:100])}.')
     return int(value)

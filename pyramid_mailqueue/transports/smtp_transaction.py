@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8
 from pyramid_mailqueue.delivery.results import Reply
@@ -73,8 +73,7 @@ _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*?))?\r?', re.DOTALL)
 _NOT_BEFORE_LOGIN = frozenset({530, 534, 535, 538})
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """
     What a server offers in its reply to EHLO, as far as it concerns mail transactions.
 
