@@ -444,7 +444,7 @@ class _Shift:
                 if result.trouble is not None and not attempt.is_valid():
                     # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
                     continue
-                if self._claims.is_over and result.trouble is not None and not result.replies:
+                if result.trouble is not None and not result.replies and self._claims.is_over:
                     # We have broken it off ourselves: it is nobody's fault.
                     self._put_back(attempt)
                     return

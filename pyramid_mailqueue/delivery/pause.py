@@ -42,6 +42,9 @@ class Pause:
     @property
     def trouble(self) -> ServerTrouble | None:
         """The trouble that it rests because of; None if it does not rest now."""
+        if self._trouble is None:
+            # As nearly always; and asked for each message.
+            return None
         with self._lock:
             return self._trouble if self._clock() < self._until else None
 
@@ -69,6 +72,8 @@ class Pause:
 
     def end(self) -> None:
         """There was a success: no pause, and the next one is short again."""
+        if self._trouble is None:
+            return
         with self._lock:
             self._length = 0.0
             self._until = float('-inf')

@@ -18,6 +18,7 @@ the work.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -169,6 +170,8 @@ class _Turns:
         self._poll.register(ear, select.POLLIN)
         # By their descriptors.
         self._waiting: dict[int, _Waiting] = {}
+        # None of them has to be resumed before that (``time.monotonic()``).
+        self._earliest = math.inf
         # About to block, and not yet in threads of their own.
         self._leaving: deque[Work] = deque()
 
@@ -179,18 +182,20 @@ class _Turns:
             if not self._waiting and len(self._leaving) < 2 and self._loop.leave():
                 return self._leaving.popleft() if self._leaving else None
             self._let_go()
-            for fd, _ in self._poll.poll(max(0.0, self._until() - time.monotonic()) * 1000):
+            for fd, _ in self._poll.poll(max(0.0, self._earliest - time.monotonic()) * 1000 if self._waiting else 0):
                 if fd == self._ear:
                     os.read(fd, 1000)
                     self._admit()
                 else:
                     self._resume(fd)
-            now = time.monotonic()
-            for fd in [fd for fd, waiting in self._waiting.items() if waiting.until <= now]:
-                self._resume(fd)
+            if self._earliest <= time.monotonic():
+                self._resume_late()
 
-    def _until(self) -> float:
-        return min((waiting.until for waiting in self._waiting.values()), default=0.0)
+    def _resume_late(self) -> None:
+        now = time.monotonic()
+        for fd in [fd for fd, waiting in self._waiting.items() if waiting.until <= now]:
+            self._resume(fd)
+        self._earliest = min((waiting.until for waiting in self._waiting.values()), default=math.inf)
 
     def _admit(self) -> None:
         for work, wait in self._loop.arrivals():
@@ -200,7 +205,7 @@ class _Turns:
         work, events, _ = self._waiting[fd]
         wait = next(work, None)
         if wait is not None and wait.fd == fd:
-            self._waiting[fd] = _Waiting(work, wait.events, time.monotonic() + wait.seconds)
+            self._wait(work, wait)
             if wait.events != events:
                 self._poll.modify(fd, wait.events)
             return
@@ -213,8 +218,13 @@ class _Turns:
         if wait.fd < 0:
             self._leaving.append(work)
             return
-        self._waiting[wait.fd] = _Waiting(work, wait.events, time.monotonic() + wait.seconds)
+        self._wait(work, wait)
         self._poll.register(wait.fd, wait.events)
+
+    def _wait(self, work: Work, wait: Wait) -> None:
+        until = time.monotonic() + wait.seconds
+        self._waiting[wait.fd] = _Waiting(work, wait.events, until)
+        self._earliest = min(self._earliest, until)
 
     def _let_go(self) -> None:
         while len(self._leaving) + len(self._waiting) > 1 and self._leaving:

@@ -51,12 +51,12 @@ class MaildirClaim:
     @property
     def attempts(self) -> int:
         """See `IClaim`."""
-        return self._header.attempts
+        return self._parse()[0].attempts
 
     @property
     def queued_at(self) -> float:
         """See `IClaim`."""
-        return self._header.queued_at
+        return self._parse()[0].queued_at
 
     @property
     def envelope(self) -> Envelope:
