@@ -57,7 +57,8 @@ class Supply:
         self._shares: list[Share] = []
         self._at_work = 0
         self._new = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def is_over(self) -> bool:
@@ -80,7 +81,7 @@ class Supply:
 
     def next_now(self) -> IClaim | None:
         """Return the next claim, if there is one and the rate allows it at once."""
-        with self._changed:
+        with self._lock:
             claim = self._next()
         return claim if claim is None or not self._wait_for_rate(claim) else None
 

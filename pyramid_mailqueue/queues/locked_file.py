@@ -73,10 +73,12 @@ class LockedFile:
         """
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._stat, named = os.fstat(self.fd), os.stat(self.path, follow_symlinks=False)
+            opened, named = os.fstat(self.fd), os.stat(self.path, follow_symlinks=False)
         except (BlockingIOError, FileNotFoundError):
             return False
-        return stat.S_ISREG(self._stat.st_mode) and os.path.samestat(self._stat, named)
+        self._stat = opened
+        is_named = opened.st_ino == named.st_ino and opened.st_dev == named.st_dev
+        return is_named and stat.S_ISREG(opened.st_mode)
 
     @property
     def size(self) -> int:
