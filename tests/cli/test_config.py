@@ -6,12 +6,20 @@ import sys
 from pathlib import Path
 from textwrap import dedent
 
+import plaster
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paste.deploy import loadapp
 
-from pyramid_mailqueue.cli.config import parse_override, read_app_settings, read_mqrunner_section, setup_logging
+from pyramid_mailqueue.cli.config import (
+    _INI_PATH,
+    _INI_SCHEMES,
+    parse_override,
+    read_app_settings,
+    read_mqrunner_section,
+    setup_logging,
+)
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings
 
@@ -660,3 +668,20 @@ def test_a_missing_logging_conf_is_named(tmp_path, app_ini):
     assert error_of(setup_logging, app_ini('[app:main]'), {}, Settings(logging_conf=path)) == (
         f'{path}: cannot be read (No such file or directory).'
     )
+
+
+# --- plain paths --------------------------------------------------------------
+
+
+@given(st.from_regex(_INI_PATH, fullmatch=True))
+@example('app.ini')
+@example('/srv/shop/production.conf#shop')
+@example('../a.b/app.cfg#')
+def test_plaster_would_read_a_plain_path_just_so(uri):
+    plain = _INI_PATH.fullmatch(uri)
+    url = plaster.parse_uri(uri)
+
+    assert plain
+    assert (url.path, url.fragment or None) == (plain[1], plain[2] or None)
+    assert url.scheme in _INI_SCHEMES
+    assert not url.options

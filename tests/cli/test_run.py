@@ -158,6 +158,22 @@ def test_nothing_is_printed_when_there_is_nothing_to_do(mq_run, app_ini, queue_d
     assert (queue_dir / 'new').is_dir()
 
 
+def test_who_has_nothing_to_do_imports_little(app_ini):
+    code = (
+        'import sys; from pyramid_mailqueue.cli.run import main\n'
+        'try: main([sys.argv[1]])\n'
+        'except SystemExit as end: print(end.code)\n'
+        "dear = {'plaster', 'importlib.metadata', 'smtplib', 'ssl', 'email.utils', 'blinker', 'json', 'rich'}\n"
+        'print(sorted(dear & set(sys.modules)))'
+    )
+    command = [sys.executable, '-S', '-c', code, app_ini()]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
+
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+
+    assert done.stdout == '0\n[]\n'
+
+
 def test_nothing_is_printed_of_messages_that_are_not_due(mq_run, app_ini, put, state):
     put(since=-60)
 
