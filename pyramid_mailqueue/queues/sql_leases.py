@@ -30,10 +30,10 @@ from sqlalchemy import select, update
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.exceptions import MailqueueError
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, named, owned, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
@@ -154,8 +154,11 @@ class Leases:
                 reason = 'its lease ran out while this process was paused or cut off; whoever has it now delivers it'
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
             else:
-                reason = 'its row is gone with a savepoint that was rolled back, or somebody else has it by now'
-                log_event(queue_log, logging.INFO, status='discarded', id=claim.id, reason=reason)
+                reason = (
+                    'its row was not found after the commit: a savepoint of the connection was rolled back, the row is '
+                    'in another database or schema than that of mailqueue.sql_url, or somebody else has it'
+                )
+                log_event(queue_log, logging.WARNING, status='discarded', id=claim.id, reason=reason)
 
     # -- the ends of claims
 
@@ -228,9 +231,21 @@ class Leases:
         while batch:
             claim, end = batch[0]
             assert end is not None
-            write = partial(settle, claim=claim, settlement=end, now=self.clock())
-            self._write_some([claim], lambda: self.database.transact(write))  # noqa: B023 - called at once
+            self._write_some([claim], partial(self._settle, claim, end))
             del batch[0]
+
+    def _settle(self, claim: HeldClaim, settlement: Settlement) -> set[str]:
+        write = partial(settle, claim=claim, now=self.clock())
+        try:
+            return self.database.transact(partial(write, settlement=settlement))
+        except DatabaseAway:
+            raise
+        except (QueueError, UnicodeError):
+            # What a server has said may have characters that are not in the encoding of the database.
+            plain = in_ascii(settlement)
+            if plain == settlement:
+                raise
+            return self.database.transact(partial(write, settlement=plain))
 
     def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
         """Raises DatabaseAway."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ __all__ = [
     'UNCLAIMED',
     'Claimed',
     'delete_done',
+    'in_ascii',
     'named',
     'owned',
     'release',
@@ -141,6 +143,16 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     for burial in burials:
         connection.execute(_copy(claim.id, {**_buried(burial), **UNCLAIMED}))
     return {claim.token}
+
+
+def in_ascii(settlement: Settlement) -> Settlement:
+    """Return the same end of a claim, with what servers have said in ASCII."""
+    burials = tuple(replace(burial, reason=_ascii(burial.reason)) for burial in settlement.burials)
+    return replace(settlement, last_reply=_ascii(settlement.last_reply), burials=burials)
+
+
+def _ascii(text: str) -> str:
+    return text.encode('ascii', 'backslashreplace').decode()
 
 
 def _waiting(settlement: Settlement, now: float) -> dict[str, Any]:
