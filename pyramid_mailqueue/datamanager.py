@@ -34,6 +34,7 @@ import transaction.interfaces
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event
+from pyramid_mailqueue.delivery.results import DROPPED
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, IStaging
@@ -142,8 +143,10 @@ class MailDataManager:
         added, self._added = self._added, []
         try:
             published = [*zip(added, self._staging.publish(), strict=True)]
-            self._claims = [(delivery, claim) for (delivery, _), claim in published if claim is not None]
-            self._queued = [(claim.id if claim is not None else '', envelope) for (_, envelope), claim in published]
+            there = [(*message, claim) for message, claim in published if claim is not DROPPED]
+            self._claims = [(delivery, claim) for delivery, _, claim in there if claim is not None]
+            self._queued = [(claim.id if claim is not None else '', envelope) for _, envelope, claim in there]
+            _log_discarded([envelope for (_, envelope), claim in published if claim is DROPPED])
         except Exception:
             # The queue broke its promise; but the others have committed, and must not be told that this failed.
             self._staging.leave_in_doubt()

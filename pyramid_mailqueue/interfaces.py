@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
+    from pyramid_mailqueue.delivery.results import Dropped, Recovery, SendResult, Settlement
     from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
 
@@ -144,7 +144,11 @@ class ISessionQueue(IMailQueue):
     session_name: str = Attribute("The attribute of a request that is the application's database session.")
 
     def takes_part(session: Any, manager: Any) -> bool:
-        """Whether *session* commits with the current transaction of *manager*; begins its part in it, if so."""
+        """
+        Whether *session* commits with the current transaction of *manager*; begins its part in it, if so.
+
+        Raises :class:`~.exceptions.QueueError` if *session* is no session, or writes where this queue does not look.
+        """
 
     def put_in(session: Any, envelope: Envelope) -> str:
         """
@@ -243,9 +247,12 @@ class IStaging(Interface):
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
         """
 
-    def publish() -> Sequence[IClaim | None]:
+    def publish() -> Sequence[IClaim | Dropped | None]:
         """
         Make the prepared messages real; return the claim of each, in their order, None for those added not *claimed*.
+
+        In the place of a message that an `ISessionQueue` has lost with a savepoint of the session there is
+        :data:`~.delivery.results.DROPPED`.
 
         This should never fail, and never raises: what goes wrong is logged as CRITICAL, and the message stays
         prepared, in doubt.

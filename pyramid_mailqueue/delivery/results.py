@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum
+from typing import Final, Literal, NamedTuple
 
 from pyramid_mailqueue.exceptions import ServerTrouble
 
-__all__ = ['Burial', 'Offer', 'Recovery', 'Reply', 'SendResult', 'Settlement']
+__all__ = ['DROPPED', 'Burial', 'Dropped', 'Offer', 'Recovery', 'Reply', 'SendResult', 'Settlement']
 
 _ENHANCED_CODE = re.compile(r'([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)')
 
@@ -166,6 +167,15 @@ class Settlement:
     stumbled: bool = False
     last_reply: str = ''
     burials: tuple[Burial, ...] = ()
+
+
+class Dropped(Enum):
+    """Instead of the claim of a message that was added to a transaction, and is not part of it any more."""
+
+    DROPPED = 'dropped'
+
+
+DROPPED: Final[Literal[Dropped.DROPPED]] = Dropped.DROPPED
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
-from pyramid_mailqueue.queues.sql_staging import SQLStaging, insert_into, takes_part
+from pyramid_mailqueue.queues.sql_session import SameTables, insert_into, session_of, takes_part, unencodable
+from pyramid_mailqueue.queues.sql_staging import SQLStaging
 
 __all__ = ['SQLQueue']
 
@@ -91,6 +92,7 @@ class SQLQueue:
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
+        self._same_tables = SameTables(self.database)
 
     def __repr__(self) -> str:
         return f'<SQLQueue {self.database.name}>'
@@ -103,12 +105,14 @@ class SQLQueue:
 
     def takes_part(self, session: Any, manager: Any) -> bool:
         """See `ISessionQueue`."""
-        return takes_part(session, manager)
+        real = session_of(session)
+        self._same_tables.make_sure(real)
+        return takes_part(real, manager)
 
     def put_in(self, session: Any, envelope: Envelope) -> str:
         """See `ISessionQueue`."""
         message = NewMessage.made_of(envelope, self.leases, claimed=False)
-        insert_into(session, message)
+        insert_into(session_of(session), message)
         return message.id
 
     def put(self, envelope: Envelope) -> str:
@@ -126,7 +130,10 @@ class SQLQueue:
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
-        self.database.run(lambda connection: connection.execute(message.statement, message.values))
+        try:
+            self.database.run(lambda connection: connection.execute(message.statement, message.values))
+        except UnicodeError as error:
+            raise unencodable(error) from error
         log_queued(message.id, envelope)
         return message
 
