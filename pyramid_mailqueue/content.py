@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from email.errors import NonASCIILocalPartDefect, ObsoleteHeaderDefect
 from email.generator import BytesGenerator
 from email.header import Header
@@ -26,7 +25,7 @@ from email.headerregistry import Address, HeaderRegistry
 from email.message import Message
 from email.policy import SMTP, SMTPUTF8, Compat32
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyramid_mailqueue.addresses import check_address, needs_smtputf8, parse_header_addresses
 from pyramid_mailqueue.exceptions import AddressError, MailqueueError, MessageError
@@ -39,15 +38,14 @@ LINE_SHOULD, LINE_MUST = 78, 998
 
 _FIELD_NAME = re.compile(r'[!-9;-~]+')
 # A field with its folds.  A blank before the colon is obsolete (RFC 5322 section 4.5) and must still be understood.
-_FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n')
+_FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
 
 
 # --- bytes to fields --------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """
     One field of a header.
 
@@ -86,8 +84,10 @@ def _fields(header: bytes) -> Iterator[Field]:
                 f'The message has a line in its header that is not a header field: {ascii(line[:100])[1:]}. '
                 'An empty line must stand between the header and the body.'
             )
-        value = _FOLD.sub(b'', match.group(2)).strip(b' \t')
-        yield Field(match.group(1).decode('ascii').lower(), value, match.group())
+        lines, name, value = match.group(0, 1, 2)
+        if b'\r\n' in value:
+            value = _FOLD.sub(b'', value)
+        yield Field(name.decode('ascii').lower(), value.strip(b' \t'), lines)
         position = match.end()
 
 
@@ -113,7 +113,9 @@ def message_bytes(message: Any) -> bytes:
 
 def _raw_bytes(message: Any) -> bytes:
     data = message.read() if hasattr(message, 'read') else message
-    if isinstance(data, (bytes, bytearray, memoryview)):
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, (bytearray, memoryview)):
         return bytes(data)
     if isinstance(data, str):
         raise MessageError(

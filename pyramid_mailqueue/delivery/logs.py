@@ -43,6 +43,8 @@ def _quoted(value: str) -> str:
 
 def log_queued(id: str, envelope: Envelope) -> None:
     """Log that a message is in the queue.  Raises no Exception: somebody's handler must not tell a commit otherwise."""
+    if not queue_log.isEnabledFor(logging.INFO):
+        return
     told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
     with contextlib.suppress(Exception):
         log_event(queue_log, logging.INFO, status='queued', id=id, msgid=envelope.message_id, **told)

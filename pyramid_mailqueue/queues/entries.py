@@ -17,7 +17,17 @@ from email.header import decode_header, make_header
 from pyramid_mailqueue.envelope import message_id_of
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
-__all__ = ['AGE_LIMITS', 'STATES', 'UNDELIVERED', 'QueueEntry', 'QueueStats', 'Tally', 'tally', 'tell_from_header']
+__all__ = [
+    'AGE_LIMITS',
+    'STATES',
+    'UNDELIVERED',
+    'QueueEntry',
+    'QueueStats',
+    'Tally',
+    'subject_of',
+    'tally',
+    'tell_from_header',
+]
 
 #: What a message can be in.  A message in doubt was prepared by a process that died before it could publish it.
 STATES = ('waiting', 'in progress', 'held', 'dead', 'in doubt', 'corrupt')
@@ -72,12 +82,16 @@ _SUBJECT = re.compile(rb'^subject[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)', re.IG
 def tell_from_header(content: bytes) -> tuple[str, str]:
     """Return the subject and the Message-ID of a message, of which *content* is the beginning; ``''`` for neither."""
     content = normalize_line_ends(content)
+    return subject_of(content), message_id_of(content)
+
+
+def subject_of(content: bytes) -> str:
+    """Return the subject of a message whose lines end in CRLF; ``''`` if it has none."""
     if content.startswith(b'\r\n'):
-        return '', ''
+        return ''
     end = content.find(b'\r\n\r\n')
-    header = content if end < 0 else content[: end + 2]
-    match = _SUBJECT.search(header)
-    return _decoded(match[1]) if match else '', message_id_of(header)
+    match = _SUBJECT.search(content, 0, end + 2 if end >= 0 else len(content))
+    return _decoded(match[1]) if match else ''
 
 
 def _decoded(value: bytes) -> str:

@@ -105,9 +105,7 @@ class SQLQueue:
 
     def takes_part(self, session: Any, manager: Any) -> bool:
         """See `ISessionQueue`."""
-        real = session_of(session)
-        self._same_tables.make_sure(real)
-        return takes_part(real, manager)
+        return takes_part(session_of(session), manager, self._same_tables)
 
     def put_in(self, session: Any, envelope: Envelope) -> str:
         """See `ISessionQueue`."""

@@ -20,7 +20,7 @@ from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
-from pyramid_mailqueue.queues.entries import tell_from_header
+from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql_database import AS_BYTES, Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
@@ -206,7 +206,6 @@ class NewMessage:
         """Return a message that is due now, claimed by this process or not."""
         now, deadline = leases.clock(), leases.timer() + leases.lease
         name = f'{int(now * 1_000_000):013x}{secrets.token_hex(5)}'
-        subject, message_id = tell_from_header(envelope.content)
         values = {
             'id': name,
             'state': 'waiting',
@@ -214,8 +213,8 @@ class NewMessage:
             'queued_at': now,
             'sender': envelope.sender,
             'recipients': [*envelope.recipients],
-            'message_id': message_id,
-            'subject': subject.replace('\0', '\ufffd'),
+            'message_id': envelope.message_id,
+            'subject': subject_of(envelope.content).replace('\0', '\ufffd'),
             'content': envelope.content,
         }
         if not claimed:
@@ -232,8 +231,9 @@ def _inserting(lease: float | None) -> Insert:
     """
     Return a statement that inserts what it is given, and the end of a lease of so many seconds.
 
-    It is about the mapped class: zope.sqlalchemy takes no notice of one about the table.  Always the same statement is
-    a third faster than a new one with values in it, and so is ``raw``, which says that values go by names of columns.
+    It is about the mapped class: who listens to a session takes no notice of one about the table.  Always the same
+    statement is a third faster than a new one with values in it, and so is ``raw``, which says that values go by names
+    of columns.
     """
     statement = insert(Message).execution_options(autoflush=False, dml_strategy='raw')
     return statement if lease is None else statement.values(lease=database_time() + lease)

@@ -401,7 +401,7 @@ def test_a_script_without_a_session_is_told_so(mailer, message):
 
 
 def test_a_core_insert_would_be_lost(url, factory):
-    """Why the row is inserted by its mapped class: zope.sqlalchemy takes no notice of the other way."""
+    """Why the session is told of the row: zope.sqlalchemy takes no notice of one that is only inserted."""
     zope.sqlalchemy.register(factory)
     with transaction.manager:
         factory().execute(insert(Order.__table__).values(name='core'))

@@ -154,6 +154,27 @@ def test_a_session_of_a_class_of_its_own_is_one(mailer, message, engine, states,
     assert states(url) == ['waiting']
 
 
+@pytest.mark.parametrize('register', ['nobody', 'zope.sqlalchemy', 'both'])
+def test_who_listens_to_the_session_hears_of_the_row(mailer, message, engine, states, url, register):
+    heard = []
+    factory = sessionmaker(engine)
+    if register != 'nobody':
+        zope.sqlalchemy.register(factory)
+    if register == 'both':
+        event.listen(factory, 'do_orm_execute', lambda it: heard.append((it.is_orm_statement, it.is_insert)))
+
+    with transaction.manager:
+        session = factory()
+        session.add(Order(name='one'))
+        mailer.send(message('one'), session=session, delivery='queue')
+        assert session.new
+        if register == 'nobody':
+            session.commit()
+
+    assert states(url) == ['waiting']
+    assert heard == ([(True, True)] if register == 'both' else [])
+
+
 # --- where it writes --------------------------------------------------------
 
 
