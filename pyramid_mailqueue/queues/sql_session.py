@@ -18,7 +18,6 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from transaction.interfaces import NoTransaction
-from zope.sqlalchemy import ZopeTransactionEvents
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
@@ -82,12 +81,14 @@ def insert_into(session: Session, message: NewMessage) -> None:
     """
     statement, values = message.statement, message.values
     with _told_why():
-        listeners: list[Any] = [getattr(it, '__self__', None) for it in session.dispatch.do_orm_execute]
-        if not all(isinstance(it, ZopeTransactionEvents) for it in listeners):
+        # Its listeners are methods of an object that has this one, too.
+        listeners = [getattr(it, '__self__', None) for it in session.dispatch.do_orm_execute]
+        marks: list[Any] = [getattr(it, 'mark_changed', None) for it in listeners]
+        if None in marks:
             session.execute(statement, values)
             return
-        for it in listeners:
-            it.mark_changed(session)
+        for mark_changed in marks:
+            mark_changed(session)
         connection = session.connection(bind_arguments={'mapper': Message, 'clause': statement})
         # Those of a session are new in SQLAlchemy 2.1.
         options = getattr(session, 'execution_options', {})
