@@ -68,7 +68,7 @@ def build_mailer(
     # mq-run has no transactions, and does not load what makes them.
     from pyramid_mailqueue.mailer import Mailer
 
-    queue = build_queue(settings)
+    queue = build_queue(settings, on_away=_warn)
     handler = build_handler(settings, lookup, notify)
     dispatchers = _build_dispatchers(settings, handler, queue)
     return Mailer(
@@ -116,12 +116,25 @@ def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
     return Runner(build_queue(settings), build_handler(settings, lookup))
 
 
-def build_queue(settings: Settings) -> IMailQueue:
-    """Return the queue that *settings* describe.  Raises ConfigurationError."""
+def _warn(error: QueueError) -> None:
+    log.warning('%s', error)
+
+
+def _leave_unsaid(_error: QueueError) -> None:
+    """Whoever uses the queue next is told the same, or that it is back."""
+
+
+def build_queue(settings: Settings, *, on_away: Callable[[QueueError], None] = _leave_unsaid) -> IMailQueue:
+    """
+    Return the queue that *settings* describe.
+
+    :param on_away: called with what a database says that is away; its tables are looked at when it is back
+    :raises ConfigurationError: something that the settings name cannot be used
+    """
     if settings.queue == 'maildir':
         return build_maildir_queue(settings)
     if settings.queue == 'sql':
-        return _checked_sql_queue(settings)
+        return _checked_sql_queue(settings, on_away)
     queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
     return queue
 
@@ -138,13 +151,14 @@ def build_maildir_queue(settings: Settings) -> MaildirQueue:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
 
 
-def _checked_sql_queue(settings: Settings) -> IMailQueue:
+def _checked_sql_queue(settings: Settings, on_away: Callable[[QueueError], None]) -> IMailQueue:
     queue = build_sql_queue(settings)
+    from pyramid_mailqueue.queues.sql_database import DatabaseAway
+
     try:
         queue.check()
-    except QueueError as error:
-        # The tables are looked at when it is back.
-        log.warning('%s', error)
+    except DatabaseAway as error:
+        on_away(error)
     finally:
         # A server may fork from here on.
         queue.close()

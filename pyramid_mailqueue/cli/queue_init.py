@@ -29,8 +29,7 @@ def _create_tables(settings: Settings, arguments: argparse.Namespace) -> None:
         print(queue.database.ddl(), end='')
         return
     try:
-        queue.database.create_tables()
-        queue.check()
+        queue.create_tables()
     finally:
         queue.close()
     print(f'{queue!r} is ready')

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -248,10 +248,22 @@ class SQLQueue:
 
     def check(self) -> None:
         """Raise ConfigurationError if the tables are missing, or those of another version; else DatabaseAway."""
-        try:
+        with _blaming_setting():
             self.database.check()
-        except ConfigurationError as error:
-            raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
+
+    def create_tables(self) -> None:
+        """Create the tables that are missing.  Raises ConfigurationError if there can be none, or DatabaseAway."""
+        with _blaming_setting():
+            self.database.create_tables()
+            self.database.check()
+
+
+@contextmanager
+def _blaming_setting() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
 
 
 @lru_cache

@@ -21,7 +21,8 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import subject_of
-from pyramid_mailqueue.queues.sql_database import AS_BYTES, Database
+from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
 from pyramid_mailqueue.queues.sql_schema import Message, database_time

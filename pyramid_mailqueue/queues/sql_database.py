@@ -11,12 +11,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DataError,
@@ -26,35 +24,48 @@ from sqlalchemy.exc import (
     ProgrammingError,
     SQLAlchemyError,
 )
-from sqlalchemy.pool import QueuePool
 
-from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.sql_schema import VERSION, create_tables, ddl, version_of
+from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine
+from pyramid_mailqueue.queues.sql_schema import (
+    NOT_NOTED,
+    VERSION,
+    create_tables,
+    current_schema,
+    ddl,
+    schema_in_sight,
+    version_of,
+)
 
-__all__ = ['AS_BYTES', 'CONNECTIONS', 'Database', 'DatabaseAway', 'first_line']
+if TYPE_CHECKING:
+    from sqlalchemy import URL, Connection, Engine
+
+__all__ = ['Database', 'DatabaseAway', 'first_line']
 
 T = TypeVar('T')
 
-#: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
-AS_BYTES = 'mailqueue_as_bytes'
-
-#: How many connections one process has, at most.
-CONNECTIONS = 2
-
-#: How long somebody waits for a lock of SQLite, in seconds.
-SQLITE_PATIENCE = 30
-
-_OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
-
-# What a host that is gone without a farewell may cost, or a lock of SQLite: in seconds, but for tcp_user_timeout.
-_CONNECT: Mapping[str, Mapping[str, Any]] = {
-    'postgresql': {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000},
-    'sqlite': {'timeout': SQLITE_PATIENCE},
-}
-
 # Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
 _OUR_FAULT = (DataError, IntegrityError, ProgrammingError)
+
+# SQLSTATE insufficient_privilege.
+_NOT_ALLOWED = '42501'
+
+# What is said of a connection that cannot be made and that nothing but a person will mend.  There is no code for it,
+# and a server that was told to speak another language than English is taken for one that is away.
+_SAID_OF_MISTAKES = (
+    'authentication failed',
+    'does not exist',
+    'does not support ssl',
+    'file is not a database',
+    'invalid ',
+    'no password supplied',
+    'not permitted to log in',
+    'permission denied',
+    'pg_hba.conf',
+    'unable to open database file',
+    'unrecognized configuration parameter',
+)
 
 
 class DatabaseAway(QueueError):
@@ -71,14 +82,16 @@ class Database:
 
     def __init__(self, url: str | URL) -> None:
         try:
-            parsed = make_url(url)
-            self._engine = _engine(parsed)
+            self._engine = make_engine(url)
+            self._file = file_of(self._engine)
         except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
             raise ConfigurationError(
-                f'mailqueue.sql_url (not shown) cannot be used: {error}. It is a URL of SQLAlchemy such as '
+                'The URL of the database (mailqueue.sql_url, or sqlalchemy.url where that is not set; not shown) '
+                f'cannot be used: {_without_full_stop(error)}. It is a URL of SQLAlchemy such as '
                 'postgresql+psycopg://user@host/database, and needs the driver that it names.'
             ) from error
-        self.name = parsed.render_as_string(hide_password=True)
+        shown = self._engine.url.difference_update_query(['password', 'sslpassword'])
+        self.name = shown.render_as_string(hide_password=True)
         self.dialect = self._engine.dialect.name
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)
@@ -118,7 +131,8 @@ class Database:
         Return what *work* returns, whose statements are transactions of their own.
 
         A connection that turns out to be closed (a server that was restarted) is replaced once, and *work* done again:
-        it has to be such that this does no harm.  Raises QueueError, or DatabaseAway.
+        it has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
+        not pass by itself.
         """
         try:
             try:
@@ -131,9 +145,13 @@ class Database:
             raise self.refusal(error) from error
 
     def _try(self, work: Callable[[Connection], T]) -> T:
+        if not self._is_checked:
+            self._check_file()
         with self.connection() as connection:
             if not self._is_checked:
-                self._check(connection)
+                self._check_server(connection)
+                self._check_tables(connection)
+                self._is_checked = True
             return work(connection)
 
     def transact(self, work: Callable[[Connection], T]) -> T:
@@ -141,9 +159,10 @@ class Database:
         return self.run(lambda connection: self._in_transaction(connection, work))
 
     def create_tables(self) -> None:
-        """Create those that are missing.  Raises QueueError, or DatabaseAway."""
+        """Create those that are missing.  Raises as :meth:`run` does."""
         try:
             with self.connection() as connection:
+                self._check_server(connection)
                 self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
             raise self.refusal(error) from error
@@ -168,27 +187,81 @@ class Database:
         """Raise ConfigurationError if the tables are not there, or are others; DatabaseAway if nobody knows."""
         self.run(lambda _: None)
 
-    def _check(self, connection: Connection) -> None:
-        oldest, name = _OLDEST[self.dialect]
+    def _check_file(self) -> None:
+        """SQLite would make an empty one in the place of one that is not there."""
+        if self._file is not None and not self._file.exists():
+            raise self._mistake(
+                f'cannot be used: there is no file {self._file}. Correct the URL, or create the database with the '
+                'tables of the queue: mq-queue app.ini init'
+            )
+
+    def _check_server(self, connection: Connection) -> None:
+        """Raise ConfigurationError if no queue can be in this database, whatever tables it has."""
+        oldest, name = OLDEST[self.dialect]
         if (connection.dialect.server_version_info or oldest) < oldest:
-            raise ConfigurationError(f'{self.name} is too old for the queue: it has to be {name} or later.')
+            raise self._mistake(f'is too old for the queue: it has to be {name} or later.')
+        if self.dialect == 'sqlite':
+            return
+        encoding = connection.exec_driver_sql('SHOW server_encoding').scalar()
+        if encoding != 'UTF8':
+            raise self._mistake(
+                f'has the encoding {encoding}, in which there is not every character that mail and the replies of mail '
+                "servers have. Use a database that was created with: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
+                'template0'
+            )
+        if current_schema(connection) is None:
+            path = connection.exec_driver_sql('SHOW search_path').scalar()
+            raise self._mistake(
+                f'has no schema for the queue: none of its search_path ({path}) is there, or its user may use none.'
+            )
+
+    def _check_tables(self, connection: Connection) -> None:
+        """Raise ConfigurationError if the tables are not there, or are others."""
         version = version_of(connection)
         if version is None:
-            raise ConfigurationError(
-                f'{self.name} has no tables for the queue. Create them with: mq-queue app.ini init (or in a migration, '
-                'see docs/sql.rst).'
+            schema, elsewhere = current_schema(connection), schema_in_sight(connection)
+            if elsewhere not in (None, schema):
+                raise self._mistake(
+                    f'has no tables for the queue in the schema {schema}, the first of its search_path; those in the '
+                    f'schema {elsewhere} can be the queue of another application. Create your own with: mq-queue '
+                    f'app.ini init. If those are meant, let the search_path in mailqueue.sql_url begin with '
+                    f'{elsewhere} (see docs/sql.rst).'
+                )
+            raise self._mistake(
+                'has no tables for the queue. Create them with: mq-queue app.ini init (or in a migration, see '
+                'docs/sql.rst).'
+            )
+        if version == NOT_NOTED:
+            raise self._mistake(
+                'has tables for the queue, but mailqueue_schema, where their version should be, is empty. Let it be '
+                'written with: mq-queue app.ini init'
             )
         if version != VERSION:
-            raise ConfigurationError(
-                f'{self.name} has tables of version {version} for the queue, and this pyramid_mailqueue needs version '
-                f'{VERSION}. See docs/sql.rst.'
+            raise self._mistake(
+                f'has tables of version {version} for the queue, and this pyramid_mailqueue needs version {VERSION}. '
+                'See "Another version" in docs/sql.rst.'
             )
-        self._is_checked = True
 
-    def refusal(self, error: SQLAlchemyError) -> QueueError:
+    def _mistake(self, problem: str) -> ConfigurationError:
+        return ConfigurationError(f'{self.name} {problem}')
+
+    def refusal(self, error: SQLAlchemyError) -> MailqueueError:
         """Return what to raise because of *error*."""
+        if self._is_mistake(error):
+            return self._mistake(
+                f'cannot be used: {first_line(error)}. Trying again will not help: correct the URL, or what its user '
+                'may do (see docs/sql.rst).'
+            )
         kind = QueueError if isinstance(error, _OUR_FAULT) else DatabaseAway
-        return kind(f'The queue in {self.name} cannot be used: {first_line(error)}')
+        return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
+
+    def _is_mistake(self, error: SQLAlchemyError) -> bool:
+        if _sqlstate(error) == _NOT_ALLOWED:
+            return True
+        # Later on the database was good for a queue once, and what is under way may be so again.
+        return not self._is_checked and (
+            isinstance(error, _OUR_FAULT) or any(words in _said(error).lower() for words in _SAID_OF_MISTAKES)
+        )
 
 
 class _Turns:
@@ -246,44 +319,19 @@ class _Turns:
 
 def first_line(error: SQLAlchemyError) -> str:
     """What the database said, without the statement."""
-    said = str(error.orig if isinstance(error, DBAPIError) and error.orig else error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    said = _said(error)
+    return _without_full_stop(said.splitlines()[0]) if said else type(error).__name__
 
 
-def _engine(url: URL) -> Engine:
-    dialect = url.get_backend_name()
-    if dialect not in _OLDEST:
-        raise ValueError(f'{dialect} is neither postgresql nor sqlite')
-    if dialect == 'sqlite' and url.database in (None, '', ':memory:'):
-        raise ValueError('a database in memory cannot be shared with mq-run')
-    options = dict(_CONNECT[dialect])
-    if url.get_driver_name() == 'psycopg':
-        # A statement that the server has prepared on one connection is not there on another one, which a pooler between
-        # may give us; and it may be planned for a table that was empty then.
-        options['prepare_threshold'] = None
-    engine = create_engine(
-        url,
-        poolclass=QueuePool,
-        pool_size=CONNECTIONS,
-        max_overflow=0,
-        isolation_level='AUTOCOMMIT',
-        # What the URL says goes first.
-        connect_args={key: value for key, value in options.items() if key not in url.query},
-    )
-    if dialect == 'postgresql':
-        event.listen(engine, 'connect', _read_committed)
-    if engine.dialect.driver == 'psycopg':
-        event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
-    return engine
+def _said(error: SQLAlchemyError) -> str:
+    return str(error.orig if isinstance(error, DBAPIError) and error.orig else error).strip()
 
 
-def _ask_for_bytes(_connection: Any, cursor: Any, _statement: str, _values: Any, context: Any, _many: bool) -> None:
-    if context.execution_options.get(AS_BYTES):
-        cursor.format = 1
+def _without_full_stop(said: object) -> str:
+    return str(said).rstrip('.')
 
 
-def _read_committed(connection: Any, _record: Any) -> None:
-    """A claim passes over what others have changed meanwhile; with more isolation it would fail because of that."""
-    with connection.cursor() as cursor:
-        cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
-    connection.commit()
+def _sqlstate(error: SQLAlchemyError) -> str | None:
+    """The code of an error of PostgreSQL; psycopg2 has another name for it."""
+    said = getattr(error, 'orig', None)
+    return getattr(said, 'sqlstate', None) or getattr(said, 'pgcode', None)

@@ -10,6 +10,8 @@ keeps a content of more than 2 KB outside of the row, uncompressed, and leaves i
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 from sqlalchemy import (
@@ -23,8 +25,11 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    cast,
     create_mock_engine,
     event,
+    func,
+    insert,
     inspect,
     select,
     text,
@@ -33,10 +38,29 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.expression import FunctionElement
 
-__all__ = ['VERSION', 'Message', 'SchemaVersion', 'create_tables', 'database_time', 'ddl', 'metadata', 'version_of']
+__all__ = [
+    'CONTENT',
+    'NOT_NOTED',
+    'RECIPIENTS',
+    'VERSION',
+    'Message',
+    'SchemaVersion',
+    'create_tables',
+    'current_schema',
+    'database_time',
+    'ddl',
+    'is_time',
+    'metadata',
+    'recipients_of',
+    'schema_in_sight',
+    'version_of',
+]
 
 #: Goes up with each change of the tables.
 VERSION = 1
+
+#: Below all versions: that of tables of which nobody has noted it.
+NOT_NOTED = 0
 
 #: "mailqueue" in eight bytes: whoever creates the tables holds this advisory lock meanwhile.
 _LOCK = 0x6D61_696C_7175_6575
@@ -83,6 +107,41 @@ class Message(_Base):
     message_id: Mapped[str] = mapped_column(Text)
     subject: Mapped[str] = mapped_column(Text)
     content: Mapped[bytes] = mapped_column(LargeBinary, nullable=False, deferred=True)
+
+
+# --- what may be damaged -----------------------------------------------------
+
+# Anybody may write into a row.  What a driver cannot convert it refuses together with all other rows of the statement,
+# so these are read as they are.
+
+#: The recipients of a row, for :func:`recipients_of`.
+RECIPIENTS = cast(Message.recipients, Text).label('recipients')
+
+#: The content of a row: octets, also where SQLite has a text.
+CONTENT = cast(Message.content, LargeBinary).label('content')
+
+
+def recipients_of(written: str) -> tuple[str, ...]:
+    """Return the recipients that a row has; addresses are not checked.  Raises ValueError."""
+    try:
+        recipients = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'its recipients are not JSON: {error}') from error
+    if not isinstance(recipients, list) or not all(isinstance(recipient, str) for recipient in recipients):
+        raise ValueError(f'its recipients are not a list of addresses: {ascii(written[:100])}')
+    return tuple(recipients)
+
+
+def is_time(value: object) -> bool:
+    """Whether *value* can be seconds since the epoch: databases have NaN and Infinity too, and SQLite has texts."""
+    return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < _END_OF_TIME
+
+
+# Nineteen hundred years before and after 1970, which every calendar can show.
+_END_OF_TIME = 6e10
+
+
+# --- which tables there are --------------------------------------------------
 
 
 class SchemaVersion(_Base):
@@ -134,11 +193,38 @@ def _on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
+def current_schema(connection: Connection) -> str | None:
+    """Return the schema that the tables belong into: the first of the search path that is there; None if none is."""
+    if connection.dialect.name == 'sqlite':
+        return 'main'
+    return connection.scalar(select(func.current_schema(type_=Text())))
+
+
+def schema_in_sight(connection: Connection) -> str | None:
+    """Return the schema in which the search path of PostgreSQL finds a table of this name first; None if in none."""
+    if connection.dialect.name == 'sqlite':
+        return None
+    found = text(
+        'SELECT nspname FROM pg_namespace JOIN pg_class ON relnamespace = pg_namespace.oid '
+        'WHERE pg_class.oid = to_regclass(:name)'
+    )
+    schema: str | None = connection.scalar(found, {'name': Message.__tablename__})
+    return schema
+
+
+def _missing(connection: Connection) -> list[Table]:
+    """Tables of the same names in another schema are somebody else's, also if the search path leads there."""
+    there, schema = inspect(connection), current_schema(connection)
+    return [table for table in metadata.sorted_tables if not there.has_table(table.name, schema=schema)]
+
+
 def create_tables(connection: Connection) -> None:
     """Create what is missing.  Called in a transaction; several may do it at the same time."""
     if connection.dialect.name == 'postgresql':
         connection.exec_driver_sql(f'SELECT pg_advisory_xact_lock({_LOCK})')
-    metadata.create_all(connection)
+    metadata.create_all(connection, tables=_missing(connection), checkfirst=False)
+    if version_of(connection) == NOT_NOTED:
+        connection.execute(insert(SchemaVersion).values(version=VERSION))
 
 
 def ddl(url: URL) -> str:
@@ -154,8 +240,7 @@ def ddl(url: URL) -> str:
 
 
 def version_of(connection: Connection) -> int | None:
-    """Return the version of the tables that are there; None if there are none."""
-    there = inspect(connection)
-    if not all(map(there.has_table, metadata.tables)):
+    """Return the version of the tables in the current schema; None if they are not there, or not all of them."""
+    if _missing(connection):
         return None
-    return connection.scalar(select(SchemaVersion.version))
+    return connection.scalar(select(func.coalesce(func.max(SchemaVersion.version), NOT_NOTED)))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pyramid_mailqueue.queues.sql_database import CONNECTIONS
+from pyramid_mailqueue.queues.sql_engine import CONNECTIONS
 
 
 class Cut(BaseException):

@@ -1,0 +1,112 @@
+"""From the URL of a database to an engine of SQLAlchemy that is fit for a queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.pool import QueuePool
+
+__all__ = ['AS_BYTES', 'CONNECTIONS', 'OLDEST', 'SQLITE_PATIENCE', 'file_of', 'make_engine']
+
+#: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
+AS_BYTES = 'mailqueue_as_bytes'
+
+#: How many connections one process has, at most.
+CONNECTIONS = 2
+
+#: How long somebody waits for a lock of SQLite, in seconds.
+SQLITE_PATIENCE = 30
+
+#: What a database has to be at least, by its dialect: as SQLAlchemy tells it, and as people do.
+OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
+
+# What a host that is gone without a farewell may cost, or a lock of SQLite: in seconds, but for tcp_user_timeout.
+_CONNECT: Mapping[str, Mapping[str, Any]] = {
+    'postgresql': {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000},
+    'sqlite': {'timeout': SQLITE_PATIENCE},
+}
+
+
+def make_engine(written: str | URL) -> Engine:
+    """
+    Return the engine of a queue.
+
+    :param written: a URL as SQLAlchemy takes it
+    :raises ArgumentError, NoSuchModuleError, ImportError, ValueError: this is no database for a queue
+    """
+    url = _parsed(written)
+    dialect = url.get_backend_name()
+    if dialect == 'postgres':
+        raise ValueError('SQLAlchemy calls it postgresql:// and not postgres://')
+    if dialect not in OLDEST:
+        raise ValueError(f'{dialect} is neither postgresql nor sqlite')
+    if url.get_dialect().is_async:
+        raise ValueError(f'{url.drivername} is for asyncio')
+    options = dict(_CONNECT[dialect])
+    if url.get_driver_name() == 'psycopg':
+        # A statement that the server has prepared on one connection is not there on another one, which a pooler between
+        # may give us; and it may be planned for a table that was empty then.
+        options['prepare_threshold'] = None
+    # What the URL says goes first.
+    options = {key: value for key, value in options.items() if key not in url.query}
+    if dialect == 'postgresql':
+        # But for this: whatever the environment or the URL says, texts are to be such.
+        options['client_encoding'] = 'utf8'
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        isolation_level='AUTOCOMMIT',
+        connect_args=options,
+    )
+    event.listen(engine, 'connect', _read_committed if dialect == 'postgresql' else _read_anything)
+    if engine.dialect.driver == 'psycopg':
+        event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
+    return engine
+
+
+def file_of(engine: Engine) -> Path | None:
+    """Return the file of a database of SQLite; None for PostgreSQL.  Raises ValueError if it is in memory."""
+    if engine.dialect.name != 'sqlite':
+        return None
+    (name, *_), _options = engine.dialect.create_connect_args(engine.url)
+    query = engine.url.query
+    if name.startswith('file:'):
+        name = unquote(urlsplit(name).path)
+    if name in ('', ':memory:') or query.get('mode') == 'memory' or query.get('vfs') == 'memdb':
+        raise ValueError('a database in memory cannot be shared with mq-run')
+    return Path(name)
+
+
+def _ask_for_bytes(_connection: Any, cursor: Any, _statement: str, _values: Any, context: Any, _many: bool) -> None:
+    if context.execution_options.get(AS_BYTES):
+        cursor.format = 1
+
+
+def _read_committed(connection: Any, _record: Any) -> None:
+    """A claim passes over what others have changed meanwhile; with more isolation it would fail because of that."""
+    with connection.cursor() as cursor:
+        cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
+    connection.commit()
+
+
+def _read_anything(connection: Any, _record: Any) -> None:
+    """A text that is not UTF-8 is shown as such, and does not keep the others of its statement from being read."""
+    connection.text_factory = _as_text
+
+
+def _as_text(octets: bytes) -> str:
+    return octets.decode('utf-8', 'backslashreplace')
+
+
+def _parsed(url: str | URL) -> URL:
+    """Raises ArgumentError, or ValueError."""
+    try:
+        return make_url(url)
+    except ValueError as error:
+        raise ValueError('its port is not a number') from error
