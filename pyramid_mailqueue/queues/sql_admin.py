@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Text, and_, case, cast, delete, func, or_, select, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
@@ -17,7 +17,7 @@ from pyramid_mailqueue.queues.entries import STATES, QueueEntry, QueueStats, tal
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_schema import CONTENT, Message, database_time, is_time, recipients_of
 
 __all__ = ['IS_SEEN', 'SQLAdmin']
 
@@ -30,15 +30,15 @@ SOME = 5
 _COLUMNS = (
     Message.id,
     Message.state,
-    Message.sender,
-    Message.recipients,
     Message.attempts,
     Message.queued_at,
     Message.due,
     Message.last_attempt,
-    Message.last_reply,
-    Message.subject,
-    Message.message_id,
+    # Whatever is in them is shown, without being converted.
+    *(
+        cast(column, Text).label(column.key)
+        for column in (Message.sender, Message.recipients, Message.last_reply, Message.subject, Message.message_id)
+    ),
     # Neither database reads a content to know its length.
     func.length(Message.content).label('size'),
 )
@@ -104,7 +104,7 @@ class SQLAdmin:
 
     def content(self, id: str) -> bytes:
         """See `IQueueAdmin`."""
-        statement = select(Message.content).where(Message.id == self._whole(id))
+        statement = select(CONTENT).where(Message.id == self._whole(id))
         content = self._database.run(lambda connection: connection.scalar(statement))
         if content is None:
             raise _nobody(id)
@@ -194,25 +194,38 @@ _WAITING = or_(state_is('waiting'), and_(state_is('in progress'), Message.lease 
 
 
 def _entry(row: Row[Any]) -> QueueEntry:
+    """What is damaged is not known, and does not keep the rest from being seen."""
+    last_reply = row.last_reply
+    try:
+        recipients = recipients_of(row.recipients)
+    except ValueError as error:
+        recipients, last_reply = (), str(error)
     return QueueEntry(
         row.id,
         row.state,
         row.sender,
-        tuple(row.recipients),
+        recipients,
         retries=row.attempts,
-        queued_at=row.queued_at,
-        due=row.due if row.state in ('waiting', 'held') else None,
-        last_attempt=row.last_attempt,
-        last_reply=row.last_reply,
+        queued_at=_time(row.queued_at),
+        due=_time(row.due) if row.state in ('waiting', 'held') else None,
+        last_attempt=_time(row.last_attempt),
+        last_reply=last_reply,
         subject=row.subject,
         message_id=row.message_id,
         size=row.size,
     )
 
 
+def _time(value: Any) -> float | None:
+    return value if is_time(value) else None
+
+
 def _born(id: str) -> float:
-    """When a message came for the first time, as its id tells."""
-    return int(id[:13], 16) / 1_000_000
+    """When a message came for the first time, as its id tells; an id of somebody else's making tells nothing."""
+    try:
+        return int(id[:13], 16) / 1_000_000
+    except ValueError:
+        return -math.inf
 
 
 def _nobody(id: str) -> NoSuchMessage:

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import MessageError, QueueError, QueueFileError
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
-from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_schema import CONTENT, RECIPIENTS, Message, database_time, is_time, recipients_of
 
 __all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claim_values', 'claiming']
 
@@ -37,7 +37,10 @@ class ClaimedRow(NamedTuple):
     """
     What is known of a row that was claimed; the names are those of :class:`~.sql_schema.Message`.
 
+    Nothing of it was checked: it is what somebody has written into the row.
+
     :param claim: the token that is in the row for as long as the claim holds
+    :param recipients: for :func:`~.sql_schema.recipients_of`; None where the envelope is known
     """
 
     id: str
@@ -46,7 +49,7 @@ class ClaimedRow(NamedTuple):
     attempts: int
     queued_at: float
     sender: str
-    recipients: Sequence[str]
+    recipients: str | None
 
 
 @implementer(IClaim)
@@ -107,12 +110,14 @@ class SQLClaim:
 
     def _read(self) -> Envelope:
         assert self._contents is not None
+        assert self._row.recipients is not None
         content = self._contents.take(self)
         if content is None:
             raise QueueError('somebody else has it')
         try:
-            return Envelope(self._row.sender, tuple(self._row.recipients), content)
-        except MessageError as error:
+            _check_numbers(self._row)
+            return Envelope(self._row.sender, recipients_of(self._row.recipients), content)
+        except (TypeError, ValueError) as error:
             self._put_aside(str(error))
             raise QueueFileError(f'its row is damaged: {error}') from error
 
@@ -130,7 +135,7 @@ class SQLClaim:
             return
         try:
             is_ours = self._leases.database.run(lambda connection: update_recipients(connection, self, recipients))
-        except QueueError as error:
+        except MailqueueError as error:
             reason = 'who has the message cannot be written; it waits as it was, and may be delivered again'
             log_event(queue_log, logging.CRITICAL, status='unsettled', id=self.id, error=error, reason=reason)
             return
@@ -145,6 +150,14 @@ class SQLClaim:
     def release(self) -> None:
         """See `IClaim`."""
         self._leases.release([self])
+
+
+def _check_numbers(row: ClaimedRow) -> None:
+    """What a retry is reckoned with.  Raises TypeError or ValueError."""
+    if not is_time(row.queued_at):
+        raise ValueError(f'its queued_at is no time: {row.queued_at!r}')
+    if not isinstance(row.attempts, int):
+        raise TypeError(f'its attempts are no number: {row.attempts!r}')
 
 
 class Contents:
@@ -182,7 +195,7 @@ class Contents:
 @lru_cache
 def _reading(dialect: str) -> Executable:
     is_meant = or_(Message.id == bindparam('asked'), func.length(Message.content) <= SMALL)
-    statement = select(Message.claim, Message.content).where(owned(dialect), is_meant)
+    statement = select(Message.claim, CONTENT).where(owned(dialect), is_meant)
     return statement.execution_options(**{AS_BYTES: True})
 
 
@@ -221,7 +234,7 @@ class NewMessage:
         if not claimed:
             return cls(name, envelope, _inserting(None), values, None)
         token = _new_token() + name
-        row = ClaimedRow(name, token, now, 0, now, envelope.sender, envelope.recipients)
+        row = ClaimedRow(name, token, now, 0, now, envelope.sender, None)
         claim = SQLClaim(leases, row, deadline, envelope=envelope)
         values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process()}
         return cls(name, envelope, _inserting(leases.lease), values, claim)
@@ -249,7 +262,8 @@ def claiming(statement: Update) -> Update:
     lease = database_time() + bindparam('seconds', type_=Float(53))
     values = {'state': 'in progress', 'claimed_by': bindparam('process'), 'lease': lease}
     statement = statement.values(**values, claim=bindparam('token', type_=Text()) + Message.id)
-    return statement.returning(*(getattr(Message, name) for name in ClaimedRow._fields))
+    columns = {name: getattr(Message, name) for name in ClaimedRow._fields} | {'recipients': RECIPIENTS}
+    return statement.returning(*columns.values())
 
 
 def claim_values(leases: Leases) -> dict[str, Any]:

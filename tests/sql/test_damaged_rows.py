@@ -1,0 +1,182 @@
+"""Rows of which no message can be made: they are put aside with a reason, and their neighbours go their way."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pyramid_mailqueue.cli import queue as mq_queue_command
+from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.runner import Runner
+from pyramid_mailqueue.envelope import Envelope
+from tests.sql.databases import create_queue_tables
+
+ON_POSTGRESQL = [
+    "due = '-Infinity', recipients = 'null'",
+    "queued_at = 'NaN'",
+    "queued_at = 'Infinity'",
+]
+ON_SQLITE = [
+    "recipients = 'not JSON'",
+    "recipients = ''",
+    "recipients = CAST(x'ff' AS TEXT)",
+    "queued_at = 'yesterday'",
+    'queued_at = 9e999',
+    "attempts = 'several'",
+    "sender = x'ff'",
+]
+ON_BOTH = [
+    "recipients = 'null'",
+    "recipients = '5'",
+    "recipients = '{}'",
+    "recipients = '[]'",
+    "recipients = '[1]'",
+    """recipients = '"ada@x.example"'""",
+    "recipients = '" + 2000 * '[' + 2000 * ']' + "'",
+    "sender = 'no address'",
+]
+DAMAGES = [
+    *(('sqlite', damage) for damage in ON_BOTH + ON_SQLITE),
+    *(('postgresql+psycopg', damage) for damage in ON_BOTH + ON_POSTGRESQL),
+    ('postgresql+psycopg2', ON_BOTH[0]),
+    ('postgresql+psycopg2', ON_BOTH[4]),
+]
+
+# What is not known of these does not keep anybody from delivering them.
+HARMLESS = [
+    ('sqlite', "content = 'Subject: 1' || char(13, 10, 13, 10) || 'Hello.'"),
+    ('sqlite', "subject = x'ff'"),
+    ('sqlite', "last_reply = CAST(x'ff' AS TEXT)"),
+    ('sqlite', "last_attempt = 'never'"),
+    ('sqlite', "id = '!'"),
+    ('postgresql+psycopg', "last_attempt = 'Infinity'"),
+    ('postgresql+psycopg', "id = '!'"),
+]
+
+# A time that never comes.
+NEVER_DUE = [
+    ('sqlite', "due = 'soon'"),
+    ('sqlite', 'due = 9e999'),
+    ('postgresql+psycopg', "due = 'NaN'"),
+    ('postgresql+psycopg', "due = 'Infinity'"),
+]
+
+
+@pytest.fixture
+def url(make_database, kind):
+    """A database with the tables of the queue; its kind is a parameter of each test."""
+    url = make_database(kind)
+    create_queue_tables(url)
+    return url
+
+
+@pytest.fixture
+def queue(url, make_queue):
+    return make_queue(url)
+
+
+@pytest.fixture
+def names(queue, url, sql, damage):
+    """Three messages, of which the second is damaged then."""
+
+    def message(number):
+        return Envelope('', ('ada@x.example',), b'Subject: %d\r\n\r\nHello.\r\n' % number)
+
+    names = [queue.put(message(number)) for number in range(3)]
+    sql(url, f'UPDATE mailqueue_message SET {damage}'.replace(':', r'\:') + ' WHERE id = :id', id=names[1])
+    return names
+
+
+class Outbox:
+    """A transport that takes everything."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, sender, recipients, content):
+        self.sent.append(content.partition(b'\r\n')[0][-1:].decode())
+        return True
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def run(queue):
+    """Deliver what is due; return what was sent."""
+
+    def run():
+        outbox = Outbox()
+        Runner(queue, MessageHandler([outbox])).run()
+        return sorted(outbox.sent)
+
+    return run
+
+
+@pytest.fixture
+def look(url, tmp_path, capfd):
+    """Call each command that looks; return what they printed."""
+
+    def look(*commands):
+        ini = tmp_path / 'app.ini'
+        quoted = url.replace('%', '%%')
+        ini.write_text(
+            f'[app:main]\nmailqueue.smtp_hostname = localhost\nmailqueue.queue = sql\nsqlalchemy.url = {quoted}\n'
+        )
+        printed = []
+        for command in commands:
+            with pytest.raises(SystemExit) as info:
+                mq_queue_command.main([str(ini), *command])
+            out, err = capfd.readouterr()
+            assert (info.value.code in (0, 1), err) == (True, ''), err
+            printed.append(out)
+        return printed
+
+    return look
+
+
+LOOKS = (['list'], ['list', '--json'], ['stats'], ['check'], ['metrics'])
+
+
+@pytest.mark.parametrize(('kind', 'damage'), DAMAGES)
+def test_a_damaged_row_is_put_aside_and_its_neighbours_are_delivered_by_the_same_run(queue, names, run, look, caplog):
+    for shown in look(*LOOKS, ['show', names[1]]):
+        assert 'Traceback' not in shown
+
+    assert run() == ['0', '2']
+
+    assert {state: count for state, count in queue.counts().items() if count} == {'corrupt': 1}
+    (entry,) = queue.admin.entries(['corrupt'])
+    assert entry.id == names[1]
+    assert entry.last_reply != ''
+    assert f'status=corrupt id={names[1]}' in caplog.text
+    look(*LOOKS, ['show', names[1]], ['show', names[1], '--raw'], ['delete', '--yes', names[1]])
+    assert not any(queue.counts().values())
+
+
+@pytest.mark.parametrize(('kind', 'damage'), HARMLESS)
+def test_what_nobody_needs_may_be_damaged(queue, names, run, look):
+    look(*LOOKS)
+
+    assert run() == ['0', '1', '2']
+    assert not any(queue.counts().values())
+
+
+@pytest.mark.parametrize(('kind', 'damage'), NEVER_DUE)
+def test_a_due_time_that_never_comes_is_not_shown_and_retry_makes_it_now(queue, names, run, look):
+    look(*LOOKS)
+    assert queue.admin.find(names[1]).due is None
+    assert run() == ['0', '2']
+
+    look(['retry', names[1]])
+
+    assert queue.admin.find(names[1]).due <= time.time()
+    assert run() == ['1']
+
+
+@pytest.mark.parametrize(('kind', 'damage'), NEVER_DUE)
+def test_flush_makes_what_never_comes_due_now(queue, names, run):
+    queue.admin.flush()
+
+    assert run() == ['0', '1', '2']
