@@ -17,8 +17,10 @@ from zope.sqlalchemy.datamanager import STATUS_READONLY
 
 from pyramid_mailqueue import QueueError, mailer_from_settings
 from pyramid_mailqueue.exceptions import NoActiveTransaction
+from pyramid_mailqueue.queues.sql_schema import Message
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_runner
+from tests.sql.databases import create_queue_tables, postgres_schema
 
 
 class Base(DeclarativeBase):
@@ -329,6 +331,34 @@ def test_a_session_of_a_database_without_the_tables_is_told_so(make_shop, messag
 
     with pytest.raises(QueueError, match=r'mq-queue app\.ini init'):
         app.get('/')
+
+
+def test_a_session_with_several_databases_has_to_know_which_one_has_the_mail(mailer, message, url, there_is):
+    engine = create_engine(url, poolclass=NullPool)
+
+    with Session(binds={Base: engine}) as session, pytest.raises(QueueError) as info:
+        mailer.send(message('one'), session=session)
+    assert 'Could not locate a bind configured on mapper' in str(info.value)
+    assert '..' not in str(info.value)
+
+    with Session(binds={Base: engine, Message: engine}) as session, session.begin():
+        session.add(Order(name='one'))
+        mailer.send(message('one'), session=session)
+    assert there_is() == (['one'], {'waiting': 1})
+
+
+def test_a_schema_that_the_session_translates_holds_for_mail(postgres, message, make_settings, smtp_server):
+    with postgres_schema(postgres) as url:
+        create_queue_tables(url)
+        schema = url.rpartition('%3D')[2]
+        elsewhere = create_engine(postgres.url('psycopg'), poolclass=NullPool)
+        engine = elsewhere.execution_options(schema_translate_map={None: schema})
+        settings = {'sqlalchemy.url': url, **make_settings(smtp_server, queue='sql', delivery='queue')}
+
+        with Session(engine) as session, session.begin():
+            mailer_from_settings(settings).send(message('one'), session=session)
+
+        assert build_runner(Settings.from_mapping(settings)).run().sent == 1
 
 
 def test_where_nobody_will_commit_mail_is_refused(make_app, settings, factory, message):
