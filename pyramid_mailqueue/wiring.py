@@ -198,12 +198,14 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     database = build_sql_queue(settings)
     from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord, MaildirSide
-    from pyramid_mailqueue.queues.moving_sql import SQLSide
+    from pyramid_mailqueue.queues.moving_sql import SQLSide, blaming_configuration
 
     try:
-        _check_tables(database, settings)
+        with blaming_configuration():
+            _check_tables(database, settings)
         record = DirectoryRecord(directory, database.database.name)
         here, there = MaildirSide(directory), SQLSide(database, record)
+        there.check()
         yield Move(here, there, record) if to == 'sql' else Move(there, here, record)
     finally:
         database.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.output import numbered, print_json, printable
-from pyramid_mailqueue.queues.moving import MOVED, Move
+from pyramid_mailqueue.queues.moving import MOST_MESSAGES, MOVED, Move
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import open_move
 
@@ -39,7 +39,7 @@ def move(settings: Settings, arguments: argparse.Namespace) -> int:
     if heard and not work.report.is_complete:
         complain(arguments.prog, 'the move is not complete; do it again')
         return 128 + heard[0]
-    return EX_NOT_DONE if left else EX_OK
+    return EX_NOT_DONE if left or work.report.half_way else EX_OK
 
 
 @contextmanager
@@ -87,7 +87,9 @@ def _tell(work: Move, left: Mapping[str, int] | None, arguments: argparse.Namesp
     if arguments.json:
         refused = [{'id': id_, 'reason': reason} for id_, reason in report.refused.items()]
         moved = {state: report.moved[state] for state in MOVED}
-        print_json({'moved': moved, 'settled': report.settled, 'refused': refused, 'left': left})
+        print_json(
+            {'moved': moved, 'settled': report.settled, 'half_way': report.half_way, 'refused': refused, 'left': left}
+        )
         return
     if report.settled:
         print('What a move that was broken off had left half-way is in one of the queues again.')
@@ -98,6 +100,12 @@ def _tell(work: Move, left: Mapping[str, int] | None, arguments: argparse.Namesp
         complain(arguments.prog, f'{id_} cannot be moved: {reason}')
     if len(report.refused) > SOME:
         complain(arguments.prog, f'{len(report.refused) - SOME} more cannot be moved')
+    if report.half_way:
+        most = report.half_way * MOST_MESSAGES
+        complain(
+            arguments.prog,
+            f'up to {most} messages are half-way, in doubt: nobody delivers them until you have done the move again',
+        )
     if left:
         print(f'left in {printable(work.source.name)}{_by_state(left)}')
 

@@ -42,6 +42,7 @@ __all__ = [
     'MOVED',
     'OUT',
     'Decisions',
+    'DoesNotFit',
     'Move',
     'Moved',
     'Parcel',
@@ -85,8 +86,17 @@ class Parcel:
     deaths: int = 0
 
 
+class DoesNotFit(QueueError):
+    """A queue cannot hold one of these messages.  Others it can."""
+
+
 class Side(Protocol):
-    """One of the two queues.  Every method may raise QueueError, and OSError."""
+    """
+    One of the two queues.
+
+    Every method may raise QueueError or OSError if the queue cannot be used now, and ConfigurationError if a person has
+    to mend something before it can be.
+    """
 
     @property
     def name(self) -> str:
@@ -106,7 +116,7 @@ class Side(Protocol):
         """
 
     def stage(self, batch: str, parcels: Sequence[Parcel]) -> list[str]:
-        """Write copies, out of reach, durably; return their ids.  QueueError is said of a message that does not fit."""
+        """Write copies, out of reach, durably; return their ids.  Raises `DoesNotFit` too; then nothing is written."""
 
     def remove(self, batch: str, role: str) -> None:
         """Remove what is in this role, durably."""
@@ -151,12 +161,14 @@ class Moved:
     :param moved: how many messages were moved, by their state
     :param refused: the ids of messages that cannot be moved, and why
     :param settled: how many batches were left by a move that was broken off, and are settled now
+    :param half_way: how many batches are left half-way: their messages are in doubt until the next move
     :param is_complete: False if it was told to stop
     """
 
     moved: Counter[str] = field(default_factory=Counter)
     refused: dict[str, str] = field(default_factory=dict)
     settled: int = 0
+    half_way: int = 0
     is_complete: bool = False
 
 
@@ -181,8 +193,8 @@ class Move:
 
         :param is_stopped: asked before each batch
         :param on_batch: called after each
-        :raises QueueError: one of the queues cannot be used now, or another move works on the directory.  What is left
-            is out of reach until the next move
+        :raises QueueError: one of the queues cannot be used now, or another move works on the directory
+        :raises ConfigurationError: a person has to mend something first
         """
         try:
             with self._decisions.alone():
@@ -196,7 +208,9 @@ class Move:
 
     def _settle_all(self) -> None:
         decided = self._decisions.decided()
-        for batch in sorted(decided | self.source.unfinished() | self.target.unfinished()):
+        left = sorted(decided | self.source.unfinished() | self.target.unfinished())
+        self.report.half_way = len(left)
+        for batch in left:
             self._end(batch, is_decided=batch in decided)
             self.report.settled += 1
 
@@ -212,33 +226,34 @@ class Move:
     def _move(self, state: str, ids: Sequence[str]) -> None:
         try:
             self._move_batch(state, ids)
-        except _Refusal as refusal:
-            self._move_singly(state, ids, refusal)
+        except DoesNotFit:
+            # Nobody knows which of them.
+            for id_ in ids:
+                self._move_alone(state, id_)
 
-    def _move_singly(self, state: str, ids: Sequence[str], refusal: _Refusal) -> None:
-        """One of them does not fit into the other queue.  If none of several does, it is not they who are to blame."""
-        refused = {}
-        for id_ in ids:
-            try:
-                self._move_batch(state, [id_])
-            except _Refusal as error:
-                refused[id_] = str(error)
-        if len(refused) == len(ids) > 1:
-            raise QueueError(str(refusal))
-        self.report.refused |= refused
+    def _move_alone(self, state: str, id: str) -> None:
+        try:
+            self._move_batch(state, [id])
+        except DoesNotFit as error:
+            self.report.refused[id] = str(error)
 
     def _move_batch(self, state: str, ids: Sequence[str]) -> None:
         batch = self._decisions.new_batch()
-        parcels: list[Parcel] = []
+        self.report.half_way += 1
         try:
             parcels = self.source.take(batch, state, ids, self.report.refused.__setitem__)
-            new_ids = self._stage(batch, parcels)
+            new_ids = self.target.stage(batch, parcels) if parcels else []
+        except DoesNotFit:
+            # A message that is refused is back where it was; if it is not, the move is at its end.
+            self._end(batch, is_decided=False)
+            raise
         except BaseException:
             # If that fails too, the next move does it.
             with suppress(MailqueueError, OSError):
                 self._end(batch, is_decided=False)
             raise
         if not parcels:
+            self.report.half_way -= 1
             return
         # Whatever is raised from here on, only the next move can tell how it stands.
         self._decisions.decide(batch)
@@ -246,16 +261,6 @@ class Move:
         self.report.moved[state] += len(parcels)
         for parcel, new_id in zip(parcels, new_ids, strict=True):
             log_event(queue_log, logging.INFO, status='moved', id=parcel.id, new_id=new_id, to=self.target.name)
-
-    def _stage(self, batch: str, parcels: Sequence[Parcel]) -> list[str]:
-        if not parcels:
-            return []
-        try:
-            return self.target.stage(batch, parcels)
-        except QueueError as error:
-            if type(error) is QueueError:
-                raise _Refusal(str(error)) from error
-            raise
 
     def _end(self, batch: str, *, is_decided: bool) -> None:
         """What is out of reach goes in one queue before it comes back in the other: nobody can take both."""
@@ -265,10 +270,7 @@ class Move:
         for side in (self.source, self.target):
             side.publish(batch, comes)
         self._decisions.forget(batch)
-
-
-class _Refusal(QueueError):
-    """The other queue does not take one of these messages; they are where they were."""
+        self.report.half_way -= 1
 
 
 def batched(sized: Iterable[tuple[str, int]]) -> Iterator[Sequence[str]]:

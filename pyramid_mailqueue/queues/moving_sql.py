@@ -14,14 +14,16 @@ import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import CTE, Connection, Row, Update, delete, func, insert, or_, select, text, update
+from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, func, insert, or_, select, text, update
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import MessageError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
 from pyramid_mailqueue.queues.entries import tell_from_header
-from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, Parcel, batched
+from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_schema import Message, database_time
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
     from pyramid_mailqueue.queues.sql import SQLQueue
 
-__all__ = ['SQLSide']
+__all__ = ['SQLSide', 'blaming_configuration']
 
 T = TypeVar('T')
 
@@ -74,13 +76,36 @@ class SQLSide:
         self._record = record
         self.name = queue.database.name
 
+    def check(self) -> None:
+        """Raise ConfigurationError if the user of the database may not do all that a move does; see `Side` too."""
+        nobody = Message.id == ''
+        columns = Message.__table__.columns
+        nothing = insert(Message).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
+
+        def change_nothing(connection: Connection) -> None:
+            connection.execute(nothing)
+            connection.execute(update(Message).where(nobody).values(due=0))
+            connection.execute(delete(Message).where(nobody))
+
+        try:
+            self._transact(change_nothing)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f'{error}. A move needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
+                f'{Message.__tablename__}.'
+            ) from error
+
     def recover(self) -> None:
         """See `Side`."""
-        self._queue.recover(self._queue.leases.clock())
+        with blaming_configuration():
+            self._queue.recover(self._queue.leases.clock())
 
     def counts(self) -> Mapping[str, int]:
         """See `Side`."""
         return self._queue.counts()
+
+    def _execute(self, statement: Executable) -> None:
+        self._transact(lambda connection: connection.execute(statement))
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
         """One transaction that is on the disk when this returns: the other queue relies on it."""
@@ -90,7 +115,8 @@ class SQLSide:
                 connection.execute(_SYNCHRONOUS)
             return work(connection)
 
-        return self._database.transact(durably)
+        with blaming_configuration():
+            return self._database.transact(durably)
 
     # -- what leaves
 
@@ -112,8 +138,7 @@ class SQLSide:
     def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
         """See `Side`."""
         claim = _claim(batch, OUT, state)
-        taking = self._taking(state, ids).values(**_out_of_reach(claim))
-        self._transact(lambda connection: connection.execute(taking))
+        self._execute(self._taking(state, ids).values(**_out_of_reach(claim)))
         parcels = []
         # Not what the statement returns: if its answer was lost, it was repeated, and found nothing any more.
         for row in self._rows(select(*_COLUMNS).where(*_claimed(claim)).order_by(Message.id)):
@@ -132,11 +157,11 @@ class SQLSide:
         return update(Message).where(Message.id == picked.c.id)
 
     def _put_back(self, claim: str, state: str, id: str) -> None:
-        statement = update(Message).where(*_claimed(claim), Message.id == id).values(state=state, **UNCLAIMED)
-        self._transact(lambda connection: connection.execute(statement))
+        self._execute(update(Message).where(*_claimed(claim), Message.id == id).values(state=state, **UNCLAIMED))
 
     def _rows(self, statement: Any) -> Sequence[Row[Any]]:
-        return self._database.run(lambda connection: connection.execute(statement).all())
+        with blaming_configuration():
+            return self._database.run(lambda connection: connection.execute(statement).all())
 
     # -- what comes
 
@@ -145,7 +170,12 @@ class SQLSide:
         now = self._queue.leases.clock()
         rows = [{**_row(parcel, now), **_mark(_claim(batch, IN, parcel.state))} for parcel in parcels]
         statement = insert(Message).values(lease=database_time() + LEASE)
-        self._transact(lambda connection: connection.execute(statement, rows))
+        try:
+            self._transact(lambda connection: connection.execute(statement, rows))
+        except QueueError as error:
+            if isinstance(error.__cause__, (DataError, IntegrityError)):
+                raise DoesNotFit(str(error)) from error
+            raise
         return [row['id'] for row in rows]
 
     # -- how it ends
@@ -164,24 +194,37 @@ class SQLSide:
 
     def remove(self, batch: str, role: str) -> None:
         """See `Side`."""
-        is_meant = Message.claim.in_([_claim(batch, role, state) for state in MOVED])
-        statement = delete(Message).where(state_is('in doubt'), is_meant)
-        self._transact(lambda connection: connection.execute(statement))
+        for state in self._states_of(batch, role):
+            self._execute(delete(Message).where(*_claimed(_claim(batch, role, state))))
 
     def publish(self, batch: str, role: str) -> None:
         """See `Side`."""
-
-        def publish(connection: Connection) -> int:
-            published = 0
-            for state in MOVED:
-                is_meant = _claimed(_claim(batch, role, state))
-                published += connection.execute(
-                    update(Message).where(*is_meant).values(state=state, **UNCLAIMED)
-                ).rowcount
-            return published
-
-        if self._transact(publish):
+        for state in self._states_of(batch, role):
+            is_meant = _claimed(_claim(batch, role, state))
+            self._execute(update(Message).where(*is_meant).values(state=state, **UNCLAIMED))
             self._queue.tell_news()
+
+    def _states_of(self, batch: str, role: str) -> list[str]:
+        """
+        Return what is to become of the rows in this role; a batch has one state.
+
+        Where there are none nothing is written: a database that takes nothing any more does not keep messages from
+        going back into the directory.
+        """
+        states = {_claim(batch, role, state): state for state in MOVED}
+        found = select(Message.claim).where(state_is('in doubt'), Message.claim.in_([*states])).distinct()
+        return [states[claim] for (claim,) in self._rows(found)]
+
+
+@contextmanager
+def blaming_configuration() -> Iterator[None]:
+    """A table that is not there, or a user who may not do something, is nothing that passes: ConfigurationError."""
+    try:
+        yield
+    except QueueError as error:
+        if isinstance(error.__cause__, ProgrammingError):
+            raise ConfigurationError(str(error)) from error
+        raise
 
 
 # What the application may have switched off, to commit faster.

@@ -9,17 +9,21 @@ import select
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from pyramid_mailqueue.cli import queue as command
 from pyramid_mailqueue.cli import queue_move
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues import moving, moving_maildir
+from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
 from tests.sql.move_parts import Place
 
 DEADLINE = 30
+
+OTHER = {'sql': 'maildir', 'maildir': 'sql'}
 
 
 def content(number):
@@ -45,16 +49,22 @@ def ini(tmp_path):
 
 
 @pytest.fixture
-def mq_queue(ini, tmp_path, url, capfd):
-    """Call ``mq-queue`` for an app with both queues; return its exit status, and what it printed."""
+def mq_queue_with(ini, tmp_path, capfd):
+    """Call ``mq-queue`` for an app with a directory and this database; return its exit status, and what it printed."""
 
-    def mq_queue(*arguments, **own):
+    def mq_queue_with(url, *arguments, **own):
         own = own or {'mailqueue.queue_dir': tmp_path / 'queue', 'sqlalchemy.url': url}
         with pytest.raises(SystemExit) as info:
             command.main([ini(**own), *arguments])
         return info.value.code, *capfd.readouterr()
 
-    return mq_queue
+    return mq_queue_with
+
+
+@pytest.fixture
+def mq_queue(mq_queue_with, url):
+    """The same, with a database of each kind."""
+    return partial(mq_queue_with, url)
 
 
 @pytest.mark.parametrize('in_use', ['maildir', 'sql'])
@@ -98,6 +108,7 @@ def test_a_program_is_told_in_json(mq_queue, place):
     assert told == {
         'moved': {'waiting': 0, 'held': 1, 'dead': 0},
         'settled': 0,
+        'half_way': 0,
         'refused': [{'id': 'damaged'}],
         'left': {'waiting': 1},
     }
@@ -164,6 +175,153 @@ def test_a_database_that_is_away_is_status_75_and_leaves_everything_where_it_is(
     assert place.counts('maildir') == {'waiting': 1}
 
 
+# --- what the user of the database may not do -------------------------------
+
+
+@pytest.fixture
+def role(postgres_url, sql):
+    """A user who may do nothing with the messages."""
+    role = f'mq_role_{os.getpid()}'
+    ((schema,),) = sql(postgres_url, 'SELECT current_schema()')
+    sql(postgres_url, f'CREATE ROLE {role}')
+    sql(postgres_url, f'GRANT USAGE ON SCHEMA {schema} TO {role}')
+    sql(postgres_url, f'GRANT SELECT ON mailqueue_schema TO {role}')
+    yield role
+    sql(postgres_url, f'DROP OWNED BY {role}')
+    sql(postgres_url, f'DROP ROLE {role}')
+
+
+@pytest.fixture
+def grant(postgres_url, sql, role):
+    """Let that user do this with the messages, and nothing else."""
+
+    def grant(rights):
+        sql(postgres_url, f'REVOKE ALL ON mailqueue_message FROM {role}')
+        sql(postgres_url, f'GRANT {rights} ON mailqueue_message TO {role}')
+
+    return grant
+
+
+@pytest.fixture
+def pg_place(tmp_path, postgres_url):
+    return Place(tmp_path / 'queue', postgres_url)
+
+
+@pytest.fixture
+def move_as(mq_queue_with, postgres_url):
+    """Call ``mq-queue move`` with a setting of the session."""
+
+    def move_as(setting, *arguments):
+        url = make_url(postgres_url)
+        url = url.update_query_dict({'options': f'{url.query["options"]} -c{setting}'})
+        return mq_queue_with(url.render_as_string(hide_password=False), 'move', *arguments)
+
+    return move_as
+
+
+@pytest.mark.parametrize(
+    ('to', 'rights'),
+    [
+        ('sql', 'SELECT'),
+        ('sql', 'SELECT, INSERT'),
+        ('sql', 'SELECT, INSERT, UPDATE'),
+        ('maildir', 'SELECT'),
+        ('maildir', 'SELECT, UPDATE'),
+        ('maildir', 'SELECT, UPDATE, INSERT'),
+    ],
+)
+def test_a_user_who_may_not_do_all_of_it_moves_nothing(pg_place, move_as, role, grant, to, rights):
+    pg_place.put(content(1))
+    if to == 'maildir':
+        pg_place.move('sql')
+    grant(rights)
+
+    status, out, err = move_as(f'role={role}', f'--to-{to}')
+
+    assert (status, out) == (78, '')
+    assert 'permission denied for table mailqueue_message' in err
+    assert 'SELECT, INSERT, UPDATE and DELETE' in err
+    assert (pg_place.counts(OTHER[to]), pg_place.in_moving()) == ({'waiting': 1}, [])
+
+
+def test_a_user_who_may_not_even_see_the_version_of_the_tables_is_told_so(
+    pg_place, move_as, role, grant, postgres_url, sql
+):
+    pg_place.put(content(1))
+    grant('ALL')
+    sql(postgres_url, f'REVOKE ALL ON mailqueue_schema FROM {role}')
+
+    status, _, err = move_as(f'role={role}', '--to-sql')
+
+    assert status == 78
+    assert 'permission denied for table mailqueue_schema' in err
+    assert 'init' not in err
+    assert pg_place.counts('maildir') == {'waiting': 1}
+
+
+def test_a_database_that_only_reads_now_is_status_75_and_leaves_everything_where_it_is(pg_place, move_as):
+    pg_place.put(content(1))
+
+    status, out, err = move_as('default_transaction_read_only=on', '--to-sql')
+
+    assert (status, out) == (75, '')
+    assert 'read-only transaction' in err
+    assert (pg_place.counts('maildir'), pg_place.in_moving()) == ({'waiting': 1}, [])
+
+
+def test_a_database_that_takes_nothing_any_more_does_not_keep_messages_from_going_back(
+    pg_place, move_as, role, grant, monkeypatch
+):
+    for n in range(2):
+        pg_place.put(content(n))
+    grant('ALL')
+    stage = moving_sql.SQLSide.stage
+
+    def revoke_and_stage(*args):
+        grant('SELECT')
+        return stage(*args)
+
+    monkeypatch.setattr(moving_sql.SQLSide, 'stage', revoke_and_stage)
+    status, _, err = move_as(f'role={role}', '--to-sql')
+
+    assert status == 78
+    assert 'permission denied for table mailqueue_message' in err
+    assert 'half-way' not in err
+    assert (pg_place.counts('maildir'), pg_place.counts('sql')) == ({'waiting': 2}, {})
+    assert pg_place.in_moving() == []
+
+
+@pytest.mark.parametrize('to', OTHER)
+def test_what_is_left_half_way_is_told_of_and_settled_by_the_next_move(pg_place, move_as, role, grant, monkeypatch, to):
+    for n in range(2):
+        pg_place.put(content(n))
+    if to == 'maildir':
+        pg_place.move('sql')
+    grant('ALL')
+    decide = moving_maildir.DirectoryRecord.decide
+
+    def decide_and_revoke(*args):
+        decide(*args)
+        grant('SELECT')
+
+    monkeypatch.setattr(moving_maildir.DirectoryRecord, 'decide', decide_and_revoke)
+    status, out, err = move_as(f'role={role}', f'--to-{to}', '--json')
+
+    assert status == 78
+    assert 'permission denied for table mailqueue_message' in err
+    assert json.loads(out)['half_way'] == 1
+    assert pg_place.in_moving() != []
+    monkeypatch.undo()
+    grant('ALL')
+    status, out, _ = move_as(f'role={role}', f'--to-{to}', '--json')
+    told = json.loads(out)
+    assert (status, told['half_way'], told['settled']) == (0, 0, 1)
+    assert (pg_place.counts(to), pg_place.counts(OTHER[to]), pg_place.in_moving()) == ({'waiting': 2}, {}, [])
+
+
+# --- what fails meanwhile ---------------------------------------------------
+
+
 def test_a_disk_that_fails_is_status_75_and_what_was_done_is_told(mq_queue, place, monkeypatch):
     monkeypatch.setattr(moving, 'MOST_MESSAGES', 1)
     for n in range(2):
@@ -181,6 +339,7 @@ def test_a_disk_that_fails_is_status_75_and_what_was_done_is_told(mq_queue, plac
 
     assert status == 75
     assert out.startswith('1 message moved to ')
+    assert 'half-way, in doubt' in err
     assert '/the/queue: No space left on device' in err
     monkeypatch.undo()
     _, out, _ = mq_queue('move', '--to-sql')
