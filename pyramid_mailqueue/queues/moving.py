@@ -134,6 +134,10 @@ class Side(Protocol):
 class Decisions(Protocol):
     """Which batches are decided.  Every method may raise QueueError, and OSError."""
 
+    @property
+    def place(self) -> str:
+        """What the directory that keeps this is called for people."""
+
     def alone(self) -> AbstractContextManager[None]:
         """In the block no other move works on this directory.  Raises QueueError if one does."""
 
@@ -203,8 +207,7 @@ class Move:
                 self.source.recover()
                 self._move_all(is_stopped, on_batch)
         except OSError as error:
-            named = f': {error.filename}' if error.filename else ''
-            raise QueueError(f'{self.source.name} and {self.target.name}{named}: {why(error)}') from error
+            raise QueueError(f'{error.filename or self._decisions.place}: {why(error)}') from error
 
     def _settle_all(self) -> None:
         decided = self._decisions.decided()

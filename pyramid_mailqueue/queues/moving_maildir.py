@@ -8,7 +8,7 @@ The directory in a move (:mod:`~.moving`): its messages, and its record of what 
         NAME,moving=BATCH.in.STATE                  a copy that comes; STATE is the folder to which it will go
         .decided-BATCH                              the decision
         .lock                                       held by the one move that is at work
-        .record                                     who this directory is, and with which database it moves
+        .record                                     who this directory is, and the URL of the database of its last move
 
 A message in ``moving/`` is held by the move that is at work; what nobody holds is in doubt.
 """
@@ -27,6 +27,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from errno import EACCES, ENAMETOOLONG, EPERM
 from typing import NamedTuple
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from pyramid_mailqueue.delivery.logs import why
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, QueueFileError
@@ -224,16 +227,41 @@ def _parcel(state: str, file: LockedFile) -> Parcel:
     )
 
 
+_PORTS = {'postgresql': 5432}
+
+_SEARCH_PATH = re.compile(r'search_path\s*=\s*((?:\\.|\S)+)')
+
+
+def _identity(url: URL) -> Mapping[str, object]:
+    """
+    Return what tells one database from another, in the URL and in the parameters of libpq that go before it.
+
+    Whoever logs in, with which driver, and how, may change between two moves.
+    """
+    query = url.normalized_query
+    paths = [path for option in query.get('options', ()) for path in _SEARCH_PATH.findall(option)]
+    return {
+        'dialect': url.get_backend_name(),
+        'host': query.get('host', (url.host,)),
+        'port': query.get('port', (str(url.port or _PORTS.get(url.get_backend_name())),)),
+        # PostgreSQL takes the name of the user where there is no other.
+        'dbname': query.get('dbname', (url.database or query.get('user', (url.username,))[0],)),
+        **{key: query[key] for key in ('hostaddr', 'service') if key in query},
+        # The last one counts.
+        'search_path': paths[-1:],
+    }
+
+
 class DirectoryRecord:
     """
     See `Decisions`.
 
     :param queue: the queue in the directory
-    :param database: the name of the database, without its password
-    :raises QueueError: ``moving/`` cannot be made
+    :param database: the URL of the database, without its password
     """
 
     def __init__(self, queue: MaildirQueue, database: str) -> None:
+        self.place = queue.path
         self._queue = queue
         self._database = database
         self._numbers = itertools.count(1)
@@ -262,13 +290,14 @@ class DirectoryRecord:
             with open(self._queue.place(MOVING, '.record'), 'rb') as fp:
                 record = json.load(fp)
             self.directory, self.run, database = record['directory'], record['run'], record['database']
+            is_ours = _identity(make_url(database)) == _identity(make_url(self._database))
         except FileNotFoundError:
             self._name_directory()
             return
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArgumentError) as error:
             raise QueueError(f'{self._queue.place(MOVING, ".record")} is damaged.') from error
         half_way = sum(_Mark.parse(file.name) is not None for file in self._queue.files(MOVING))
-        if database != self._database and (half_way or self.decided()):
+        if not is_ours and (half_way or self.decided()):
             raise ConfigurationError(
                 f'{self._queue.place(MOVING)} holds messages that are half-way between this directory and {database}, '
                 f'and mailqueue.sql_url names {self._database}. Finish that move with the other URL first (--set '

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, make_url
 from sqlalchemy.exc import OperationalError
 
 from pyramid_mailqueue.addresses import check_address
@@ -22,6 +22,8 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, QueueError, WrongState
 from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
 from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
 from pyramid_mailqueue.queues.queue_file import QueueHeader
 from pyramid_mailqueue.wiring import open_move
 from tests.sql.databases import create_queue_tables
@@ -534,6 +536,53 @@ def test_a_move_with_another_database_does_not_touch_what_is_half_way(place, tmp
     assert place.move('sql').settled == 1
     assert len(place.kept('sql')) == 1
     elsewhere.move('sql')
+
+
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        ('postgresql://a@db/shop', 'postgresql+psycopg2://b:secret@db:5432/shop?sslmode=require'),
+        ('postgresql+psycopg://a@db/shop', 'postgresql+psycopg://a@/shop?host=db&connect_timeout=3'),
+        ('postgresql://a@db/shop?options=-csearch_path%3Dours', 'postgresql://b@db/shop?options=-c%20search_path=ours'),
+        ('postgresql://a@/?host=/run/pg', 'postgresql://b@/a?host=/run/pg&application_name=mq'),
+        ('sqlite:////srv/shop.sqlite', 'sqlite:////srv/shop.sqlite?timeout=5'),
+    ],
+)
+def test_who_logs_in_and_how_may_change_while_something_is_half_way(tmp_path, one, other):
+    assert is_refused_after(tmp_path, one, other) is False
+
+
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        ('postgresql://a@db/shop', 'postgresql://a@db2/shop'),
+        ('postgresql://a@db/shop', 'postgresql://a@db:5433/shop'),
+        ('postgresql://a@db/shop', 'postgresql://a@db/shop2'),
+        ('postgresql://a@/shop?host=/run/pg', 'postgresql://a@/shop?host=/run/pg2'),
+        ('postgresql://a@db/shop?dbname=x', 'postgresql://a@db/shop?dbname=y'),
+        ('postgresql://a@db/', 'postgresql://b@db/'),
+        ('postgresql://a@/shop?service=x', 'postgresql://a@/shop?service=y'),
+        ('postgresql://a@db/shop?options=-csearch_path=x', 'postgresql://a@db/shop?options=-csearch_path=y'),
+        ('postgresql://a@db/shop', 'postgresql://a@db/shop?options=-csearch_path=y'),
+        ('sqlite:////srv/shop.sqlite', 'sqlite:////srv/shop2.sqlite'),
+    ],
+)
+def test_another_database_is_refused_while_something_is_half_way(tmp_path, one, other):
+    assert is_refused_after(tmp_path, one, other) is True
+
+
+def is_refused_after(tmp_path, one, other):
+    """Whether a directory whose move with one database was broken off refuses a move with the other."""
+    queue = MaildirQueue(tmp_path / 'queue')
+    before, now = (DirectoryRecord(queue, make_url(url).render_as_string()) for url in (one, other))
+    with before.alone():
+        before.begin()
+        before.decide(before.new_batch())
+    try:
+        with now.alone():
+            return False
+    except ConfigurationError:
+        return True
 
 
 def test_a_copy_of_the_directory_leaves_alone_what_the_original_has_under_way(place, tmp_path):
