@@ -195,12 +195,12 @@ STEPS_OF_MOVE = {
     'sql': """
         new -> moving, fsync moving, fsync new; INSERT, COMMIT;
         decide, fsync moving;
-        unlink, fsync moving, DELETE, COMMIT; UPDATE, UPDATE, UPDATE, COMMIT; forget
+        unlink, fsync moving; UPDATE, COMMIT; forget
     """,
     'maildir': """
         UPDATE, COMMIT; fsync tmp, tmp -> moving, fsync moving;
         decide, fsync moving;
-        DELETE, COMMIT; UPDATE, UPDATE, UPDATE, COMMIT, moving -> new, fsync new, fsync moving; forget
+        DELETE, COMMIT; moving -> new, fsync new, fsync moving; forget
     """,
 }
 
