@@ -341,9 +341,13 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     told = [f'{number} {what}' for what, number in done.items() if number] or [
         '0 sent' if report.trouble else 'nothing to do'
     ]
-    waiting = runner.queue.counts().get('waiting', 0)
     try:
-        print(f'mq-run: {", ".join(told)}; {waiting} waiting', flush=True)
+        waiting = f'; {runner.queue.counts().get("waiting", 0)} waiting'
+    except QueueError:
+        # What was done is done.  If the queue is still away for the next run, that tells of it.
+        waiting = ''
+    try:
+        print(f'mq-run: {", ".join(told)}{waiting}', flush=True)
     except OSError:
         # Nobody hears it (a full disk, a pager that was left).  The mail is where it should be, and that is what the
         # exit status tells; but the interpreter would try once more when it ends, and then say otherwise.

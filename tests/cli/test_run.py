@@ -1161,6 +1161,24 @@ def test_a_queue_that_cannot_be_read_is_told_of_once_and_tried_again(watch, app_
     assert ended(process) == (0, '', f'mq-run: {error}\n' * 2)
 
 
+def test_a_queue_that_cannot_be_counted_when_mail_was_sent_ends_nobody_who_watches(
+    watch, app_ini, put, server, queue_dir, make_event
+):
+    put()
+    go_on = make_event()
+    server.script['.'] = [Wait(go_on)]
+    process = watch(app_ini(server), *OFTEN)
+    server.wait_for(lambda: any(b'\r\n.\r\n' in session.received for session in server.sessions), 30)
+    Path(queue_dir, 'held').rename(Path(queue_dir, 'elsewhere'))
+    go_on.set()
+
+    assert process.stdout.readline() == 'mq-run: 1 sent\n'
+    Path(queue_dir, 'elsewhere').rename(Path(queue_dir, 'held'))
+    put()
+    assert process.stdout.readline() == 'mq-run: 1 sent; 0 waiting\n'
+    assert ended(process)[0] == 0
+
+
 def test_who_watches_and_is_told_to_stop_finishes_the_message_in_hand(
     watch, app_ini, put_many, server, make_event, state
 ):
