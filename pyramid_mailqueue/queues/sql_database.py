@@ -317,7 +317,7 @@ class _Turns:
                 self._free += 1
 
 
-def first_line(error: SQLAlchemyError) -> str:
+def first_line(error: Exception) -> str:
     """What the database said, without the statement."""
     said = _said(error)
     return _without_full_stop(said.splitlines()[0]) if said else type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from pyramid_mailqueue.exceptions import MailqueueError
-from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_database import Database, first_line
 
 __all__ = ['listening', 'tell']
 
@@ -69,18 +69,20 @@ class _Listener:
         self._database = database
         self._on_news = on_news
         self._ended = ended
+        # The trouble that was told of, until it is over.
+        self._told = ''
 
     def run(self) -> None:
-        told = ''
-        while not self._is_over(0 if not told else PATIENCE):
+        wait = 0.0
+        while not self._is_over(wait):
+            wait = PATIENCE
             try:
                 self._listen()
             except Exception as error:  # noqa: BLE001 - the drivers have no base for their errors in common
-                if str(error) != told:
-                    log.warning('Nobody tells of new mail now; it is looked for all the same. %s', error)
-                told = str(error) or type(error).__name__
-            else:
-                told = ''
+                trouble = first_line(error)
+                if trouble != self._told:
+                    log.warning('Nobody tells of new mail now; it is looked for all the same. %s', trouble)
+                self._told = trouble
 
     def _is_over(self, seconds: float, *others: Any) -> bool:
         """Wait for the end or for one of *others*; whether it is the end."""
@@ -90,6 +92,7 @@ class _Listener:
         with self._database.connection() as connection:
             try:
                 connection.exec_driver_sql(f'LISTEN {CHANNEL}')
+                self._told = ''
                 raw: Any = connection.connection.driver_connection
                 # What came before that nobody has told of.
                 self._on_news()
