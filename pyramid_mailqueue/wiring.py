@@ -198,16 +198,19 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     database = build_sql_queue(settings)
     from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord, MaildirSide
-    from pyramid_mailqueue.queues.moving_sql import SQLSide, blaming_configuration
+    from pyramid_mailqueue.queues.moving_sql import SQLSide, blaming_configuration, schema_of
 
+    here = MaildirSide(directory)
     try:
         with blaming_configuration():
             _check_tables(database, settings)
-        record = DirectoryRecord(directory, database.database.name)
-        here, there = MaildirSide(directory), SQLSide(database, record)
+            schema = schema_of(database.database)
+        record = DirectoryRecord(directory, database.database.name, schema)
+        there = SQLSide(database, record)
         there.check()
         yield Move(here, there, record) if to == 'sql' else Move(there, here, record)
     finally:
+        here.close()
         database.close()
 
 

@@ -8,7 +8,7 @@ The directory in a move (:mod:`~.moving`): its messages, and its record of what 
         NAME,moving=BATCH.in.STATE                  a copy that comes; STATE is the folder to which it will go
         .decided-BATCH                              the decision
         .lock                                       held by the one move that is at work
-        .record                                     who this directory is, and the URL of the database of its last move
+        .record                                     who this directory is, and the database of its last move
 
 A message in ``moving/`` is held by the move that is at work; what nobody holds is in doubt.
 """
@@ -81,6 +81,11 @@ class MaildirSide:
         self.name = queue.path
         # What this move holds in moving/, by its name there.
         self._held: dict[str, LockedFile] = {}
+
+    def close(self) -> None:
+        """Let go of what is left half-way: it is in doubt from now on."""
+        for name in [*self._held]:
+            self._let_go(name)
 
     def recover(self) -> None:
         """See `Side`."""
@@ -229,8 +234,6 @@ def _parcel(state: str, file: LockedFile) -> Parcel:
 
 _PORTS = {'postgresql': 5432}
 
-_SEARCH_PATH = re.compile(r'search_path\s*=\s*((?:\\.|\S)+)')
-
 
 def _identity(url: URL) -> Mapping[str, object]:
     """
@@ -239,7 +242,6 @@ def _identity(url: URL) -> Mapping[str, object]:
     Whoever logs in, with which driver, and how, may change between two moves.
     """
     query = url.normalized_query
-    paths = [path for option in query.get('options', ()) for path in _SEARCH_PATH.findall(option)]
     return {
         'dialect': url.get_backend_name(),
         'host': query.get('host', (url.host,)),
@@ -247,9 +249,11 @@ def _identity(url: URL) -> Mapping[str, object]:
         # PostgreSQL takes the name of the user where there is no other.
         'dbname': query.get('dbname', (url.database or query.get('user', (url.username,))[0],)),
         **{key: query[key] for key in ('hostaddr', 'service') if key in query},
-        # The last one counts.
-        'search_path': paths[-1:],
     }
+
+
+def _told(database: str, schema: str) -> str:
+    return f'{database} (schema {schema})' if schema else database
 
 
 class DirectoryRecord:
@@ -258,12 +262,14 @@ class DirectoryRecord:
 
     :param queue: the queue in the directory
     :param database: the URL of the database, without its password
+    :param schema: in which schema of it the tables are
     """
 
-    def __init__(self, queue: MaildirQueue, database: str) -> None:
+    def __init__(self, queue: MaildirQueue, database: str, schema: str = '') -> None:
         self.place = queue.path
         self._queue = queue
         self._database = database
+        self._schema = schema
         self._numbers = itertools.count(1)
         self._holder = Holder()
         #: Who this directory is, to the database; and the last move that gave names to batches.
@@ -291,16 +297,19 @@ class DirectoryRecord:
                 record = json.load(fp)
             self.directory, self.run, database = record['directory'], record['run'], record['database']
             is_ours = _identity(make_url(database)) == _identity(make_url(self._database))
+            # Former versions did not note it.
+            schema = record.get('schema', self._schema)
         except FileNotFoundError:
             self._name_directory()
             return
         except (ValueError, KeyError, TypeError, ArgumentError) as error:
             raise QueueError(f'{self._queue.place(MOVING, ".record")} is damaged.') from error
         half_way = sum(_Mark.parse(file.name) is not None for file in self._queue.files(MOVING))
-        if not is_ours and (half_way or self.decided()):
+        if not (is_ours and schema == self._schema) and (half_way or self.decided()):
+            there, here = _told(database, schema), _told(self._database, self._schema)
             raise ConfigurationError(
-                f'{self._queue.place(MOVING)} holds messages that are half-way between this directory and {database}, '
-                f'and mailqueue.sql_url names {self._database}. Finish that move with the other URL first (--set '
+                f'{self._queue.place(MOVING)} holds messages that are half-way between this directory and {there}, '
+                f'and mailqueue.sql_url names {here}. Finish that move with the other URL first (--set '
                 f'mailqueue.sql_url=...). If both are the same database, write its new name into '
                 f'{self._queue.place(MOVING, ".record")}.'
             )
@@ -312,7 +321,7 @@ class DirectoryRecord:
     def begin(self) -> None:
         """See `Decisions`."""
         self.run = secrets.token_hex(4)
-        record = {'directory': self.directory, 'run': self.run, 'database': self._database}
+        record = {'directory': self.directory, 'run': self.run, 'database': self._database, 'schema': self._schema}
         temporary = self._queue.place('tmp', self._queue.new_name())
         file = self._holder.create(temporary, [json.dumps(record).encode() + b'\n'])
         try:

@@ -31,8 +31,9 @@ from pyramid_mailqueue.queues.sql_schema import Message, database_time
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
     from pyramid_mailqueue.queues.sql import SQLQueue
+    from pyramid_mailqueue.queues.sql_database import Database
 
-__all__ = ['SQLSide', 'blaming_configuration']
+__all__ = ['SQLSide', 'blaming_configuration', 'schema_of']
 
 T = TypeVar('T')
 
@@ -214,6 +215,15 @@ class SQLSide:
         states = {_claim(batch, role, state): state for state in MOVED}
         found = select(Message.claim).where(state_is('in doubt'), Message.claim.in_([*states])).distinct()
         return [states[claim] for (claim,) in self._rows(found)]
+
+
+def schema_of(database: Database) -> str:
+    """Return in which schema of the database the tables are, which depends on who asks; '' if it has none."""
+    if database.dialect == 'sqlite':
+        return ''
+    found = text('SELECT CAST(relnamespace::regnamespace AS text) FROM pg_class WHERE oid = CAST(:name AS regclass)')
+    name = {'name': Message.__tablename__}
+    return str(database.run(lambda connection: connection.execute(found, name).scalar_one()))
 
 
 @contextmanager
