@@ -215,15 +215,16 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
 
 
 def _check_tables(queue: SQLQueue, settings: Settings) -> None:
+    from pyramid_mailqueue.queues.sql_database import NoTables
+
     try:
         queue.database.check()
-    except ConfigurationError as error:
-        hint = (
-            ''
-            if settings.queue == 'sql'
-            else ' As long as the ini file names the other queue: mq-queue app.ini --set mailqueue.queue=sql init.'
-        )
-        raise ConfigurationError(f'{error}{hint}') from error
+    except NoTables as error:
+        if settings.queue == 'sql':
+            raise
+        raise ConfigurationError(
+            f'{error} As long as the ini file names the other queue: mq-queue app.ini --set mailqueue.queue=sql init.'
+        ) from error
 
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:

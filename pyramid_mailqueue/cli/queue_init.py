@@ -19,7 +19,9 @@ def init(settings: Settings, arguments: argparse.Namespace) -> int:
         return EX_OK
     if arguments.sql:
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: --sql is for a queue in a database.')
-    print(f'{build_queue(settings)!r} is ready')
+    queue = build_queue(settings)
+    # One of somebody else's making is in no directory.
+    print(f'{getattr(queue, "path", queue)} is ready')
     return EX_OK
 
 
@@ -32,4 +34,4 @@ def _create_tables(settings: Settings, arguments: argparse.Namespace) -> None:
         queue.create_tables()
     finally:
         queue.close()
-    print(f'{queue!r} is ready')
+    print(f'The queue in {queue.database.name} is ready')

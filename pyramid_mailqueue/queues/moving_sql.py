@@ -25,8 +25,9 @@ from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, Queue
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_schema import CONTENT, RECIPIENTS, Message, database_time, recipients_of
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
@@ -59,8 +60,8 @@ _COLUMNS = (
     Message.last_attempt,
     Message.last_reply,
     Message.sender,
-    Message.recipients,
-    Message.content,
+    RECIPIENTS,
+    CONTENT,
 )
 
 
@@ -142,7 +143,8 @@ class SQLSide:
         self._execute(self._taking(state, ids).values(**_out_of_reach(claim)))
         parcels = []
         # Not what the statement returns: if its answer was lost, it was repeated, and found nothing any more.
-        for row in self._rows(select(*_COLUMNS).where(*_claimed(claim)).order_by(Message.id)):
+        taken = select(*_COLUMNS).where(*_claimed(claim)).order_by(Message.id)
+        for row in self._rows(taken.execution_options(**{AS_BYTES: True})):
             try:
                 parcels.append(_parcel(state, row))
             except (MessageError, QueueError, TypeError, ValueError, OverflowError) as error:
@@ -261,7 +263,7 @@ def _out_of_reach(claim: str) -> dict[str, Any]:
 
 def _parcel(state: str, row: Row[Any]) -> Parcel:
     """Raises what is raised for a row of which no queue file can be made."""
-    envelope = Envelope(row.sender, tuple(row.recipients), b'')
+    envelope = Envelope(row.sender, recipients_of(row.recipients), b'')
     header = QueueHeader(
         envelope.sender, envelope.recipients, row.queued_at, row.attempts, row.last_attempt, row.last_reply
     )

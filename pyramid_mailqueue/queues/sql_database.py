@@ -41,7 +41,7 @@ from pyramid_mailqueue.queues.sql_schema import (
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Engine
 
-__all__ = ['Database', 'DatabaseAway', 'first_line']
+__all__ = ['Database', 'DatabaseAway', 'NoTables', 'first_line']
 
 T = TypeVar('T')
 
@@ -66,6 +66,10 @@ _SAID_OF_MISTAKES = (
     'unable to open database file',
     'unrecognized configuration parameter',
 )
+
+
+class NoTables(ConfigurationError):
+    """The tables of the queue are not there: ``mq-queue app.ini init`` creates them."""
 
 
 class DatabaseAway(QueueError):
@@ -190,7 +194,7 @@ class Database:
     def _check_file(self) -> None:
         """SQLite would make an empty one in the place of one that is not there."""
         if self._file is not None and not self._file.exists():
-            raise self._mistake(
+            raise self._no_tables(
                 f'cannot be used: there is no file {self._file}. Correct the URL, or create the database with the '
                 'tables of the queue: mq-queue app.ini init'
             )
@@ -221,18 +225,18 @@ class Database:
         if version is None:
             schema, elsewhere = current_schema(connection), schema_in_sight(connection)
             if elsewhere not in (None, schema):
-                raise self._mistake(
+                raise self._no_tables(
                     f'has no tables for the queue in the schema {schema}, the first of its search_path; those in the '
                     f'schema {elsewhere} can be the queue of another application. Create your own with: mq-queue '
                     f'app.ini init. If those are meant, let the search_path in mailqueue.sql_url begin with '
                     f'{elsewhere} (see docs/sql.rst).'
                 )
-            raise self._mistake(
+            raise self._no_tables(
                 'has no tables for the queue. Create them with: mq-queue app.ini init (or in a migration, see '
                 'docs/sql.rst).'
             )
         if version == NOT_NOTED:
-            raise self._mistake(
+            raise self._no_tables(
                 'has tables for the queue, but mailqueue_schema, where their version should be, is empty. Let it be '
                 'written with: mq-queue app.ini init'
             )
@@ -244,6 +248,9 @@ class Database:
 
     def _mistake(self, problem: str) -> ConfigurationError:
         return ConfigurationError(f'{self.name} {problem}')
+
+    def _no_tables(self, problem: str) -> ConfigurationError:
+        return NoTables(f'{self.name} {problem}')
 
     def refusal(self, error: SQLAlchemyError) -> MailqueueError:
         """Return what to raise because of *error*."""
@@ -323,7 +330,7 @@ def first_line(error: Exception) -> str:
     return _without_full_stop(said.splitlines()[0]) if said else type(error).__name__
 
 
-def _said(error: SQLAlchemyError) -> str:
+def _said(error: Exception) -> str:
     return str(error.orig if isinstance(error, DBAPIError) and error.orig else error).strip()
 
 

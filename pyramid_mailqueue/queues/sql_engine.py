@@ -91,7 +91,10 @@ def _ask_for_bytes(_connection: Any, cursor: Any, _statement: str, _values: Any,
 def _read_committed(connection: Any, _record: Any) -> None:
     """A claim passes over what others have changed meanwhile; with more isolation it would fail because of that."""
     with connection.cursor() as cursor:
-        cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
+        cursor.execute('SHOW default_transaction_isolation')
+        if cursor.fetchone()[0] != 'read committed':
+            # Not where it is so anyway: behind a pooler the connection is everybody's.
+            cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
     connection.commit()
 
 

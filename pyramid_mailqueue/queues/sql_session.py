@@ -150,6 +150,9 @@ class SameTables:
             reason = 'nobody knows whether the session of the application writes into the tables of the queue'
             log_event(queue_log, logging.WARNING, status='trouble', error=error, reason=reason)
             return
+        finally:
+            # Whoever only sends needs no connection of the queue from here on.
+            self._database.close()
         connection = session.connection(bind_arguments={'mapper': Message})
         # Where the queue has no tables (any more), the INSERT tells.
         if ours and ours.isdisjoint(_tables_of(connection)):
@@ -171,7 +174,8 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
         found = connection.exec_driver_sql(
             'SELECT CAST(extract(epoch FROM pg_postmaster_start_time()) AS float8), pg_database.oid, pg_class.oid '
             'FROM pg_class, pg_database '
-            "WHERE pg_class.oid = to_regclass('mailqueue_message') AND datname = current_database()"
+            'WHERE pg_class.oid = to_regclass(%s) AND datname = current_database()',
+            (_name_in(connection),),
         )
         return {tuple(row) for row in found}
     files: set[tuple[Any, ...]] = set()
@@ -182,6 +186,14 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
                 status = os.stat(path)
                 files.add((status.st_dev, status.st_ino))
     return files
+
+
+def _name_in(connection: Connection) -> str:
+    """The name of the table as statements of this connection have it; the queue's own has no such map."""
+    schemas = connection.get_execution_options().get('schema_translate_map') or {}
+    name = Message.__tablename__
+    schema = schemas.get(Message.__table__.schema)
+    return name if schema is None else f'{connection.dialect.identifier_preparer.quote_schema(schema)}.{name}'
 
 
 # --- savepoints -------------------------------------------------------------

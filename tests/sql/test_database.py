@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+from sqlalchemy import make_url
 
 from pyramid_mailqueue.queues.sql_engine import CONNECTIONS
 
@@ -17,6 +18,20 @@ class Cut(BaseException):
 
 def raise_cut(*_):
     raise Cut
+
+
+def levels_of(connection):
+    names = ('transaction_isolation', 'default_transaction_isolation')
+    return [connection.exec_driver_sql(f'SHOW {name}').scalar_one() for name in names]
+
+
+def test_a_claim_passes_over_what_others_change_whatever_the_database_prefers(postgres_url, make_queue):
+    url = make_url(postgres_url)
+    options = f'{url.query.get("options", "")} -cdefault_transaction_isolation=serializable'.strip()
+    url = url.update_query_dict({'options': options})
+
+    with make_queue(url.render_as_string(hide_password=False)).database.connection() as connection:
+        assert levels_of(connection) == ['read committed', 'read committed']
 
 
 @pytest.fixture

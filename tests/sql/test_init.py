@@ -110,7 +110,7 @@ def test_an_application_may_create_the_tables_with_its_own(url, make_queue, enve
 def test_with_a_directory_init_creates_that(mq_queue, tmp_path):
     settings = {'mailqueue.queue_dir': tmp_path / 'queue'}
 
-    assert mq_queue(settings, 'init')[:2] == (0, f'<MaildirQueue {tmp_path}/queue> is ready\n')
+    assert mq_queue(settings, 'init')[:2] == (0, f'{tmp_path}/queue is ready\n')
     assert (tmp_path / 'queue/new').is_dir()
     status, _, err = mq_queue(settings, 'init', '--sql')
     assert status == 78
