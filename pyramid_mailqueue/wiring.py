@@ -19,12 +19,12 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
+    from pyramid_mailqueue.events import MailEvent
     from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.queues.maildir import MaildirQueue
     from pyramid_mailqueue.queues.moving import Move

@@ -212,7 +212,8 @@ class MailTransaction:
     @property
     def untried(self) -> tuple[str, ...]:
         """The recipients without an outcome: to be offered in a further transaction."""
-        return tuple(recipient for recipient in self.recipients if recipient not in self.replies)
+        replies = self.replies
+        return tuple([r for r in self.recipients if r not in replies]) if replies else self.recipients
 
     @property
     def has_recipients(self) -> bool:

@@ -254,6 +254,27 @@ def test_any_envelope_survives_the_file(sender, recipients, content, queued_at, 
     assert serialize_header(read_back) + its_envelope.content == data
 
 
+FRESH = b''.join(
+    line for line in EXAMPLE.splitlines(keepends=True) if b'X-Last' not in line and b'X-Retries' not in line
+)
+
+
+@given(st.lists(st.sampled_from(EXAMPLE.splitlines(keepends=True)) | st.binary(max_size=20)))
+def test_one_line_more_or_less_changes_nothing_else(lines):
+    """What was not tried yet is read in a way of its own: it has to be the same as the other one."""
+    fresh, other = b''.join([*FRESH.splitlines(keepends=True)[:-1], *lines]), b'X-Retries: 0\r\n'
+    assert read(FRESH) == read(other + FRESH) == read(FRESH.replace(b'\r\n', b'\n'))
+
+    def outcome(data):
+        try:
+            return read(data)
+        except QueueFileError as error:
+            return str(error)
+
+    if not any(b'X-Retries' in line for line in lines):
+        assert outcome(fresh) == outcome(other + fresh)
+
+
 @given(st.lists(st.sampled_from(EXAMPLE.splitlines(keepends=True)) | st.binary(max_size=20)))
 def test_any_bytes_are_read_or_refused(lines):
     try:
