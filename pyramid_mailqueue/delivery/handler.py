@@ -426,7 +426,9 @@ class _Shift:
             try:
                 attempt = _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:
-                log.error('%s cannot be read, and is left alone: %s', claim.id, error)
+                if not getattr(claim, 'is_over', False):
+                    # Else its queue has told what became of it.
+                    log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()
                 continue
             if attempt.is_valid():

@@ -113,6 +113,7 @@ class SQLClaim:
         assert self._row.recipients is not None
         content = self._contents.take(self)
         if content is None:
+            self._leases.lose([self])
             raise QueueError('somebody else has it')
         try:
             _check_numbers(self._row)

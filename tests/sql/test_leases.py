@@ -9,6 +9,7 @@ import threading
 import pytest
 from sqlalchemy import event
 
+from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
@@ -402,12 +403,18 @@ def test_a_row_that_is_no_message_is_put_aside(url, make_queue, envelope, sql, c
     assert not any(queue.counts().values())
 
 
-def test_a_message_that_somebody_else_has_cannot_be_read(url, make_queue, envelope, run_out):
+def test_a_message_that_somebody_else_has_cannot_be_read(url, make_queue, envelope, run_out, caplog):
+    caplog.set_level(logging.WARNING)
     queue = make_queue(url)
     name = queue.put(envelope)
     lost = queue.claim(name)
     run_out(url)
     queue.recover(LATER)
+    caplog.clear()
 
+    MessageHandler([]).deliver(lost)
+
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert f'status=lost id={name}' in caplog.text
     with pytest.raises(QueueError, match='somebody else has it'):
         assert lost.envelope
