@@ -24,8 +24,10 @@ def main() -> None:
     ways = [(way, way.connections * number) for way in (plain_loop(1), plain_loop(5), ours(1), ours(5))]
     # Fewer say as much of those that take many round trips for each message; but a process has to start for them too.
     ways += [(way, max(1, number // 10 if way.connections == 1 else number * way.connections // 2)) for way in others]
-    bare, loaded = (measured_round_trip(size, round_trip_ms=ROUND_TRIP_MS) * 1000 for size in (1, SIZE))
-    with sink() as near, long_line(near, ROUND_TRIP_MS) as port:
+    # The line itself takes about a millisecond longer than it was told to; what is meant is the whole way.
+    line = 2 * ROUND_TRIP_MS - measured_round_trip(SIZE, round_trip_ms=ROUND_TRIP_MS) * 1000
+    bare, loaded = (measured_round_trip(size, round_trip_ms=line) * 1000 for size in (1, SIZE))
+    with sink() as near, long_line(near, line) as port:
         drained = measure_drains(ways, port, arguments.rounds)
     print_drains(
         f'drain_line: {SIZE // KIB} KiB each to {sink_name()} over a long line; medians of {arguments.rounds} rounds.\n'
