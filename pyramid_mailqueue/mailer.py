@@ -12,6 +12,8 @@ from typing import Any
 
 from zope.interface import implementer
 
+# Not with the first message: a server may fork while another thread imports it, for which the child would wait.
+import pyramid_mailqueue.outgoing  # noqa: F401
 from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import SendResult

@@ -384,7 +384,6 @@ class _Shift:
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
-        self._has_begun = False
 
     def work(self) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Yield each claim that is settled, until there is nothing more to do, and whatever has to be waited for."""
@@ -420,9 +419,7 @@ class _Shift:
             if attempt.is_valid():
                 return attempt
         while (claim := take()) is not None:
-            if not self._has_begun:
-                self._has_begun = True
-                self._handler.load_plugins()
+            self._handler.load_plugins()
             try:
                 attempt = _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:

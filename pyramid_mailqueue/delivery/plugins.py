@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import EntryPoint, entry_points
@@ -127,6 +127,8 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         super().__init__()
         self._patience = patience
         self._asked: set[str] = set()
+        # Of these the ones that are loaded, for whoever asks without the lock.
+        self._loaded: frozenset[str] = frozenset()
         self._plugins: dict[str, _Plugin] = {}
         self._make_lock()
         call_in_children(self._make_lock)
@@ -134,20 +136,24 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
     def _make_lock(self) -> None:
         self._lock = threading.Lock()
 
-    def load(self, names: Iterable[str]) -> None:
+    def load(self, names: Collection[str]) -> None:
         """
         Initialise the plugins of these *names*, ``'*'`` for every one that is installed, unless that is done already.
 
         Returns when all of them can hear.  One that is broken or missing, or that takes too long, is logged by its name
         and stops no other.
         """
+        if self._loaded.issuperset(names):
+            return
         if isinstance(threading.current_thread(), _Plugin):
             # A plugin sends mail while it is initialised; whoever has called for it waits for it.
             return
         with self._lock:
-            new = set(names) - self._asked
-            if not new:
-                return
+            self._load_all(set(names) - self._asked)
+            self._loaded = frozenset(self._asked)
+
+    def _load_all(self, new: set[str]) -> None:
+        if new:
             self._asked |= new
             installed = {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
             for missing in sorted(new - installed.keys() - {'*'}):
@@ -173,7 +179,7 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             # Those that hang still are loading, and would do the same again.
             hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_alive()}
             ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
-            self._plugins, self._asked = hanging, set(hanging)
+            self._plugins, self._asked, self._loaded = hanging, set(hanging), frozenset()
         for plugin in ready:
             plugin.terminate()
 

@@ -27,7 +27,7 @@ from sqlalchemy.exc import (
 
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine
+from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown
 from pyramid_mailqueue.queues.sql_schema import (
     NOT_NOTED,
     VERSION,
@@ -63,6 +63,7 @@ _SAID_OF_MISTAKES = (
     'not permitted to log in',
     'permission denied',
     'pg_hba.conf',
+    'requires a value',
     'unable to open database file',
     'unrecognized configuration parameter',
 )
@@ -94,8 +95,7 @@ class Database:
                 f'cannot be used: {_without_full_stop(error)}. It is a URL of SQLAlchemy such as '
                 'postgresql+psycopg://user@host/database, and needs the driver that it names.'
             ) from error
-        shown = self._engine.url.difference_update_query(['password', 'sslpassword'])
-        self.name = shown.render_as_string(hide_password=True)
+        self.name = shown(self._engine.url)
         self.dialect = self._engine.dialect.name
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
-__all__ = ['AS_BYTES', 'CONNECTIONS', 'OLDEST', 'SQLITE_PATIENCE', 'file_of', 'make_engine']
+__all__ = ['AS_BYTES', 'CONNECTIONS', 'OLDEST', 'SQLITE_PATIENCE', 'file_of', 'make_engine', 'shown']
 
 #: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
 AS_BYTES = 'mailqueue_as_bytes'
@@ -68,6 +68,11 @@ def make_engine(written: str | URL) -> Engine:
     if engine.dialect.driver == 'psycopg':
         event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
     return engine
+
+
+def shown(url: URL) -> str:
+    """Return *url* for people, without its passwords."""
+    return url.difference_update_query(['password', 'sslpassword']).render_as_string(hide_password=True)
 
 
 def file_of(engine: Engine) -> Path | None:

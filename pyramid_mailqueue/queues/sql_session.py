@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, insert, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from transaction.interfaces import NoTransaction
@@ -23,9 +23,11 @@ from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.queues.sql_claim import NewMessage
 from pyramid_mailqueue.queues.sql_database import Database, first_line
+from pyramid_mailqueue.queues.sql_engine import shown
 from pyramid_mailqueue.queues.sql_schema import Message
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
     from sqlalchemy.pool import Pool
 
 __all__ = ['SameTables', 'insert_into', 'is_rolled_back', 'savepoint_of', 'session_of', 'takes_part', 'unencodable']
@@ -63,7 +65,7 @@ def takes_part(session: Session, manager: Any, same_tables: SameTables) -> bool:
         if _has_joined(session, txn):
             return True
         # What zope.sqlalchemy has registered joins the transaction when its own begins.
-        session.connection(bind_arguments={'mapper': Message})
+        session.connection(bind_arguments=_destination())
     # Of a transaction that does not tell (it is not public) we think that the application means this one.
     return getattr(txn, '_resources', None) is None or _has_joined(session, txn)
 
@@ -89,10 +91,18 @@ def insert_into(session: Session, message: NewMessage) -> None:
             return
         for mark_changed in marks:
             mark_changed(session)
-        connection = session.connection(bind_arguments={'mapper': Message, 'clause': statement})
+        connection = session.connection(bind_arguments=_destination())
         # Those of a session are new in SQLAlchemy 2.1.
         options = getattr(session, 'execution_options', {})
         connection.execute(statement, values, execution_options=options)
+
+
+_INSERT = insert(Message)
+
+
+def _destination() -> dict[str, Any]:
+    """Where a session writes a message: it may have several databases, and may read elsewhere."""
+    return {'mapper': Message.__mapper__, 'clause': _INSERT}
 
 
 @contextmanager
@@ -132,15 +142,18 @@ class SameTables:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # An engine that is given options shares its connections with the one that it comes from.
-        self._seen: WeakSet[Pool] = WeakSet()
+        # An engine that is given options shares its connections with the one that it comes from.  Each with the schemas
+        # that it has translated.
+        self._seen: WeakKeyDictionary[Pool, set[str | None]] = WeakKeyDictionary()
 
     def make_sure(self, session: Session) -> None:
         """Raise QueueError if *session* writes elsewhere; or SQLAlchemyError."""
-        pool = session.get_bind(Message).engine.pool
-        if pool not in self._seen:
+        bind = session.get_bind(**_destination())
+        seen = self._seen.setdefault(bind.engine.pool, set())
+        schema = _schema_in(bind)
+        if schema not in seen:
             self._compare(session)
-            self._seen.add(pool)
+            seen.add(schema)
 
     def _compare(self, session: Session) -> None:
         try:
@@ -153,15 +166,22 @@ class SameTables:
         finally:
             # Whoever only sends needs no connection of the queue from here on.
             self._database.close()
-        connection = session.connection(bind_arguments={'mapper': Message})
+        connection = session.connection(bind_arguments=_destination())
         # Where the queue has no tables (any more), the INSERT tells.
         if ours and ours.isdisjoint(_tables_of(connection)):
             raise QueueError(
                 'The session of the application writes into '
-                f'{connection.engine.url.render_as_string(hide_password=True)}, and the queue is in '
+                f'{shown(connection.engine.url)}, and the queue is in '
                 f'{self._database.name} (mailqueue.sql_url): that is another database, or (search_path) another '
                 'schema, and mq-run would never find this mail. Name the database of the session.'
             )
+
+
+_TABLE = text(
+    'SELECT CAST(extract(epoch FROM pg_postmaster_start_time()) AS float8), pg_database.oid, pg_class.oid '
+    'FROM pg_class, pg_database '
+    'WHERE pg_class.oid = to_regclass(CAST(:name AS text)) AND datname = current_database()'
+)
 
 
 def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
@@ -171,12 +191,7 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
     That the URLs are alike says nothing: one may name a socket and the other one a host, or a pooler.
     """
     if connection.dialect.name == 'postgresql':
-        found = connection.exec_driver_sql(
-            'SELECT CAST(extract(epoch FROM pg_postmaster_start_time()) AS float8), pg_database.oid, pg_class.oid '
-            'FROM pg_class, pg_database '
-            'WHERE pg_class.oid = to_regclass(%s) AND datname = current_database()',
-            (_name_in(connection),),
-        )
+        found = connection.execute(_TABLE, {'name': _name_in(connection)})
         return {tuple(row) for row in found}
     files: set[tuple[Any, ...]] = set()
     if connection.dialect.name == 'sqlite':
@@ -189,11 +204,17 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
 
 
 def _name_in(connection: Connection) -> str:
-    """The name of the table as statements of this connection have it; the queue's own has no such map."""
-    schemas = connection.get_execution_options().get('schema_translate_map') or {}
+    """The name of the table as statements of this connection have it; the queue's own translates no schema."""
+    schema = _schema_in(connection)
     name = Message.__tablename__
-    schema = schemas.get(Message.__table__.schema)
     return name if schema is None else f'{connection.dialect.identifier_preparer.quote_schema(schema)}.{name}'
+
+
+def _schema_in(bind: Engine | Connection) -> str | None:
+    """The schema that the tables are in by ``schema_translate_map``; None if that does not say."""
+    schemas = bind.get_execution_options().get('schema_translate_map') or {}
+    schema: str | None = schemas.get(None)
+    return schema
 
 
 # --- savepoints -------------------------------------------------------------

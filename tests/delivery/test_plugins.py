@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,8 @@ def initialize(context, registry):
 BAD_BY_EXIT = 'raise SystemExit("a defect that ends the process")'
 HANGS = """
 import threading
+from contextlib import closing
+from types import SimpleNamespace
 go_on, steps = threading.Event(), []
 if AT_IMPORT:
     go_on.wait(30)
@@ -120,6 +124,25 @@ def test_a_plugin_is_terminated_when_the_handler_is_closed_and_comes_back_with_t
 
     assert plugin('good').steps == ['initialized', 'terminated'] * 2
     assert len(plugin('good').heard) == 2
+
+
+def test_plugins_come_back_in_the_midst_of_the_work_of_one_handler_when_another_one_is_closed(
+    install, queue, envelope, says
+):
+    install('good', GOOD)
+    handler, other = (MessageHandler([says(YES)], plugins=['good']) for _ in range(2))
+    claims = iter([queue.claimed(envelope()) for _ in range(3)])
+    supply = SimpleNamespace(is_over=False, take=lambda: next(claims, None), take_now=lambda: next(claims, None))
+
+    with closing(handler.deliver_all(supply)) as results:
+        next(results)
+        other.deliver(queue.claimed(envelope()))
+        other.close()
+        assert len(list(results)) == 2
+    handler.close()
+
+    assert plugin('good').steps == ['initialized', 'terminated'] * 2
+    assert len(plugin('good').heard) == 4
 
 
 def test_two_handlers_share_their_plugins(install, queue, envelope, says):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import transaction
 import zope.sqlalchemy
-from sqlalchemy import create_engine, event, insert, make_url
+from sqlalchemy import UpdateBase, create_engine, event, insert, make_url
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
@@ -237,7 +237,7 @@ def test_a_database_in_memory_is_another_one(mailer, message, make_engine):
 def test_no_password_is_told(mailer, message, make_engine, url, make_database):
     other = make_url(make_database('postgresql+psycopg'))
     create_queue_tables(other)
-    engine = make_engine(other.set(password='secret'))
+    engine = make_engine(other.set(password='secret').update_query_dict({'sslpassword': 'secret'}))
 
     with pytest.raises(QueueError, match=r':\*\*\*@') as info, Session(engine) as session:
         mailer.send(message('one'), session=session)
@@ -299,6 +299,38 @@ def test_the_tables_may_be_in_a_file_that_is_attached(mailer, message, make_engi
         mailer.send(message('one'), session=session)
 
     assert states(url) == ['waiting']
+
+
+class RoutingSession(Session):
+    """Reads elsewhere, as SQLAlchemy's documentation has it."""
+
+    leader = follower = None
+
+    def get_bind(self, mapper=None, *, clause=None, **_):
+        assert mapper is None or mapper.class_
+        return self.leader if self._flushing or isinstance(clause, UpdateBase) else self.follower
+
+
+def test_a_session_may_read_elsewhere(mailer, message, make_engine, engine, url, states, tmp_path):
+    session = RoutingSession()
+    session.leader, session.follower = engine, make_engine(f'sqlite:///{tmp_path}/follower.sqlite')
+
+    with session, session.begin():
+        mailer.send(message('one'), session=session)
+
+    assert states(url) == ['waiting']
+
+
+@pytest.mark.parametrize('url', ['postgresql+psycopg'], indirect=True)
+def test_an_engine_that_translates_schemas_is_another_one(mailer, message, engine, url, make_database):
+    other = make_database('postgresql+psycopg')
+    create_queue_tables(other)
+    translated = engine.execution_options(schema_translate_map={None: other.rpartition('%3D')[2]})
+    with Session(engine) as session, session.begin():
+        mailer.send(message('one'), session=session)
+
+    with pytest.raises(QueueError, match='mq-run would never find this mail'), Session(translated) as session:
+        mailer.send(message('two'), session=session)
 
 
 def test_a_session_may_be_bound_to_a_connection(mailer, message, engine, url, states):
