@@ -157,15 +157,12 @@ class SameTables:
 
     def _compare(self, session: Session) -> None:
         try:
-            ours = self._database.run(_tables_of)
+            ours = self._database.run(_tables_of_queue)
         except MailqueueError as error:
             # Not asked again: the application's mail is not to wait for a server that does not answer.
             reason = 'nobody knows whether the session of the application writes into the tables of the queue'
             log_event(queue_log, logging.WARNING, status='trouble', error=error, reason=reason)
             return
-        finally:
-            # Whoever only sends needs no connection of the queue from here on.
-            self._database.close()
         connection = session.connection(bind_arguments=_destination())
         # Where the queue has no tables (any more), the INSERT tells.
         if ours and ours.isdisjoint(_tables_of(connection)):
@@ -201,6 +198,12 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
                 status = os.stat(path)
                 files.add((status.st_dev, status.st_ino))
     return files
+
+
+def _tables_of_queue(connection: Connection) -> set[tuple[Any, ...]]:
+    # Whoever only sends needs no connection of the queue from here on: this one is closed, and not kept.
+    connection.detach()
+    return _tables_of(connection)
 
 
 def _name_in(connection: Connection) -> str:

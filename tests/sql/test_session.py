@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,23 @@ def test_an_engine_that_translates_schemas_is_another_one(mailer, message, engin
 
     with pytest.raises(QueueError, match='mq-run would never find this mail'), Session(translated) as session:
         mailer.send(message('two'), session=session)
+
+
+@pytest.mark.parametrize('url', ['postgresql+psycopg'], indirect=True)
+def test_no_connection_is_left_of_the_question(settings, message, make_engine, url, sql, until):
+    engine, asked = make_engine(url), '%pg_postmaster_start_time%'
+    count = 'SELECT count(*) FROM pg_stat_activity WHERE query LIKE :asked AND pid <> pg_backend_pid()'
+    mailers = [mailer_from_settings({**settings, 'mailqueue.delivery': 'queue'}) for _ in range(3)]
+
+    def send(mailer):
+        with Session(engine) as session, session.begin():
+            mailer.send(message('one'), session=session)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(send, mailers * 4))
+    engine.dispose()
+
+    until(lambda: sql(url, count, asked=asked) == [(0,)])
 
 
 def test_a_session_may_be_bound_to_a_connection(mailer, message, engine, url, states):
