@@ -127,8 +127,8 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         super().__init__()
         self._patience = patience
         self._asked: set[str] = set()
-        # Of these the ones that are loaded, for whoever asks without the lock.
-        self._loaded: frozenset[str] = frozenset()
+        # Those of them that need not be waited for any more: looked at with each message, without the lock.
+        self._ready: frozenset[str] = frozenset()
         self._plugins: dict[str, _Plugin] = {}
         self._make_lock()
         call_in_children(self._make_lock)
@@ -143,17 +143,15 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
         Returns when all of them can hear.  One that is broken or missing, or that takes too long, is logged by its name
         and stops no other.
         """
-        if self._loaded.issuperset(names):
+        if self._ready.issuperset(names):
             return
         if isinstance(threading.current_thread(), _Plugin):
             # A plugin sends mail while it is initialised; whoever has called for it waits for it.
             return
         with self._lock:
-            self._load_all(set(names) - self._asked)
-            self._loaded = frozenset(self._asked)
-
-    def _load_all(self, new: set[str]) -> None:
-        if new:
+            new = set(names) - self._asked
+            if not new:
+                return
             self._asked |= new
             installed = {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
             for missing in sorted(new - installed.keys() - {'*'}):
@@ -161,6 +159,7 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             for name in sorted(installed.keys() if '*' in new else installed.keys() & new):
                 if name not in self._plugins:
                     self._load(installed[name])
+            self._ready = frozenset(self._asked)
 
     def _load(self, entry_point: EntryPoint) -> None:
         plugin = self._plugins[entry_point.name] = _Plugin(entry_point, self)
@@ -179,7 +178,7 @@ class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no t
             # Those that hang still are loading, and would do the same again.
             hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_alive()}
             ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
-            self._plugins, self._asked, self._loaded = hanging, set(hanging), frozenset()
+            self._plugins, self._asked, self._ready = hanging, set(hanging), frozenset(hanging)
         for plugin in ready:
             plugin.terminate()
 
