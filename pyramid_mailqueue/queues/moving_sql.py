@@ -27,7 +27,14 @@ from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, 
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import CONTENT, RECIPIENTS, Message, database_time, recipients_of
+from pyramid_mailqueue.queues.sql_schema import (
+    CONTENT,
+    RECIPIENTS,
+    Message,
+    current_schema,
+    database_time,
+    recipients_of,
+)
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
@@ -221,11 +228,7 @@ class SQLSide:
 
 def schema_of(database: Database) -> str:
     """Return in which schema of the database the tables are, which depends on who asks; '' if it has none."""
-    if database.dialect == 'sqlite':
-        return ''
-    found = text('SELECT CAST(relnamespace::regnamespace AS text) FROM pg_class WHERE oid = CAST(:name AS regclass)')
-    name = {'name': Message.__tablename__}
-    return str(database.run(lambda connection: connection.execute(found, name).scalar_one()))
+    return '' if database.dialect == 'sqlite' else database.run(current_schema) or ''
 
 
 @contextmanager
