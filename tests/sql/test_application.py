@@ -11,7 +11,7 @@ import pytest
 import transaction
 import zope.sqlalchemy
 from sqlalchemy import create_engine, insert, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 from zope.sqlalchemy.datamanager import STATUS_READONLY
 
@@ -21,16 +21,7 @@ from pyramid_mailqueue.queues.sql_schema import Message
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_runner
 from tests.sql.databases import create_queue_tables, postgres_schema
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = 'orders'
-
-    name: Mapped[str] = mapped_column(primary_key=True)
+from tests.sql.orders import Base, Order
 
 
 @pytest.fixture

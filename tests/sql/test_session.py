@@ -16,7 +16,7 @@ import zope.sqlalchemy
 from sqlalchemy import UpdateBase, create_engine, event, insert, make_url
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import QueueError, mailer_from_settings
@@ -25,18 +25,9 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailQueued
 from pyramid_mailqueue.queues.sql_schema import metadata
 from tests.sql.databases import create_queue_tables
+from tests.sql.orders import Base, Order
 
 _NUMBERS = itertools.count(1)
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = 'orders'
-
-    name: Mapped[str] = mapped_column(primary_key=True)
 
 
 @pytest.fixture

