@@ -26,7 +26,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
 from pyramid_mailqueue.queues import maildir, maildir_folders
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import FOLDERS
-from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
+from tests.crash.children import Child, no_open_files_are_left, run_in_child
 from tests.crash.faults import Fault, Log, intercepted
 from tests.crash.queue_parts import (
     CONTENT,
@@ -935,7 +935,7 @@ def test_a_deferred_message_waits_until_it_is_due_and_keeps_its_id(queue):
     now = time.time()
     taken = queue.put_claimed(ENVELOPE)
 
-    with no_open_files_are_left_but(taken):
+    with no_open_files_are_left(closes=taken._file.fd):
         taken.settle(Settlement(ENVELOPE.recipients, due=now + 300.25, last_reply='451 later'))
 
     assert names(queue, 'new') == [taken.id]
@@ -944,14 +944,6 @@ def test_a_deferred_message_waits_until_it_is_due_and_keeps_its_id(queue):
     again = claim(queue, now=now + 301)
     assert (again.id, again.attempts, again.queued_at) == (taken.id, 1, taken.queued_at)
     assert again.envelope == ENVELOPE
-
-
-@contextlib.contextmanager
-def no_open_files_are_left_but(taken):
-    before = open_files()
-    del before[str(taken._file.fd)]
-    yield
-    assert open_files() == before
 
 
 def test_a_new_version_is_written_durably_and_then_renamed_over_the_old_one(queue):
@@ -1056,7 +1048,7 @@ def test_what_was_accepted_deferred_and_refused_parts_ways(queue):
     taken = queue.put_claimed(Envelope('s@x.example', recipients, CONTENT))
     a, b, c, d, e = recipients
 
-    with no_open_files_are_left_but(taken):
+    with no_open_files_are_left(closes=taken._file.fd):
         taken.settle(Settlement((b,), due=1, burials=(Burial((c, e), '550 no user'), Burial((d,), '554 spam'))))
 
     assert where(queue) == {'new': 1, 'dead': 2}
@@ -1124,7 +1116,7 @@ def test_a_message_that_cannot_be_given_back_stays_in_progress_until_the_next_ru
     taken = queue.put_claimed(ENVELOPE)
     at(queue, 'new').rename(at(queue, 'away'))
 
-    with no_open_files_are_left_but(taken):
+    with no_open_files_are_left(closes=taken._file.fd):
         taken.release()
 
     assert where_is(taken.id, queue) == ['cur']
@@ -1139,7 +1131,7 @@ def test_a_full_disk_while_a_message_is_deferred_leaves_the_old_one_whole_and_wa
     before = (path.read_bytes(), path.stat().st_ino)
     taken = claim(queue)
 
-    with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault, no_open_files_are_left_but(taken):
+    with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault, no_open_files_are_left(closes=taken._file.fd):
         fault._can_fail = lambda call: call.name == 'writev'
         taken.settle(Settlement(('b@x.example',), due=12345))
 
