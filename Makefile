@@ -25,7 +25,7 @@ test: $(TEST)/installed-$(VERSION) system-packages
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(TEST)/bin/python -m pytest --numprocesses=auto --dist=loadfile --cov=pyramid_mailqueue
+	$(TEST)/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov=pyramid_mailqueue
 
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo

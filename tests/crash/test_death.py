@@ -22,6 +22,8 @@ from tests.crash.queue_parts import HOUR, at, clear, dead_recipients, leave_ever
 from tests.crash.strace import CHANGES, traced, wait_for_strace
 from tests.crash.witnesses import ENVELOPE_OF_THREE, MIXED, Notes, OnePhase, Recording, TwoPhase, commit_two
 
+pytestmark = pytest.mark.forks
+
 BOTH = ['first@x.example', 'second@x.example']
 
 

@@ -18,6 +18,8 @@ from tests.crash.children import fork
 from tests.crash.drain_parts import assert_is_made_good, blaming, drain, everybody, fill
 from tests.crash.faults import Death, DeathInSend, Log
 
+pytestmark = pytest.mark.forks
+
 
 @pytest.fixture
 def queue(tmp_path):

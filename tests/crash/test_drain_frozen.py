@@ -15,6 +15,8 @@ from tests.crash.children import DEADLINE, fork
 from tests.crash.drain_parts import assert_is_made_good, blaming, drain, fill, mq_run, named_in
 from tests.crash.faults import Freeze
 
+pytestmark = pytest.mark.forks
+
 
 @pytest.fixture
 def queue(tmp_path):

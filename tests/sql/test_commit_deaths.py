@@ -23,6 +23,8 @@ from pyramid_mailqueue.queues.sql_schema import Message
 from tests.crash.children import Child
 from tests.sql.orders import Base, Order
 
+pytestmark = pytest.mark.forks
+
 
 class Deadly:
     """Kills this process when it is called for the so-manieth time."""

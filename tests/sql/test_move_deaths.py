@@ -24,6 +24,8 @@ from tests.crash import faults
 from tests.crash.children import Child
 from tests.sql.move_parts import Office, Place
 
+pytestmark = pytest.mark.forks
+
 STEPS = faults.CHANGES | {'fsync', 'open'}
 
 # Every other step is tried; MAILQUEUE_TESTS_LONG=1 tries them all, and takes a few minutes.
