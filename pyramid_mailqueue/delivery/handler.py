@@ -297,7 +297,7 @@ class _Attempt:
     One attempt at a message, and how far it has come.
 
     :ivar recipients: whom it was open for before
-    :ivar still_open: those who are neither accepted nor refused
+    :ivar still_open: those whom it can be offered for: who are neither accepted nor refused
     :ivar offer: what to offer to the transport whose turn it is
     :ivar position: the number of that transport
     :ivar answers: what was said
@@ -358,6 +358,13 @@ class _Claimed(_Attempt):
         self.number = number
         if is_valid := getattr(claim, 'is_valid', None):
             self.offer = self.offer._replace(is_valid=is_valid)
+
+    def note(self, result: SendResult) -> None:
+        """As for any attempt; but who may have the message already waits, before another transport sends it again."""
+        super().note(result)
+        if any(reply.outcome_unknown for reply in result.replies.values()):
+            self.still_open = tuple(it for it in self.still_open if not _may_have_it(it, result))
+            self.offer = self.offer._replace(recipients=self.still_open)
 
     def is_valid(self) -> bool:
         """Whether the message is still ours; if not its claim has ended, or is given up here."""
@@ -543,6 +550,11 @@ def _is_for_others(own: Envelope, sender: str | None, recipients: Iterable[str] 
         b'', own.sender if sender is None else sender, own.recipients if recipients is None else recipients
     )
     return asked.sender != own.sender or {*asked.recipients} != {*own.recipients}
+
+
+def _may_have_it(recipient: str, result: SendResult) -> bool:
+    reply = result.replies.get(recipient)
+    return reply is not None and reply.outcome_unknown
 
 
 def _do_nothing() -> None:

@@ -50,12 +50,15 @@ class Reply:
     :param text: what stands behind the code, lines joined by one space, without the enhanced code
     :param enhanced: the enhanced status code (RFC 3463) such as ``'5.1.1'``, if the server gave one that fits
     :param from_server: False if the reply is our own word, e.g. for a connection that broke off
+    :param outcome_unknown: deferred, and perhaps delivered: a message of a queue is not offered to another transport at
+        once because of it
     """
 
     code: int
     text: str = ''
     enhanced: str | None = None
     from_server: bool = True
+    outcome_unknown: bool = False
 
     @classmethod
     def from_lines(cls, code: int, lines: Iterable[str]) -> Reply:

@@ -65,6 +65,7 @@ OUTCOME_UNKNOWN = Reply(
     'connection lost after the end of the data and before the reply: it may have been delivered',
     '4.4.2',
     from_server=False,
+    outcome_unknown=True,
 )
 
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*?))?\r?', re.DOTALL)

@@ -311,6 +311,26 @@ def test_a_connection_lost_after_the_final_dot_is_deferred(queue, envelope, smtp
     assert queue.state == {}
 
 
+def test_a_second_server_is_asked_at_once_only_for_who_cannot_have_the_message_already(queue, envelope, smtp, says):
+    fallback = says(YES)
+    with ScriptedSMTPServer({f'RCPT TO:<{BOB}>': ['451 4.3.0 later'], '.': [Close()]}) as server:
+        handler = MessageHandler([smtp(server), fallback])
+        result = handler.deliver(queue.claimed(envelope('ada', 'bob', 'eve')))
+
+    assert fallback.asked == [(BOB,)]
+    assert (result.accepted, result.deferred, result.trouble) == ((BOB,), (ADA, EVE), None)
+    (header,) = queue.headers('new')
+    assert (header.recipients, header.attempts) == ((ADA, EVE), 1)
+    assert 'may have been delivered' in header.last_reply
+
+    # Later they are tried again, by whoever can.
+    (claim,) = queue.claim_due(queue.clock() + 2 * FIVE_MINUTES)
+    handler.deliver(claim)
+
+    assert fallback.asked == [(BOB,), (ADA, EVE)]
+    assert queue.state == {}
+
+
 # --- what follows -----------------------------------------------------------
 
 

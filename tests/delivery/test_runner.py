@@ -511,6 +511,20 @@ def test_a_session_that_breaks_off_behind_the_final_dot_defers_that_one_and_leav
     assert len(server.sessions) == 2
 
 
+def test_what_may_have_been_delivered_waits_and_a_second_transport_has_the_rest(run_over, queue, wait_all, says, told):
+    wait_all(5)
+    fallback = says(YES)
+    script = {'.': [None, None, Close()], 'connect': [None, Close('421 no')]}
+    with ScriptedSMTPServer(script) as server:
+        report = run_over(server, fallback=[fallback])
+
+    assert (brought(server), fallback.asked) == (m(0, 1), [tuple(m(3)), tuple(m(4))])
+    assert (report.sent, report.deferred, report.trouble) == (4, 1, None)
+    (header,) = queue.headers('new')
+    assert (header.recipients, header.attempts) == (tuple(m(2)), 1)
+    assert ('deferred', m(2)[0]) in told('status', 'to')
+
+
 def test_noise_between_two_messages_is_the_servers_trouble_and_nothing_has_happened(run_over, queue, wait_all):
     names = wait_all(4)
     before = snapshot(queue)

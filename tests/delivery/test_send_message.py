@@ -14,6 +14,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, MessageError, QueueError, WrongState
 from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.transports.maildir import MaildirBackend
+from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
 
 ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
 SHOP = 'shop@site.example'
@@ -73,9 +74,16 @@ def test_the_first_success_is_the_end(queue, backend, says, told):
     assert told('status', 'to', 'via', 'id', 'attempts') == [('sent', ADA, 'says', None, None)]
 
 
-@pytest.mark.parametrize('answer', ['no', 'later', 'trouble', 'defect'])
+@pytest.mark.parametrize('answer', ['no', 'later', 'trouble', 'unknown', 'defect'])
 def test_what_cannot_be_sent_is_queued(queue, backend, says, trouble, answer):
-    answers = {'no': NO, 'later': SendResult({ADA: LATER}), 'trouble': trouble, 'defect': RuntimeError('a defect')}
+    answers = {
+        'no': NO,
+        'later': SendResult({ADA: LATER}),
+        'trouble': trouble,
+        # Nobody else would try it later.
+        'unknown': SendResult({ADA: OUTCOME_UNKNOWN}, trouble=trouble),
+        'defect': RuntimeError('a defect'),
+    }
 
     result = MessageHandler([says(answers[answer]), backend]).send_message(CONTENT, sender=SHOP, recipient=ADA)
 
