@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -998,7 +998,11 @@ def test_a_limit_that_is_none_is_wrong_usage(mq_run, app_ini, arguments):
 
 @pytest.fixture
 def systemd(tmp_path):
-    """Listen as systemd does: ``systemd.wait_for('READY=1')``; ``systemd.environ`` is what it gives to a service."""
+    """
+    Listen as systemd does: ``systemd.wait_for('READY=1')``; ``systemd.environ`` is what it gives to a service.
+
+    ``systemd.forget()`` is for who waits for what is said from now on.
+    """
     # The path of a socket has to be short.
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(f'{folder}/notify')
@@ -1010,7 +1014,14 @@ def systemd(tmp_path):
                 pass
             return heard
 
-        yield SimpleNamespace(wait_for=wait_for, environ={'NOTIFY_SOCKET': f'{folder}/notify'})
+        def forget():
+            sock.settimeout(0)
+            with suppress(BlockingIOError):
+                while True:
+                    sock.recv(4096)
+            sock.settimeout(30)
+
+        yield SimpleNamespace(wait_for=wait_for, forget=forget, environ={'NOTIFY_SOCKET': f'{folder}/notify'})
 
 
 @pytest.fixture
@@ -1049,6 +1060,8 @@ def test_who_watches_looks_again_until_told_to_stop(watch, app_ini, put, server,
         systemd.wait_for('STATUS=waiting for mail')
         put()
         until(lambda number=number: len(server.messages) == number and state() == {})
+        # It may still be about to count what waits.
+        systemd.forget()
 
     systemd.wait_for('STATUS=waiting for mail')
     assert ended(process) == (0, 'mq-run: 1 sent; 0 waiting\n' * 2, '')
