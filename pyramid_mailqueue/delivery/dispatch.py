@@ -6,7 +6,8 @@ Who tries the mail of a transaction that has just committed.
 
 ``background``
     One delivery thread for the process.  It is started with the first mail after a fork, uses a warm SMTP session
-    again, and takes at most :data:`MAX_CLAIMS` claims; what is beyond that waits for mq-run.
+    again, sends in a stream what comes fast, and takes at most :data:`MAX_CLAIMS` claims; what is beyond that waits for
+    mq-run.
 
 ``queue``
     Nobody; there is no dispatcher for it.
@@ -25,11 +26,12 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 
@@ -42,6 +44,9 @@ MAX_CLAIMS = 256
 
 #: How long the end of the process may wait for the message in hand, in seconds.
 PATIENCE = 5
+
+#: And how long, when its connection was broken off, for the thread to give back what it has.
+LAST_PATIENCE = 1
 
 #: How long the delivery thread waits for the next message before it ends, in seconds.
 IDLE = 60
@@ -57,9 +62,9 @@ class InlineDispatcher:
 
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
+        left = deque(claims)
         try:
-            for claim in claims:
-                try_one(self._handler, claim)
+            _Delivery(self._handler, lambda _: left.popleft() if left else None).work()
         finally:
             # A request can be cut short in the middle (by the timeout of its server): nobody comes back to the others.
             for claim in claims:
@@ -71,25 +76,95 @@ class InlineDispatcher:
         self._handler.close()
 
 
-def try_one(handler: MessageHandler, claim: IClaim) -> bool:
-    """
-    Deliver one claim, or release it if that cannot be done now; return whether it has to wait because of that.
+def _do_nothing(*_: object) -> None:
+    return None
 
-    Raises no Exception.
+
+class _Delivery:
     """
-    try:
-        if handler.rests_for or not handler.may_send(claim):
-            return True
-        result = handler.deliver(claim)
-        if result.trouble is not None:
-            log.warning('%s Mail waits in the queue.', result.trouble)
-            return True
-    except (Exception, SystemExit):
-        log.critical('A defect of pyramid_mailqueue: %s could not be delivered', claim.id, exc_info=True)
-    finally:
-        # A settled claim has ended already, and does nothing.
-        claim.release()
-    return False
+    One thread that delivers what a dispatcher has: its `Claims`.
+
+    :param next_claim: called with whether it may wait; returns None if there is no more, or no more at once
+    :param postpone: called with a claim that has ended because its message could not be tried now
+    :param at_rest: called when an attempt is over and nothing else is in hand
+    :param is_over: whether to end as soon as the message in hand is done
+    """
+
+    def __init__(
+        self,
+        handler: MessageHandler,
+        next_claim: Callable[[bool], IClaim | None],
+        *,
+        postpone: Callable[[IClaim], None] = _do_nothing,
+        at_rest: Callable[[], None] = _do_nothing,
+        is_over: Callable[[], bool] = bool,
+    ) -> None:
+        self._handler = handler
+        self._next_claim = next_claim
+        self._postpone = postpone
+        self._at_rest = at_rest
+        self._is_over = is_over
+        self._in_hand: dict[str, IClaim] = {}
+
+    def work(self) -> None:
+        """Deliver until there is nothing more to do.  A defect ends no more than the attempts at what is in hand."""
+        while True:
+            try:
+                self._deliver()
+            except (Exception, SystemExit):
+                if not self._in_hand:
+                    raise
+                names = ', '.join(self._in_hand)
+                log.critical('A defect of pyramid_mailqueue: %s could not be delivered', names, exc_info=True)
+            else:
+                return
+            finally:
+                self._release()
+
+    def _deliver(self) -> None:
+        told: ServerTrouble | None = None
+        for claim, result in self._handler.deliver_all(self):
+            del self._in_hand[claim.id]
+            if result.trouble is not None:
+                # When this process ends it may have broken off the connection itself.
+                if result.trouble is not told and not self.is_over:
+                    log.warning('%s Mail waits in the queue.', result.trouble)
+                told = result.trouble
+                self._postpone(claim)
+            if not self._in_hand:
+                self._at_rest()
+
+    def _release(self) -> None:
+        for claim in self._in_hand.values():
+            claim.release()
+        self._in_hand.clear()
+
+    # --- see `Claims` ---
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over()
+
+    def take(self) -> IClaim | None:
+        # What could not be read has ended without a result.
+        self._in_hand.clear()
+        return self._take(may_wait=True)
+
+    def take_now(self) -> IClaim | None:
+        return self._take(may_wait=False)
+
+    def _take(self, *, may_wait: bool) -> IClaim | None:
+        while (claim := self._next_claim(may_wait)) is not None:
+            self._in_hand[claim.id] = claim
+            if not self._handler.rests_for and self._handler.may_send(claim):
+                return claim
+            claim.release()
+            del self._in_hand[claim.id]
+            self._postpone(claim)
+        return None
+
+    def hand_over(self, claims: Sequence[IClaim]) -> bool:
+        return False
 
 
 @implementer(IDispatcher)
@@ -190,26 +265,33 @@ class BackgroundDispatcher:
         return True
 
     def _run(self) -> None:
+        delivery = _Delivery(
+            self._handler,
+            self._next_claim,
+            postpone=self._remember,
+            at_rest=self._flush_if_idle,
+            is_over=lambda: self._closing,
+        )
         try:
-            while (claim := self._next_claim()) is not None:
-                if try_one(self._handler, claim):
-                    self._remember(claim)
-                if self._claims.empty():
-                    self._mail_queue.flush()
+            delivery.work()
         except BaseException:
             # A thread that does not end by its own decision must not take along what waits for it.
             self._release_waiting()
             raise
 
-    def _next_claim(self) -> IClaim | None:
-        """Return what is to be delivered next; None when the thread is to end."""
+    def _flush_if_idle(self) -> None:
+        if self._claims.empty():
+            self._mail_queue.flush()
+
+    def _next_claim(self, may_wait: bool) -> IClaim | None:
+        """Return what is to be delivered next; None when the thread is to end, or if it may not wait for that."""
         while not self._closing:
             if (claim := self._resumed_claim()) is not None:
                 return claim
             try:
-                claim = self._claims.get(timeout=self._handler.rests_for if self._postponed else self._idle)
+                claim = self._claims.get(may_wait, self._handler.rests_for if self._postponed else self._idle)
             except queue.Empty:
-                if self._is_idle():
+                if not may_wait or self._is_idle():
                     return None
             if claim is not None:
                 return claim
@@ -235,8 +317,8 @@ class BackgroundDispatcher:
         """
         See `IDispatcher`.
 
-        Waits for the message in hand, but not for ever: what is still claimed when the process ends, the kernel
-        releases, and mq-run takes it up at its next run.
+        Waits for the message in hand, but not for ever: then its connection is broken off.  Over a transport that
+        cannot be broken off it stays claimed until the process has ended, and the next mq-run takes it up.
         """
         with self._lock:
             self._forget_parent()
@@ -248,6 +330,9 @@ class BackgroundDispatcher:
         self._claims.put(None)
         if thread is not None:
             thread.join(self._patience)
+            if thread.is_alive():
+                self._handler.abort()
+                thread.join(LAST_PATIENCE)
         self._mail_queue.flush()
         if thread is None or not thread.is_alive():
             self._handler.close()
