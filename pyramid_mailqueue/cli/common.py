@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TextIO
 
 from pyramid_mailqueue.cli.config import read_app_settings, read_mqrunner_section
-from pyramid_mailqueue.cli.output import printable
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.queues.words import printable
 from pyramid_mailqueue.settings import Settings, parse_duration
 
 __all__ = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyramid_mailqueue.queues.words import printable, timestamp
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry
@@ -16,70 +17,15 @@ __all__ = [
     'STYLES',
     'Column',
     'as_json',
-    'few',
-    'numbered',
     'print_json',
     'print_json_list',
     'print_table',
-    'printable',
-    'size_in_words',
-    'span_in_words',
-    'timestamp',
 ]
 
 #: A table is laid out for so many rows at a time, so that the first ones need not wait for the last.
 ROWS_AT_ONCE = 500
 
 STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'red', 'corrupt': 'red'}
-
-
-# --- words ------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """
-    Return *text* in one line that any terminal shows as text.
-
-    What senders and servers have written may be meant to move the cursor or to set the title of the window.
-    """
-    if text.isprintable():
-        return text
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
-
-
-def span_in_words(seconds: float) -> str:
-    """Return a time span such as ``12s``, ``5m``, ``3h`` or ``2d``; it is rounded down."""
-    for unit, length, most in (('s', 1, 60), ('m', 60, 60), ('h', 3600, 48)):
-        if seconds < most * length:
-            return f'{max(0, int(seconds / length))}{unit}'
-    return f'{int(seconds / 86400)}d'
-
-
-def size_in_words(octets: int) -> str:
-    """Return a size such as ``512``, ``4.1K`` or ``2.3M``; 1K is 1024 octets."""
-    size, units = float(octets), iter(' KMGTP')
-    unit = next(units)
-    while size >= 1000:
-        size, unit = size / 1024, next(units)
-    return str(octets) if unit == ' ' else f'{size:.1f}{unit}'
-
-
-def numbered(number: int, noun: str) -> str:
-    """``1 message``, ``2 messages``."""
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
-
-
-def few(recipients: Sequence[str], most: int = 3) -> str:
-    """Return the first *most* of *recipients*, and how many more there are."""
-    more = len(recipients) - most
-    return ','.join(recipients[:most]) + (f',... ({more} more)' if more > 0 else '')
-
-
-def timestamp(seconds: float | None) -> str | None:
-    """Return a time in seconds since the epoch as ISO 8601 in UTC, to the second."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(int(seconds), timezone.utc).isoformat().replace('+00:00', 'Z')
 
 
 # --- JSON -------------------------------------------------------------------

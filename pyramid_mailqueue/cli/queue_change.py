@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
-from pyramid_mailqueue.cli.output import as_json, few, numbered, print_json, print_json_list, printable
+from pyramid_mailqueue.cli.output import as_json, print_json, print_json_list
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IMailQueue, IQueueAdmin
 from pyramid_mailqueue.queues.entries import QueueEntry
+from pyramid_mailqueue.queues.words import few, numbered, printable
 
 __all__ = ['delete', 'flush', 'hold', 'release', 'retry', 'unhold']
 

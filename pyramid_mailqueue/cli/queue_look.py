@@ -9,24 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.monitor import judge, prometheus_text
-from pyramid_mailqueue.cli.output import (
-    STYLES,
-    Column,
-    as_json,
-    few,
-    numbered,
-    print_json,
-    print_json_list,
-    print_table,
-    printable,
-    size_in_words,
-    span_in_words,
-    timestamp,
-)
+from pyramid_mailqueue.cli.output import STYLES, Column, as_json, print_json, print_json_list, print_table
 from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.interfaces import IMailQueue
-from pyramid_mailqueue.line_ends import normalize_line_ends
-from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, QueueEntry, Tally
+from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, Choice, QueueEntry, Tally, header_lines
+from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
 
 __all__ = ['check', 'list_messages', 'print_metrics', 'show_message', 'show_stats']
 
@@ -48,31 +35,13 @@ _LIST = (
 def list_messages(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     """Print a line for each message, oldest first."""
     now = time.time()
-    entries = _chosen(queue.admin.entries(arguments.states or STATES), arguments, now)
+    choice = Choice(arguments.sender, arguments.recipient, arguments.older_than, arguments.newer_than)
+    entries = (entry for entry in queue.admin.entries(arguments.states or STATES) if choice.takes(entry, now))
     if arguments.json:
         print_json_list(map(as_json, entries))
     else:
         print_table(_LIST, (_row(entry, now) for entry in entries))
     return EX_OK
-
-
-def _chosen(entries: Iterable[QueueEntry], arguments: argparse.Namespace, now: float) -> Iterator[QueueEntry]:
-    for entry in entries:
-        age = None if entry.queued_at is None else now - entry.queued_at
-        if arguments.older_than is not None and (age is None or age <= arguments.older_than):
-            continue
-        if arguments.newer_than is not None and (age is None or age >= arguments.newer_than):
-            continue
-        if not _is_in(arguments.recipient, entry.recipients):
-            continue
-        if not _is_in(arguments.sender, () if entry.sender is None else (entry.sender,)):
-            continue
-        yield entry
-
-
-def _is_in(text: str | None, addresses: Sequence[str]) -> bool:
-    # With angle brackets one can ask for a whole address, and for the null sender.
-    return text is None or any(text.lower() in f'<{address}>'.lower() for address in addresses)
 
 
 def _row(entry: QueueEntry, now: float) -> tuple[str, ...]:
@@ -109,7 +78,7 @@ def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     if arguments.raw:
         _print_raw(content)
         return EX_OK
-    header = [] if entry.state == 'corrupt' else _header(content)
+    header = [] if entry.state == 'corrupt' else header_lines(content)
     if arguments.json:
         print_json({**as_json(entry), 'headers': [_field(line) for line in header]})
         return EX_OK
@@ -144,18 +113,6 @@ def _facts(entry: QueueEntry, now: float) -> Iterator[tuple[str, str]]:
     if entry.due is not None:
         yield 'Due', moment(entry.due)
     yield 'Size', numbered(entry.size, 'octet')
-
-
-def _header(content: bytes) -> list[str]:
-    """The fields in the header of a message, without their folds."""
-    lines: list[str] = []
-    head, _, _ = (b'\r\n' + normalize_line_ends(content)).partition(b'\r\n\r\n')
-    for line in head.decode('utf-8', 'backslashreplace').split('\r\n')[1:]:
-        if line[:1] in (' ', '\t') and lines:
-            lines[-1] += line.replace('\t', ' ')
-        elif line:
-            lines.append(line)
-    return lines
 
 
 def _field(line: str) -> tuple[str, str]:

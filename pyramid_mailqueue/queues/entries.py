@@ -9,21 +9,26 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
+from types import MappingProxyType
 
 from pyramid_mailqueue.envelope import message_id_of
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = [
     'AGE_LIMITS',
+    'POSSIBLE',
     'STATES',
     'UNDELIVERED',
+    'Choice',
     'QueueEntry',
     'QueueStats',
     'Tally',
+    'decoded',
+    'header_lines',
     'subject_of',
     'tally',
     'tell_from_header',
@@ -34,6 +39,17 @@ STATES = ('waiting', 'in progress', 'held', 'dead', 'in doubt', 'corrupt')
 
 #: The states of what is still meant to be delivered.
 UNDELIVERED = ('waiting', 'in progress', 'held')
+
+#: What can be done with a message, by the methods of `IQueueAdmin`, and in which states.
+POSSIBLE = MappingProxyType(
+    {
+        'retry': ('waiting', 'dead'),
+        'hold': ('waiting',),
+        'unhold': ('held',),
+        'release': ('in doubt',),
+        'delete': tuple(state for state in STATES if state != 'in progress'),
+    }
+)
 
 #: The ages by which messages are counted, in minutes: those of Postfix's qshape.
 AGE_LIMITS = (5, 10, 20, 40, 80, 160, 320, 640, 1280)
@@ -74,6 +90,38 @@ class QueueEntry:
     size: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """
+    Which messages somebody wants to see; None stands for any.
+
+    :param sender: text in the envelope sender; in angle brackets it is all of it, and ``<>`` is the null sender
+    :param recipient: text in one of the recipients, likewise
+    :param older_than: an age in seconds
+    :param newer_than: an age in seconds
+    """
+
+    sender: str | None = None
+    recipient: str | None = None
+    older_than: float | None = None
+    newer_than: float | None = None
+
+    def takes(self, entry: QueueEntry, now: float) -> bool:
+        """Whether it is one of these; *now* is in seconds since the epoch."""
+        age = None if entry.queued_at is None else now - entry.queued_at
+        if self.older_than is not None and (age is None or age <= self.older_than):
+            return False
+        if self.newer_than is not None and (age is None or age >= self.newer_than):
+            return False
+        if not _is_in(self.recipient, entry.recipients):
+            return False
+        return _is_in(self.sender, () if entry.sender is None else (entry.sender,))
+
+
+def _is_in(text: str | None, addresses: Sequence[str]) -> bool:
+    return text is None or any(text.lower() in f'<{address}>'.lower() for address in addresses)
+
+
 # --- from the header of a message -------------------------------------------
 
 _SUBJECT = re.compile(rb'^subject[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)', re.IGNORECASE | re.MULTILINE)
@@ -95,7 +143,11 @@ def subject_of(content: bytes) -> str:
 
 
 def _decoded(value: bytes) -> str:
-    text = value.replace(b'\r\n', b'').decode('utf-8', 'backslashreplace').strip(' \t')
+    return decoded(value.replace(b'\r\n', b'').decode('utf-8', 'backslashreplace').strip(' \t'))
+
+
+def decoded(text: str) -> str:
+    """Return the value of a field with its encoded words (RFC 2047) as they are meant."""
     if '=?' not in text:
         return text
     try:
@@ -103,6 +155,18 @@ def _decoded(value: bytes) -> str:
     except (HeaderParseError, LookupError, ValueError):
         # Not encoded as RFC 2047 has it, or in a character set that nobody knows.
         return text
+
+
+def header_lines(content: bytes) -> list[str]:
+    """Return the fields in the header of a message, each in one line: without folds, and not decoded."""
+    lines: list[str] = []
+    head, _, _ = (b'\r\n' + normalize_line_ends(content)).partition(b'\r\n\r\n')
+    for line in head.decode('utf-8', 'backslashreplace').split('\r\n')[1:]:
+        if line[:1] in (' ', '\t') and lines:
+            lines[-1] += line.replace('\t', ' ')
+        elif line:
+            lines.append(line)
+    return lines
 
 
 # --- how many there are -----------------------------------------------------

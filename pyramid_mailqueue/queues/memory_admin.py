@@ -11,7 +11,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import STATES, QueueEntry, QueueStats, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, QueueEntry, QueueStats, tally, tell_from_header
 from pyramid_mailqueue.queues.memory_messages import MemoryMessage, MemoryMessages
 
 __all__ = ['MemoryAdmin']
@@ -51,11 +51,11 @@ class MemoryAdmin:
 
     def hold(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
-        return self._change(id, 'held', ('waiting',), lambda message: replace(message, state='held'))
+        return self._change(id, 'held', POSSIBLE['hold'], lambda message: replace(message, state='held'))
 
     def unhold(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
-        return self._change(id, 'unheld', ('held',), lambda message: replace(message, state='waiting'))
+        return self._change(id, 'unheld', POSSIBLE['unhold'], lambda message: replace(message, state='waiting'))
 
     def retry(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
@@ -63,19 +63,19 @@ class MemoryAdmin:
         return self._change(
             id,
             'retried',
-            ('waiting', 'dead'),
+            POSSIBLE['retry'],
             lambda message: message.renewed(now) if message.state == 'dead' else _due(message, now),
         )
 
     def release(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
         now = self._messages.clock()
-        return self._change(id, 'released', ('in doubt',), lambda message: message.renewed(now))
+        return self._change(id, 'released', POSSIBLE['release'], lambda message: message.renewed(now))
 
     def delete(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
         with self._messages.lock:
-            message = self._take(id, 'deleted', set(STATES) - {'in progress'})
+            message = self._take(id, 'deleted', POSSIBLE['delete'])
             del self._messages.by_id[message.id]
         return _told('deleted', message)
 
