@@ -21,6 +21,7 @@ def main(global_config, **settings):
         config.include('pyramid_tm')
         config.include('pyramid_retry')
         config.include('pyramid_mailqueue')
+        config.include('pyramid_mailqueue.dashboard', route_prefix='/mailqueue')
         config.include('.models')
         config.include('.relay')
         config.include('.security')

@@ -29,6 +29,8 @@ WELCOME = """
 
        {mq_run}
 
+  5. Open the dashboard, {url}mailqueue, to see what waits, and to hold, retry or delete it.
+
   Ctrl-C ends the demo.  What it wrote stays in {var}
 """
 

@@ -1,5 +1,5 @@
 """
-Sessions, CSRF protection and the headers of every answer.
+Who may do what, sessions, CSRF protection and the headers of every answer.
 
 Nothing here needs a secret on the disk: the CSRF token is compared with a cookie, and the session, which carries only
 the note for the next page, is signed with a key that lives as long as the process.
@@ -11,6 +11,7 @@ import secrets
 
 from pyramid.csrf import CookieCSRFStoragePolicy
 from pyramid.events import NewResponse
+from pyramid.security import Allowed
 from pyramid.session import SignedCookieSessionFactory
 
 HEADERS = {
@@ -21,13 +22,45 @@ HEADERS = {
 }
 
 
+class EverybodyHere:
+    """
+    Who looks at the demo may do everything, in the dashboard too.
+
+    The demo listens on 127.0.0.1 only, its mail goes nowhere else, and a login would be in the way of what it shows.
+    An app of yours has to find out who somebody is: see docs/dashboard.rst.
+    """
+
+    def identity(self, request):
+        """Everybody is the same."""
+        return self.authenticated_userid(request)
+
+    def authenticated_userid(self, request):
+        """Return the name that the log has."""
+        return 'somebody-here'
+
+    def permits(self, request, context, permission):
+        """Say yes."""
+        return Allowed('Everybody who looks at the demo may do that.')
+
+    def remember(self, request, userid, **kw):
+        """Nobody logs in."""
+        return []
+
+    def forget(self, request, **kw):
+        """Nobody logs out."""
+        return []
+
+
 def add_headers(event):
     """Tell the browser to keep nothing, to load nothing from elsewhere, and that nobody may frame the pages."""
-    event.response.headers.update(HEADERS)
+    for name, value in HEADERS.items():
+        # The dashboard has its own, which are stricter.
+        event.response.headers.setdefault(name, value)
 
 
 def includeme(config):
-    """Register the session factory, the CSRF policy for all views, and the headers."""
+    """Register the security policy, the session factory, the CSRF policy for all views, and the headers."""
+    config.set_security_policy(EverybodyHere())
     config.set_session_factory(SignedCookieSessionFactory(secrets.token_hex(), httponly=True, samesite='Lax'))
     config.set_csrf_storage_policy(CookieCSRFStoragePolicy(httponly=True, samesite='Lax'))
     config.set_default_csrf_options(require_csrf=True)

@@ -23,11 +23,11 @@ from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, QueueEntry
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
+from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, stage
 from tests.sql.databases import create_queue_tables
 from tests.sql.queue_parts import QueueWithSession
 
-CONTENT = b'Message-ID: <1@site.example>\r\nSubject: hello\r\n\r\nHello.\r\n'
-ENVELOPE = Envelope('shop@site.example', ('ada@x.example', 'bob@x.example'), CONTENT)
+CONTENT = ENVELOPE.content
 OTHER = Envelope('', ('eve@y.example',), CONTENT)
 ADA, BOB = ENVELOPE.recipients
 
@@ -110,23 +110,10 @@ def put(queue, envelope=ENVELOPE, *, due=None):
     return name
 
 
-def stage(queue, *messages):
-    """A staging that has said "yes" to pairs of an envelope and whether it is claimed."""
-    staging = queue.staging()
-    for envelope, claimed in messages:
-        staging.add(envelope, claimed)
-    staging.prepare()
-    return staging
-
-
 def claim_one(queue, now=NOW):
     """Claim what is due, which must be one message."""
     (found,) = queue.claim_due(now)
     return found
-
-
-def entries(queue, *states):
-    return list(queue.admin.entries(states or STATES))
 
 
 def run_at_once(*works):
@@ -598,31 +585,6 @@ def test_flush_may_be_called_at_any_time(queue):
 
 
 # --- what a person sees -----------------------------------------------------
-
-
-def make_waiting(queue):
-    return queue.put(ENVELOPE)
-
-
-def make_held(queue):
-    return queue.admin.hold(queue.put(ENVELOPE)).id
-
-
-def make_dead(queue):
-    before = {entry.id for entry in entries(queue, 'dead')}
-    queue.put_claimed(ENVELOPE).settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 no'),)))
-    (name,) = {entry.id for entry in entries(queue, 'dead')} - before
-    return name
-
-
-def make_doubtful(queue):
-    before = {entry.id for entry in entries(queue, 'in doubt')}
-    stage(queue, (ENVELOPE, True)).leave_in_doubt()
-    (name,) = {entry.id for entry in entries(queue, 'in doubt')} - before
-    return name
-
-
-MAKE = {'waiting': make_waiting, 'held': make_held, 'dead': make_dead, 'in doubt': make_doubtful}
 
 
 @pytest.fixture

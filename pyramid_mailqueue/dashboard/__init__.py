@@ -1,0 +1,98 @@
+"""
+The queue as web pages, inside of a Pyramid application: what ``mq-queue`` shows, and what it does.
+
+In the application::
+
+    config.include('pyramid_mailqueue.dashboard', route_prefix='/mailqueue')
+
+The pages read the queue of the application's mailer and never talk to a mail server.  They need nobody's transaction
+and no database session but the queue's own.  Who may see and do what is the business of the application's security
+policy, for the permissions :data:`VIEW`, :data:`CONTENT` and :data:`CHANGE`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyramid.csrf import LegacySessionCSRFStoragePolicy, SessionCSRFStoragePolicy
+from pyramid.interfaces import ICSRFStoragePolicy, IDefaultCSRFOptions, ISecurityPolicy, ISessionFactory
+
+from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
+from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.interfaces import IMailer
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.dashboard.pages import Pages
+
+__all__ = ['CHANGE', 'CONTENT', 'VIEW', 'includeme']
+
+#: Where the pages are if the application does not say it.
+PREFIX = 'mailqueue'
+
+# The order of an action that comes after the one that makes the mailer.
+_AFTER_THE_LAST = 1001
+
+
+def _check(registry: Any) -> None:
+    """Raise ConfigurationError if the pages would be open to everybody, or could not work."""
+    if registry.queryUtility(ISecurityPolicy) is None:
+        raise ConfigurationError(
+            'pyramid_mailqueue.dashboard needs a security policy: without one, Pyramid lets everybody read and delete '
+            f'your mail. Call config.set_security_policy() with one that grants {VIEW}, {CONTENT} and {CHANGE} to '
+            'those who may; docs/dashboard.rst has an example.'
+        )
+    if not _has_csrf_tokens(registry):
+        raise ConfigurationError(
+            'pyramid_mailqueue.dashboard needs CSRF tokens, and there is nowhere to keep them: call '
+            'config.set_session_factory(), or config.set_csrf_storage_policy(pyramid.csrf.CookieCSRFStoragePolicy()).'
+        )
+    options = registry.queryUtility(IDefaultCSRFOptions)
+    if options is not None and (not options.token or 'POST' in options.safe_methods):
+        raise ConfigurationError(
+            'pyramid_mailqueue.dashboard needs CSRF tokens in forms: config.set_default_csrf_options() must name a '
+            'token, and must not call POST a safe method.'
+        )
+    mailer = registry.queryUtility(IMailer)
+    if getattr(getattr(mailer, 'queue', None), 'admin', None) is None:
+        raise ConfigurationError(
+            'pyramid_mailqueue.dashboard has nothing to show: the queue of this application has no "admin" (see '
+            'IQueueAdmin).'
+        )
+
+
+def _has_csrf_tokens(registry: Any) -> bool:
+    policy = registry.queryUtility(ICSRFStoragePolicy)
+    if isinstance(policy, (LegacySessionCSRFStoragePolicy, SessionCSRFStoragePolicy)):
+        return registry.queryUtility(ISessionFactory) is not None
+    return policy is not None
+
+
+def _make_pages() -> Pages:
+    try:
+        from pyramid_mailqueue.dashboard.pages import Pages
+    except ImportError as error:
+        raise ConfigurationError(
+            f"pyramid_mailqueue.dashboard needs Jinja2 ({error}): pip install 'pyramid_mailqueue[dashboard]'"
+        ) from error
+    return Pages()
+
+
+def includeme(config: Any) -> None:
+    """
+    Add the pages to an application, at ``route_prefix``, by default at ``/mailqueue``.
+
+    Registers routes and views, a static view for the stylesheet, and views for a wrong CSRF token on these routes;
+    includes ``pyramid_mailqueue``.  Raises :class:`~.exceptions.ConfigurationError` without Jinja2, and, when the
+    configuration is committed, if there is no security policy, nowhere to keep CSRF tokens, or a queue that tells
+    nothing.
+    """
+    pages = _make_pages()
+    from pyramid_mailqueue.dashboard import change, look
+
+    config.include('pyramid_mailqueue')
+    pages.register(config.registry)
+    with config.route_prefix_context(None if config.route_prefix else PREFIX):
+        config.add_static_view('static', 'pyramid_mailqueue.dashboard:static')
+        look.add_views(config)
+        change.add_views(config)
+    config.action('pyramid_mailqueue.dashboard', lambda: _check(config.registry), order=_AFTER_THE_LAST)

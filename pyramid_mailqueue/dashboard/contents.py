@@ -1,0 +1,140 @@
+"""
+What a person is shown of the content of a message: its header, its text, and the names of everything else.
+
+A content may be malformed in any way, on purpose too.  What cannot be taken apart is left to the person, who can
+download it.  Nothing in it is ever shown as HTML.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import Message
+
+from pyramid_mailqueue.queues.entries import decoded, header_lines
+
+__all__ = ['Contents', 'Part', 'read_contents']
+
+#: So many octets of a header are shown, and so many characters of a text.
+MOST_HEADER = 64 * 1024
+MOST_TEXT = 100_000
+
+#: So many parts are named.
+MOST_PARTS = 100
+
+#: What is larger is not taken apart: that would need its size in memory several times.
+MOST_OCTETS = 25 * 1024 * 1024
+
+# The library needs a time that grows with the square of their length to understand such fields.
+_ENDLESS = re.compile(rb'(?im)^content-(?:type|disposition)[ \t]*:(?:[^\r\n]|\r?\n[ \t]){5000}')
+
+# The time to decode these grows with the square of the length, too.
+_SLOW_CODECS = frozenset(('idna', 'punycode'))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A part of a message that is not shown.
+
+    :param name: of the file; ``''`` if it has none
+    :param kind: such as ``application/pdf``
+    :param size: in octets, decoded; None is not known
+    """
+
+    name: str
+    kind: str
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """
+    What is shown of a content.
+
+    :param header: pairs of the name of a field and its value, decoded
+    :param text: the lines of the text; None if there is no part in plain text
+    :param is_cut: there is more of the text
+    :param parts: everything else
+    :param problem: why it could not be taken apart; ``''`` if it could
+    """
+
+    header: tuple[tuple[str, str], ...]
+    text: tuple[str, ...] | None = None
+    is_cut: bool = False
+    parts: tuple[Part, ...] = ()
+    problem: str = ''
+
+
+def read_contents(content: bytes) -> Contents:
+    """Return what can be shown of *content*, whatever it is."""
+    header = tuple(map(_field, header_lines(content[:MOST_HEADER])))
+    if len(content) > MOST_OCTETS:
+        return Contents(header, problem='This message is too large to be taken apart here.')
+    if _ENDLESS.search(content):
+        return Contents(header, problem='This message has parts that nobody can make sense of.')
+    try:
+        return _taken_apart(header, content)
+    except Exception as error:  # noqa: BLE001 - whatever an odd message makes the library raise
+        return Contents(header, problem=f'This message cannot be taken apart ({type(error).__name__}).')
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(':')
+    return name.strip(), decoded(value.strip())
+
+
+def _taken_apart(header: tuple[tuple[str, str], ...], content: bytes) -> Contents:
+    parts = list(_parts(message_from_bytes(content)))
+    shown = next(filter(_is_text, parts), None)
+    others = tuple(_described(part) for part in parts[: MOST_PARTS + 1] if part is not shown)
+    if shown is None:
+        return Contents(header, parts=others)
+    text = _text(shown)
+    lines = (line.expandtabs() for line in text[:MOST_TEXT].splitlines())
+    return Contents(header, tuple(lines), len(text) > MOST_TEXT, others)
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Yield what has no parts of its own; a message inside of a message is one."""
+    stack = [message]
+    while stack:
+        part = stack.pop()
+        inner = part.get_payload()
+        if isinstance(inner, list) and part.get_content_maintype() == 'multipart':
+            stack.extend(each for each in reversed(inner) if isinstance(each, Message))
+        else:
+            yield part
+
+
+def _is_text(part: Message) -> bool:
+    return (
+        part.get_content_type() == 'text/plain'
+        and part.get_content_disposition() != 'attachment'
+        and part.get_filename() is None
+    )
+
+
+def _text(part: Message) -> str:
+    octets = _octets(part)[: 4 * MOST_TEXT + 1]
+    try:
+        codec = codecs.lookup(part.get_content_charset('utf-8')).name
+        if codec not in _SLOW_CODECS:
+            return octets.decode(codec, 'replace')
+    except (LookupError, ValueError):
+        # Nobody knows this character set.
+        pass
+    return octets.decode('utf-8', 'replace')
+
+
+def _octets(part: Message) -> bytes:
+    octets = part.get_payload(decode=True)
+    return octets if isinstance(octets, bytes) else b''
+
+
+def _described(part: Message) -> Part:
+    size = None if part.is_multipart() else len(_octets(part))
+    return Part(decoded(part.get_filename() or ''), part.get_content_type(), size)

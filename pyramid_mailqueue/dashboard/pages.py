@@ -1,0 +1,164 @@
+"""
+From what a view has found out to a response: templates, headers, and pages for errors.
+
+The templates have an environment of their own, because an application may have changed what pyramid_jinja2 has: here
+everything is escaped, whatever the application does with its templates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pyramid.csrf import get_csrf_token
+from pyramid.interfaces import IDefaultCSRFOptions
+from pyramid.response import Response
+
+from pyramid_mailqueue.dashboard.names import token_of
+from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT
+from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
+from pyramid_mailqueue.interfaces import IMailer, IQueueAdmin
+from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
+
+__all__ = ['Page', 'Pages', 'Unusable', 'address', 'admin_of', 'answering', 'wrong_token']
+
+#: What everything that the dashboard answers tells the browser: keep nothing, run nothing, load the stylesheet only.
+HEADERS = {
+    'Cache-Control': 'no-store',
+    'Content-Security-Policy': "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; "
+    "base-uri 'none'",
+    'Referrer-Policy': 'same-origin',
+    'X-Content-Type-Options': 'nosniff',
+}
+
+_KEY = 'pyramid_mailqueue.dashboard.pages'
+
+
+@dataclass(frozen=True)
+class Page:
+    """
+    A page that is to be made.
+
+    :param template: the name of its template
+    :param values: what the template shows
+    :param status: the status of the response
+    """
+
+    template: str
+    values: dict[str, Any] = field(default_factory=dict)
+    status: int = 200
+
+
+class Unusable(Exception):
+    """What a browser has sent cannot be understood; the text says it to a person."""
+
+
+class Pages:
+    """Makes responses; one for each application."""
+
+    def __init__(self) -> None:
+        self._templates = Environment(
+            loader=PackageLoader('pyramid_mailqueue.dashboard'),
+            autoescape=True,
+            undefined=StrictUndefined,
+            finalize=_shown,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters.update(
+            few=few, numbered=numbered, size=size_in_words, span=span_in_words, timestamp=timestamp, token=token_of
+        )
+
+    def register(self, registry: Any) -> None:
+        """Let the views of an application find it."""
+        registry[_KEY] = self
+
+    @staticmethod
+    def of(request: Any) -> Pages:
+        """Return the pages of an application."""
+        pages: Pages = request.registry[_KEY]
+        return pages
+
+    def response(self, request: Any, page: Page) -> Response:
+        """Return the response for *page*."""
+        options = request.registry.queryUtility(IDefaultCSRFOptions)
+        text = self._templates.get_template(page.template).render(
+            page.values,
+            now=time.time(),
+            address=lambda name, **parts: address(request, name, **parts),
+            stylesheet=request.static_path('pyramid_mailqueue.dashboard:static/dashboard.css'),
+            csrf_name='csrf_token' if options is None else options.token,
+            csrf_token=lambda: get_csrf_token(request),
+            may_change=lambda: bool(request.has_permission(CHANGE)),
+            may_read=lambda: bool(request.has_permission(CONTENT)),
+        )
+        return with_headers(Response(text, status=page.status, content_type='text/html', charset='utf-8'))
+
+
+def _shown(value: object) -> object:
+    """Return *value* as it may be shown: no control characters, nothing that turns the direction of the text around."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, '__html__') else value
+
+
+def with_headers(response: Response) -> Response:
+    """Return *response* with what everything here tells the browser."""
+    response.headers.update(HEADERS)
+    return response
+
+
+def address(request: Any, name: str, **parts: Any) -> str:
+    """Return the path to a page of the dashboard; ``_query`` is the search."""
+    path: str = request.route_path(f'mailqueue.{name}', **parts)
+    return path
+
+
+def admin_of(request: Any) -> IQueueAdmin:
+    """Return what a person may see and do in the queue of the application."""
+    admin: IQueueAdmin = request.registry.getUtility(IMailer).queue.admin
+    return admin
+
+
+# --- errors are for people ----------------------------------------------------
+
+_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
+    (NoSuchMessage, 404, 'There is no such message'),
+    (WrongState, 409, 'That cannot be done now'),
+    (QueueError, 503, 'The queue cannot be used now'),
+    (Unusable, 400, 'That cannot be understood'),
+)
+
+
+def answering(view: Callable[[Any], Page | Response]) -> Callable[[Any], Response]:
+    """Return a view for Pyramid that makes a response of what *view* returns, and of what goes wrong in it."""
+
+    def answer(request: Any) -> Response:
+        pages = Pages.of(request)
+        try:
+            found = view(request)
+            return with_headers(found) if isinstance(found, Response) else pages.response(request, found)
+        except UnicodeDecodeError:
+            # Of WebOb, which reads what stands behind the "?" when it is asked for.
+            return pages.response(request, _error(Unusable('The address of this page is not in UTF-8.')))
+        except (QueueError, Unusable) as error:
+            return pages.response(request, _error(error))
+
+    return answer
+
+
+def _error(error: Exception) -> Page:
+    status, title = next((status, title) for kind, status, title in _ERRORS if isinstance(error, kind))
+    return Page('error.jinja2', {'title': title, 'reason': str(error)}, status)
+
+
+def wrong_token(request: Any) -> Response:
+    """Answer a form whose CSRF token is missing or wrong, or that came from elsewhere."""
+    reason = (
+        'The form was not filled in on a page of this site, or your browser keeps no cookies. Nothing was done. Load '
+        'the page once more, and try again.'
+    )
+    return Pages.of(request).response(
+        request, Page('error.jinja2', {'title': 'This form is too old', 'reason': reason}, 400)
+    )
