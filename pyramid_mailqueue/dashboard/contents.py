@@ -103,9 +103,9 @@ def _parts(message: Message) -> Iterator[Message]:
     stack = [message]
     while stack:
         part = stack.pop()
-        inner = part.get_payload()
-        if isinstance(inner, list) and part.get_content_maintype() == 'multipart':
-            stack.extend(each for each in reversed(inner) if isinstance(each, Message))
+        # Only then: the payload of anything else would be decoded.
+        if part.is_multipart() and part.get_content_maintype() == 'multipart':
+            stack.extend(each for each in reversed(part.get_payload()) if isinstance(each, Message))
         else:
             yield part
 

@@ -54,6 +54,4 @@ def find(admin: IQueueAdmin, id: str) -> QueueEntry:
 
 
 def _gone(id: str) -> QueueError:
-    return NoSuchMessage(
-        f'There is no message {id!a} in the queue. It was delivered or deleted, or has another id now.'
-    )
+    return NoSuchMessage(f'There is no message {id!a} in the queue: it was delivered or deleted, or has a new id.')
