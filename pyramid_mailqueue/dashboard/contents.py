@@ -103,9 +103,10 @@ def _parts(message: Message) -> Iterator[Message]:
     stack = [message]
     while stack:
         part = stack.pop()
-        # Only then: the payload of anything else would be decoded.
-        if part.is_multipart() and part.get_content_maintype() == 'multipart':
-            stack.extend(each for each in reversed(part.get_payload()) if isinstance(each, Message))
+        # Only of such a one: any other payload would be decoded on the way.
+        inner = part.get_payload() if part.is_multipart() else None
+        if isinstance(inner, list) and part.get_content_maintype() == 'multipart':
+            stack.extend(each for each in reversed(inner) if isinstance(each, Message))
         else:
             yield part
 

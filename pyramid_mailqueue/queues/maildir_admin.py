@@ -126,6 +126,8 @@ class MaildirAdmin:
             if len(found) < at_once:
                 return
             last = found[-1][:2]
+            # Each time all names are read once more.
+            at_once = min(10 * at_once, SORTED_AT_ONCE)
 
     def _after(self, last: tuple[float, str], folders: Collection[str]) -> Iterator[tuple[float, str, str]]:
         for folder in folders:
