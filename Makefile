@@ -93,12 +93,13 @@ check-python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo >&2 '"$(PYTHON)" has no module "venv".  On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
 
-# Some tests watch the system calls of a commit, and some speak to the mail servers of Debian, which are unpacked here and
-# not installed (see tests/mta/unpack.py).  What cannot be had is left out, and the end of the run says so.
+# Some tests watch the system calls of a commit, one looks at the dashboard with a browser, and some speak to the mail
+# servers of Debian, which are unpacked here and not installed (see tests/mta/unpack.py).  What cannot be had is left out,
+# and the end of the run says so.
 system-packages: | check-python
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v strace >/dev/null && [ -e $(SERVERS)/complete ]; }; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v strace && command -v chromium && [ -e $(SERVERS)/complete ]; } >/dev/null; then \
 	    export DEBIAN_FRONTEND=noninteractive; \
-	    apt-get -qq update && apt-get -qq install --yes --no-install-recommends strace >/dev/null \
+	    apt-get -qq update && apt-get -qq install --yes --no-install-recommends strace chromium >/dev/null \
 	    && $(PYTHON) -m tests.mta.unpack >/dev/null \
 	    || echo >&2 'Some system packages could not be had: the tests that need them will be left out.'; \
 	fi

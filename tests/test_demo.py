@@ -6,13 +6,11 @@ import contextlib
 import mailbox
 import os
 import re
-import signal
 import smtplib
 import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
@@ -25,27 +23,9 @@ from demo.models import SignUp
 from demo.relay import Relay, RelayError
 from demo.views.home import PEOPLE
 from pyramid_mailqueue.interfaces import IMailer
+from tests.demo_parts import DEADLINE, ROOT, end, free_ports, running, until, write_ini
 
-ROOT = Path(__file__).parent.parent
-INI = ROOT / 'demo' / 'development.ini'
 BIN = Path(sys.executable).parent
-DEADLINE = 30  # seconds; only a failing test waits that long
-
-
-def until(condition, what):
-    """Return the first true value of *condition*, or fail."""
-    end = time.monotonic() + DEADLINE
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    pytest.fail(f'waited in vain: {what}')
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(('127.0.0.1', 0))) for _ in range(count)]
-        return [bound.getsockname()[1] for bound in sockets]
 
 
 @pytest.fixture
@@ -56,13 +36,7 @@ def ports():
 @pytest.fixture
 def ini(tmp_path, ports):
     """The demo's own ini file, moved to where %(here)s is a temporary directory, with ports that are free."""
-    text = INI.read_text()
-    text, http = re.subn(r'(?m)^listen = 127\.0\.0\.1:6543$', f'listen = 127.0.0.1:{ports["http"]}', text)
-    text, smtp = re.subn(r'(?m)^mailqueue\.smtp_port = 6525$', f'mailqueue.smtp_port = {ports["smtp"]}', text)
-    assert (http, smtp) == (1, 1)
-    path = tmp_path / 'development.ini'
-    path.write_text(text)
-    return path
+    return write_ini(tmp_path, ports)
 
 
 @pytest.fixture
@@ -429,34 +403,6 @@ def test_every_field_has_a_label(visitor):
 # --- the commands -----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def running(*command):
-    """A command of the demo, and a function that waits for what it says; ended by force if need be."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output = []
-    reader = threading.Thread(target=lambda: [output.append(line) for line in process.stdout])
-    reader.start()
-
-    def said(pattern):
-        until(lambda: re.search(pattern, ''.join(output)) or not reader.is_alive(), f'{pattern} in {output}')
-        return re.search(pattern, ''.join(output)) or pytest.fail(f'no {pattern} in {output}')
-
-    try:
-        yield process, said
-    finally:
-        process.kill()
-        process.wait(DEADLINE)
-        reader.join(DEADLINE)
-        process.stdout.close()
-
-
 def page_at(url):
     """Return the page, as soon as the server is there."""
 
@@ -465,11 +411,6 @@ def page_at(url):
             return answer.read().decode()
 
     return until(get, url)
-
-
-def end(process):
-    process.send_signal(signal.SIGINT)
-    return process.wait(DEADLINE)
 
 
 def test_the_demo_starts_with_one_command_and_ends_with_ctrl_c(ini, ports, tmp_path):

@@ -14,6 +14,7 @@ import docutils.nodes
 import pytest
 from webtest import TestApp
 
+from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
 from pyramid_mailqueue.settings import known_keys
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,9 @@ DOCS = sorted([*ROOT.glob('*.rst'), *ROOT.glob('docs/*.rst')])
 
 # Loggers have names like settings.
 LOGGERS = {'run', 'smtp'}
+
+# And so have the permissions of the dashboard.
+PERMISSIONS = {name.removeprefix('mailqueue.') for name in (VIEW, CONTENT, CHANGE)}
 
 
 def parse(path):
@@ -74,7 +78,7 @@ def test_every_setting_is_documented_with_its_default():
 def test_no_document_names_a_setting_that_does_not_exist(path):
     named = set(re.findall(r'(?<![\w.])mailqueue\.([a-z_]+)', path.read_text('utf-8')))
 
-    assert named <= known_keys().keys() | LOGGERS
+    assert named <= known_keys().keys() | LOGGERS | PERMISSIONS
 
 
 def test_every_command_is_documented_and_no_other():
@@ -125,6 +129,23 @@ def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
     (mail,) = waiting()
     assert 'Envelope-to: reader@site.example\n' in mail
     assert f'Message-ID: {answer.json["message_id"]}\n' in mail
+
+
+def test_the_application_in_the_docs_of_the_dashboard_lets_in_whom_it_says(tmp_path, make_settings):
+    blocks = parse(ROOT / 'docs/dashboard.rst').findall(docutils.nodes.literal_block)
+    (text,) = [block.astext() for block in blocks if 'def main(' in block.astext()]
+    namespace = {}
+    exec(text, namespace)
+    app = namespace['main']({}, **make_settings(smtp_hostname='localhost', delivery='queue'))
+
+    def visitor(user):
+        return TestApp(app, extra_environ={'REMOTE_USER': user})
+
+    visitor('ada').get('/mailqueue/messages/nobody/raw', status=404)
+    visitor('bob').get('/mailqueue')
+    visitor('bob').get('/mailqueue/messages/nobody/raw', status=403)
+    visitor('bob').post('/mailqueue/flush', status=403)
+    visitor('eve').get('/mailqueue', status=403)
 
 
 def test_the_script_in_the_readme_works(tmp_path, waiting):
