@@ -11,16 +11,12 @@ from tests.queues.states import make_waiting
 PATHS = ('', '/messages', '/messages/{id}', '/messages/{id}/raw')
 
 
-def is_a_page(answer):
-    return answer.html.h1 and 'Traceback' not in answer and answer.click('To the overview', verbose=False) is not None
-
-
 @pytest.mark.parametrize('path', ['/messages/nobody', '/messages/nobody/raw', '/messages/%20', '/messages/..%5cx'])
 def test_an_id_that_nobody_has_is_not_found(operator, path):
     answer = operator.get(f'/mailqueue{path}', status=404)
 
-    assert is_a_page(answer)
-    assert 'There is no such message' in answer
+    assert answer.html.h1.get_text() == 'There is no such message'
+    assert answer.click('To the overview').status_int == 200
 
 
 def test_the_beginning_of_an_id_is_not_enough(operator, queue):

@@ -36,9 +36,9 @@ def test_everything_that_others_have_written_is_escaped(operator, queue):
 
     for page in (*pages_of(operator, name), operator.get(f'/mailqueue/messages?sender={EVIL}')):
         assert page.html.find_all(['script', 'img', 'b']) == []
-        assert '{{ 7*7 }}' in page or '49' not in page
     page = operator.get(f'/mailqueue/messages/{name}')
     assert page.html.main.get_text().count('<script>alert(1)</script>') >= 6
+    assert '{{ 7*7 }}' in page.html.h1.get_text()
     confirm = page.form.submit('action', value='delete')
     assert confirm.html.find_all(['script', 'img', 'b']) == []
 
