@@ -20,6 +20,7 @@ from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
 from pyramid_mailqueue.queues import maildir_admin
 from pyramid_mailqueue.queues.entries import STATES, UNDELIVERED, QueueEntry
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
 from pyramid_mailqueue.queues.queue_file import QueueHeader, read_header, serialize_header
 from tests.crash.children import Child, fork, no_open_files_are_left
 from tests.crash.faults import CAN_FAIL, Death, Fault, intercepted, without_sync
@@ -314,6 +315,22 @@ def test_the_oldest_is_the_one_that_has_been_in_the_queue_for_the_longest_time(q
 
     assert admin.oldest(STATES).id == oldest
     assert admin.oldest(['dead']) is None
+
+
+def test_the_names_are_not_read_once_for_every_few_messages_with_a_new_start(queue, admin, clock, monkeypatch):
+    monkeypatch.setattr(maildir_admin, 'OLDEST_FEW', 1)
+    for _ in range(30):
+        dead(queue)
+        clock.now += 1
+    clock.now += DAY
+    for name, _ in listed(admin, ['dead']):
+        admin.retry(name)
+    readings = []
+    files = MaildirFolders.files
+    monkeypatch.setattr(MaildirFolders, 'files', lambda self, folder: readings.append(folder) or files(self, folder))
+
+    assert admin.oldest(['waiting']).state == 'waiting'
+    assert readings == ['new'] * 3
     assert admin.oldest(['corrupt']) is None
 
 
