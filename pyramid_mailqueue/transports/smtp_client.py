@@ -15,6 +15,7 @@ import logging
 import smtplib
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from os import PathLike
@@ -23,12 +24,29 @@ from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.transports.smtp_server import Server, is_ehlo_argument
 from pyramid_mailqueue.transports.smtp_transaction import ReplyReader, printable
 
-__all__ = ['Client', 'Connector']
+__all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
 
 log = logging.getLogger('mailqueue.smtp')
 
 # More than a record of TLS: nothing that was decrypted stays behind, where poll() would not see it.
 READ_SIZE = 64 * 1024
+
+#: Told of each socket of a connection that is being opened, see :meth:`Connector.connect`.
+OnSocket = Callable[[socket.socket], object]
+
+
+def _tell_nobody(sock: socket.socket) -> None:
+    pass
+
+
+def shut_down(sock: socket.socket) -> None:
+    """
+    End a connection that another thread uses, which hears of it at once.
+
+    Not with the method of SSLSocket: what the other thread sends in that moment would go out in clear text.
+    """
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class Connector:
@@ -57,15 +75,23 @@ class Connector:
         self._credentials = credentials
         self._given_local_hostname = local_hostname
 
-    def connect(self) -> Client:
-        """Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person."""
+    def connect(self, on_socket: OnSocket | None = None) -> Client:
+        """
+        Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person.
+
+        :param on_socket: called with the socket when there is one, before the server has said anything, and with each
+            one that takes its place: the one with TLS, before the handshake, and that of a second connection, if
+            opportunistic TLS fails.  Another thread may :func:`shut_down` the last of them, which ends this call.
+            One that came too late, for a socket that was just replaced, is made good here: shut down the new one, or
+            raise ServerTrouble
+        """
         try:
-            return self._open()
+            return self._open(on_socket or _tell_nobody)
         except (OSError, ValueError, smtplib.SMTPException) as error:
             raise self._explained(error) from error
 
-    def _open(self) -> Client:
-        client = self._greeted()
+    def _open(self, on_socket: OnSocket) -> Client:
+        client = self._greeted(on_socket)
         try:
             if self._tls == 'starttls':
                 self._start_tls(client)
@@ -75,7 +101,7 @@ class Connector:
                 except (OSError, ServerTrouble, smtplib.SMTPException) as error:
                     log.info('%s: TLS failed, going on without: %s', self._server, error)
                     client.close()
-                    client = self._greeted()
+                    client = self._greeted(on_socket)
             if self._credentials:
                 client.authenticate(*self._credentials)
         except BaseException:
@@ -83,10 +109,10 @@ class Connector:
             raise
         return client
 
-    def _greeted(self) -> Client:
+    def _greeted(self, on_socket: OnSocket) -> Client:
         # Before connecting: finding out our own name may take longer than a server waits.
         our_name = self._local_hostname
-        client = Client(self._server, self._context if self._tls == 'implicit' else None)
+        client = Client(self._server, self._context if self._tls == 'implicit' else None, on_socket)
         try:
             client.greet()
             client.local_hostname = our_name or client.address_literal
@@ -104,7 +130,7 @@ class Connector:
                 'should, somebody on the way may have removed the offer; nothing was sent.'
             )
         try:
-            client.starttls(context=self._context)
+            client.start_tls(self._context)
         except smtplib.SMTPResponseException as error:
             raise ServerTrouble(
                 f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}.',
@@ -173,24 +199,53 @@ class Client(smtplib.SMTP):
     TLS handshake.
 
     :param context: for TLS from the first byte
+    :param on_socket: see :meth:`Connector.connect`
     """
 
     ehlo_msg = 'EHLO'
 
-    def __init__(self, server: Server, context: ssl.SSLContext | None) -> None:
+    def __init__(self, server: Server, context: ssl.SSLContext | None, on_socket: OnSocket = _tell_nobody) -> None:
         super().__init__(local_hostname='', timeout=server.timeout)
         # smtplib's own name for what certificates are checked against.
         self._host = server.hostname
         self._server = server
         self._context = context
+        self._on_socket = on_socket
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         """Called by smtplib to connect."""
         sock = self._server.connect((host, port), self._server.connect_timeout)
-        sock.settimeout(timeout)
-        # What is to go out goes at once: we write whole groups of commands.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._context.wrap_socket(sock, server_hostname=host) if self._context else sock
+        try:
+            sock.settimeout(timeout)
+            # What is to go out goes at once: we write whole groups of commands.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._on_socket(sock)
+            return self._encrypted(sock, self._context) if self._context else sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _encrypted(self, sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+        # This takes the connection away from the old socket: whoever wants to end it needs the new one.
+        encrypted = context.wrap_socket(sock, server_hostname=self._host, do_handshake_on_connect=False)
+        try:
+            self._on_socket(encrypted)
+            encrypted.do_handshake()
+        except BaseException:
+            encrypted.close()
+            raise
+        return encrypted
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Say STARTTLS, shake hands, and forget what was said before (RFC 3207 section 4.2)."""
+        assert self.sock
+        code, text = self.docmd('STARTTLS')
+        if code != 220:
+            raise smtplib.SMTPResponseException(code, text)
+        self.sock = self._encrypted(self.sock, context)
+        self.helo_resp = self.ehlo_resp = None
+        self.esmtp_features = {}
+        self.does_esmtp = False
 
     @property
     def address_literal(self) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import select
-import socket
 import ssl
 from collections.abc import Generator
 from contextlib import suppress
 
 from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client
+from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client, shut_down
 from pyramid_mailqueue.transports.smtp_server import Server
 from pyramid_mailqueue.transports.smtp_transaction import Capabilities, Dialogue, MailTransaction
 
@@ -125,8 +124,7 @@ class Session:
     def shut_down(self) -> None:
         """End the connection from another thread; the one that uses it will hear of it."""
         self._is_broken_off = True
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        shut_down(self._sock)
 
     def close(self) -> None:
         """Close without a word."""

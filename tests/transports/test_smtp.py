@@ -6,11 +6,13 @@ import base64
 import hmac
 import logging
 import os
+import queue
 import select
 import socket
 import ssl
 import struct
 import threading
+import time
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import count
@@ -28,6 +30,8 @@ from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, Serve
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.testing import Close, Drip, ReceivedMessage, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport, tls_mode
+from pyramid_mailqueue.transports.smtp_client import Connector, shut_down
+from pyramid_mailqueue.transports.smtp_server import Server
 from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
 
 A, B, C = 'a@x.example', 'b@x.example', 'c@x.example'
@@ -227,6 +231,85 @@ def test_a_message_that_the_server_cannot_take_by_its_own_word_is_refused_unsaid
 
     assert codes(result) == {A: 552, B: 552}
     assert verbs(server.sessions[0]) == ['EHLO', 'QUIT']
+
+
+# --- a connection that is broken off while it is opened ---
+
+
+@pytest.mark.parametrize(
+    ('tls', 'script', 'sockets', 'last_heard'),
+    [
+        ('off', {'connect': ''}, 1, b''),
+        ('off', {'EHLO': ''}, 1, b'EHLO me.example\r\n'),
+        ('off', {'AUTH': ''}, 1, b'AUTH PLAIN'),
+        # The first bytes of a handshake that the server does not answer (RFC 8446 section 5.1).
+        ('implicit', {'connect': ''}, 2, b'\x16\x03'),
+        ('starttls', {'STARTTLS': '220 go'}, 2, b'\x16\x03'),
+    ],
+    ids=['no greeting', 'no answer to EHLO', 'no answer to AUTH', 'no handshake', 'no handshake after STARTTLS'],
+)
+def test_a_connection_can_be_broken_off_while_it_is_opened(tls, script, sockets, last_heard):
+    told, outcome = queue.Queue(), queue.Queue()
+
+    def connect():
+        try:
+            connector.connect(told.put)
+        except ServerTrouble as trouble:
+            outcome.put(trouble)
+
+    with ScriptedSMTPServer(script, extensions=('STARTTLS', 'AUTH PLAIN')) as server:
+        where = Server(server.host, server.port, 10, 300, 600, time.monotonic, socket.create_connection)
+        credentials = ('user', 'secret') if tls == 'off' else None
+        connector = Connector(where, tls=tls, local_hostname='me.example', credentials=credentials)
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        for _ in range(sockets):
+            sock = told.get(timeout=10)
+        server.wait_for(lambda: bool(server.sessions) and last_heard in server.sessions[0].received)
+        shut_down(sock)
+
+        assert outcome.get(timeout=10).code is None
+        assert told.empty()
+        thread.join()
+        assert sock.fileno() == -1
+
+
+def test_a_connection_is_not_opened_if_that_is_vetoed(authority):
+    told = []
+
+    def veto(sock):
+        told.append(sock)
+        if len(told) == 2:
+            raise ServerTrouble('not now')
+
+    with ScriptedSMTPServer(tls=authority.good, implicit_tls=True) as server:
+        where = Server(REMOTE, server.port, 10, 300, 600, time.monotonic, to_loopback)
+        with pytest.raises(ServerTrouble, match='not now'):
+            Connector(where, tls='implicit', tls_ca_file=authority.file).connect(veto)
+
+    assert [sock.fileno() for sock in told] == [-1, -1]
+
+
+def test_a_socket_that_came_too_late_is_shut_down_where_one_is_told_of_it(authority):
+    with ScriptedSMTPServer(tls=authority.good) as server:
+        where = Server(server.host, server.port, 10, 300, 600, time.monotonic, socket.create_connection)
+        with pytest.raises(ServerTrouble):
+            Connector(where, tls='opportunistic').connect(shut_down)
+
+
+def test_nothing_goes_out_in_clear_text_while_a_session_is_broken_off(authority, monkeypatch):
+    with (
+        ScriptedSMTPServer(tls=authority.good) as server,
+        transport_to(server, **trusting(authority)) as transport,
+    ):
+        session = transport._connect()
+        with monkeypatch.context() as patch:
+            # The moment before the connection has ended.
+            patch.setattr(socket.socket, 'shutdown', lambda sock, how: None)
+            session.shut_down()
+            session.say_quit()
+            server.wait_for(lambda: 'QUIT' in verbs(server.sessions[0]))
+        transport._pool.discard(session)
 
 
 # --- more than one transaction for a message ---
