@@ -333,6 +333,14 @@ class ITransport(Interface):
         came after that offer must be untouched.  Where it has to wait it may yield a :class:`~.delivery.waiting.Wait`,
         so that other streams go on in the same thread.
 
+    ``open_stream(more)``
+        As ``stream``, but before there is a message: get ready for one, such as by connecting, and then ask *more* for
+        the first.  Raises its trouble if it cannot get ready.  So a server that keeps us waiting keeps no message
+        waiting.
+
+    ``abort_opening()``
+        Break off what gets ready in other threads, in ``open_stream``.
+
     ``abort()``
         Break off what is under way in other threads.
 

@@ -141,6 +141,8 @@ class _Delivery:
 
     # --- see `Claims` ---
 
+    opens_first = False
+
     @property
     def is_over(self) -> bool:
         return self._is_over()

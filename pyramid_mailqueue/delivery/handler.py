@@ -51,12 +51,19 @@ __all__ = ['Claims', 'MessageHandler']
 log = logging.getLogger('mailqueue.delivery')
 
 
+#: Behind a content of more octets nothing is announced before it has its outcome.
+LARGE = 1024 * 1024
+
 #: How many seconds a process sends nothing when it cannot find out whether the rate allows it.
 RATE_TROUBLE_REST = 60
 
 
 class Claims(Protocol):
     """Where one who delivers gets the messages from.  No method raises."""
+
+    @property
+    def opens_first(self) -> bool:
+        """Whether to open a session before the first message is taken."""
 
     @property
     def is_over(self) -> bool:
@@ -85,7 +92,8 @@ class MessageHandler:
     :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
     :param connections: how many connections a run may use at once
     :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
-        common rate and returns 0, or takes nothing and returns in how many seconds to ask again
+        common rate and returns 0, or takes nothing and returns in how many seconds to ask again; of 0 recipients it
+        tells whether there could be one
     :param notify: called with each event (see :mod:`~.events`); must not raise
     :param clock: seconds since the epoch
     """
@@ -279,6 +287,11 @@ class MessageHandler:
         if self._has_loaded_plugins:
             load_plugins_module().registry.terminate()
 
+    def abort_opening(self) -> None:
+        """Break off the opening of sessions: there is nothing to do for them."""
+        for route in self.routes:
+            route.abort_opening()
+
     def abort(self) -> None:
         """Break off what is under way: somebody will not wait any longer."""
         for route in self.routes:
@@ -356,6 +369,9 @@ class _Claimed(_Attempt):
         super().__init__(claim.envelope)
         self.claim = claim
         self.number = number
+        # A second one in memory would cost more than a round trip; and whoever is announced behind one that kills its
+        # deliverers is orphaned with it.
+        self.goes_alone = len(self.envelope.content) > LARGE or bool(getattr(claim, 'deaths', 0))
         if is_valid := getattr(claim, 'is_valid', None):
             self.offer = self.offer._replace(is_valid=is_valid)
 
@@ -391,17 +407,24 @@ class _Shift:
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
+        # The session that could not be opened, for as long as it is not known whether there is a message for it.
+        self._vain: tuple[Route, ServerTrouble] | None = None
 
     def work(self) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Yield each claim that is settled, until there is nothing more to do, and whatever has to be waited for."""
+        if self._claims.opens_first:
+            yield from self._open()
         while True:
             yield ABOUT_TO_BLOCK
             attempt = self._first()
             if attempt is None:
                 break
+            if self._vain is not None:
+                self._handler.rest(*self._vain)
+                self._vain = None
             route = self._handler.next_route(attempt)
             if route is None:
-                yield self._concluded(attempt)
+                yield from self._conclude(attempt)
             else:
                 yield from self._stream(route, attempt)
         # We were told to end: perhaps between two transactions of a message, or before the next transport was asked.
@@ -410,7 +433,7 @@ class _Shift:
         while self._next:
             attempt = self._next.popleft()
             if attempt.has_outcome:
-                yield self._concluded(attempt)
+                yield from self._conclude(attempt)
             else:
                 attempt.claim.release()
 
@@ -439,13 +462,24 @@ class _Shift:
                 return attempt
         return None
 
-    def _stream(self, route: Route, first: _Claimed) -> Iterator[tuple[IClaim, SendResult] | Wait]:
-        self._under_way.append(first)
-        with closing(route.stream(first.offer, lambda: self._more(route))) as results:
+    def _open(self) -> Iterator[tuple[IClaim, SendResult] | Wait]:
+        """Open a session with the server whose turn it is, and go on there with what it is to have first."""
+        route = next((route for route in self._handler.routes if route.pause.trouble is None), None)
+        if route is not None and route.can_open:
+            yield from self._stream(route, None)
+
+    def _stream(self, route: Route, first: _Claimed | None) -> Iterator[tuple[IClaim, SendResult] | Wait]:
+        if first is not None:
+            self._under_way.append(first)
+        offer = None if first is None else first.offer
+        with closing(route.stream(offer, lambda: self._more(route))) as results:
             for result in results:
                 if isinstance(result, Wait):
                     yield result
                     continue
+                if not self._under_way:
+                    self._could_not_open(route, result.trouble)
+                    return
                 attempt = self._under_way.popleft()
                 if result.trouble is not None and not attempt.is_valid():
                     # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
@@ -458,8 +492,9 @@ class _Shift:
                     return
                 attempt.note(result)
                 if self._handler.next_route(attempt) is None:
-                    yield self._concluded(attempt)
+                    yield from self._conclude(attempt)
                 else:
+                    yield ABOUT_TO_BLOCK
                     attempt.keep()
                     self._put_back(attempt)
                 if self._claims.is_over:
@@ -468,6 +503,16 @@ class _Shift:
         # The stream has broken off before these were tried.
         self._put_back(*self._under_way)
         self._under_way.clear()
+
+    def _could_not_open(self, route: Route, trouble: ServerTrouble | None) -> None:
+        """Leave everything to the others, if there are any; else to what comes next."""
+        if trouble is None or self._claims.is_over:
+            return
+        if not route.pause.is_in_trouble and self._claims.hand_over(()):
+            log.warning('%s The run goes on with fewer connections.', trouble)
+            self._is_over = True
+        else:
+            self._vain = route, trouble
 
     def _put_back(self, *attempts: _Claimed) -> None:
         self._next = deque(sorted((*self._next, *attempts), key=attrgetter('number')))
@@ -496,6 +541,8 @@ class _Shift:
 
     def _more(self, route: Route) -> Offer | None:
         """Return what can follow in the stream of *route*, if there is something at once."""
+        if self._under_way and self._under_way[-1].goes_alone:
+            return None
         attempt = self._next_one(self._claims.take_now)
         if attempt is None:
             return None
@@ -506,7 +553,7 @@ class _Shift:
         self._under_way.append(attempt)
         return attempt.offer
 
-    def _concluded(self, attempt: _Claimed) -> tuple[IClaim, SendResult]:
+    def _conclude(self, attempt: _Claimed) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Settle the claim of an attempt that is over, and tell of it."""
         claim, result, now = attempt.claim, attempt.result, self._handler.clock()
         decide = self._handler.retry_policy.decide
@@ -514,12 +561,15 @@ class _Shift:
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)
-        if has_failed(settlement):
-            result = heed_plugins(account, result, before=attempt.keep)
-            settlement = result.settlement or settlement
+        if settlement.waiting or settlement.burials:
+            # What remains of the message is written and made durable, and receivers are asked.
+            yield ABOUT_TO_BLOCK
+            if has_failed(settlement):
+                result = heed_plugins(account, result, before=attempt.keep)
+                settlement = result.settlement or settlement
         claim.settle(settlement)
         tell(account, result, settlement, self._handler.notify)
-        return claim, result
+        yield claim, result
 
     def release(self) -> None:
         """Give back what is in hand."""
@@ -532,7 +582,7 @@ class _One:
 
     def __init__(self, claim: IClaim) -> None:
         self._claim: IClaim | None = claim
-        self.is_over = False
+        self.opens_first = self.is_over = False
 
     def take(self) -> IClaim | None:
         claim, self._claim = self._claim, None

@@ -40,18 +40,27 @@ class Route:
         self.name: str = getattr(transport, 'name', None) or type(transport).__name__
         self.pause = pause
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
+    @property
+    def can_open(self) -> bool:
+        """Whether the transport can get ready before there is a message for it."""
+        return hasattr(self.transport, 'open_stream')
+
+    def stream(self, first: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
         """
         Offer *first*, and what *more* gives for as long as it gives something; yield the outcomes in their order.
 
         Yields a wait where one has to wait.
+
+        Without *first*, a session is opened before *more* is asked.  If it cannot be, that is the only thing that is
+        yielded: a result with ``trouble``, for no offer.
 
         The outcome of an offer is yielded before the content of the next one can be with the server.  After one with
         ``trouble`` the stream ends, and what was offered after it is as it was.  Raises no Exception.
 
         :param more: must not wait, and must not raise
         """
-        under_way = deque([first])
+        under_way = deque([first] if first else [])
+        is_open = bool(first)
         may_go_on = hasattr(self.transport, 'stream')
         try:
             with closing(self._answers(first, _noting(more, under_way))) as answers:
@@ -59,15 +68,16 @@ class Route:
                     if isinstance(answer, Wait):
                         yield answer
                         continue
+                    is_open = True
                     result = self._read(answer, under_way.popleft().recipients, may_go_on=may_go_on)
                     yield result
                     if result.trouble is not None:
                         return
-            if under_way and under_way[0] is first:
+            if first and under_way and under_way[0] is first:
                 # Else it would be offered again, for ever.
                 yield self._deferred(first.recipients, 'the transport said nothing of this message')
         except ServerTrouble as trouble:
-            if under_way:
+            if under_way or not is_open:
                 yield SendResult(transport=self.name, trouble=trouble)
         except Exception as error:
             # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
@@ -76,12 +86,18 @@ class Route:
                 text = f'the transport failed: {type(error).__name__}: {error}'
                 yield self._deferred(under_way.popleft().recipients, text)
 
-    def _answers(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Any | Wait]:
+    def _answers(
+        self, first: Offer | None, more: Callable[[], Offer | None]
+    ) -> Generator[SendResult | bool | Any | Wait]:
         # It connects, if it has to.
         yield ABOUT_TO_BLOCK
         says_when_it_waits = False
-        stream = getattr(self.transport, 'stream', None) or self._one_by_one
-        with closing(stream(first, more)) as answers:
+        if first is None:
+            # Asked for by whoever knows that it is there: see can_open.
+            stream = self.transport.open_stream(more)  # type: ignore[attr-defined]
+        else:
+            stream = (getattr(self.transport, 'stream', None) or self._one_by_one)(first, more)
+        with closing(stream) as answers:
             for answer in answers:
                 yield answer
                 if isinstance(answer, Wait):
@@ -168,6 +184,10 @@ class Route:
     def abort(self) -> None:
         """See `ITransport`."""
         self._call('abort')
+
+    def abort_opening(self) -> None:
+        """See `ITransport`."""
+        self._call('abort_opening')
 
     def _call(self, name: str) -> None:
         method = getattr(self.transport, name, None)

@@ -2,8 +2,9 @@
 One run over a queue: take care of what dead processes left, then try whatever is due, oldest first.
 
 A run begins with one deliverer, and so with one connection.  When the first message has had its outcome the server is
-known to work, and as many others as there are to be begin with what is due next; each of them keeps one session busy.
-One whose session cannot be opened, or is one too many for the server, hands over to the others and ends.
+known to work, and as many others as there are to be open a session too, and then begin with what is due next; each of
+them keeps one session busy.  One whose session cannot be opened, or is one too many for the server, leaves everything
+to the others and ends.  One that is still opening its session when everything is done is not waited for.
 
 Each begins in a thread of its own, where it connects; as soon as it waits for the server it goes on in the one thread
 that waits for all of them (see :mod:`~.waiting`).  Over a transport that does not say when it waits it stays where it
@@ -29,7 +30,7 @@ from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
@@ -245,26 +246,41 @@ class _Crew:
 
     def _wait_for_all(self, max_seconds: float | None) -> None:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._start_one(self._supply.share())
+        # Nobody connects for nothing.
+        if self._supply.ready(1) or self._supply.has_more():
+            try:
+                self._start_one(self._supply.share())
+            except RuntimeError as error:
+                raise QueueError(
+                    f'No thread can be started to deliver mail ({error}). Check the limits of the user and of the '
+                    'service: ulimit -u, TasksMax.'
+                ) from error
         has_started_others = False
         while self._at_work and not (self._stop.requested or _has_passed(deadline)):
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
+            if not (self._is_anybody_busy or self._supply.has_more()):
+                break
             self._stop.wait(_until(deadline))
         self._end()
 
+    @property
+    def _is_anybody_busy(self) -> bool:
+        """Whether there is somebody who does more than to open a session."""
+        # In this order: nobody is at work no longer while it is counted as opening.
+        return self._at_work > self._supply.opening
+
     def _start_others(self, number: int) -> None:
         """Start so many threads, if there is something to do for them."""
-        while number > 0 and (claim := self._supply.next_now()) is not None:
-            share = self._supply.share(claim)
+        for _ in range(self._supply.ready(number)):
+            share = self._supply.share()
             try:
                 self._start_one(share)
             except RuntimeError as error:
                 log.warning('No more threads can be started (%s). The run goes on with fewer connections.', error)
-                share.hand_over([claim])
+                share.lost()
                 return
-            number -= 1
 
     def _start_one(self, share: Share) -> None:
         with self._lock:
@@ -280,7 +296,7 @@ class _Crew:
         """Wait for the messages in hand, if there are any; who was told to stop does not wait for ever."""
         self._supply.end()
         deadline = None
-        while self._at_work and not (_has_passed(deadline) or self._stop.urgent):
+        while self._is_anybody_busy and not (_has_passed(deadline) or self._stop.urgent):
             if self._stop.requested and deadline is None:
                 self._stop.on_ending()
                 deadline = time.monotonic() + PATIENCE
@@ -292,7 +308,11 @@ class _Crew:
         self._supply.release()
 
     def _break_off(self) -> None:
-        self._handler.abort()
+        if self._is_anybody_busy:
+            self._handler.abort()
+        else:
+            # The sessions of the others are kept for the next round.
+            self._handler.abort_opening()
         deadline = time.monotonic() + LAST_PATIENCE
         while self._at_work and not _has_passed(deadline):
             self._stop.wait(_until(deadline))

@@ -1,9 +1,13 @@
 """
 The claims of one run, in their order, shared by those who deliver them: each has one session, and a share.
 
+A session is opened before the first message is taken for it: a server that has no room for it may keep it waiting for
+minutes, while others deliver.  Until then its share is *opening*, and is of no account: it holds nothing, and nobody
+waits for it.
+
 Who gets nothing more may only end when nobody can hand anything over: a session that was opened beside others may turn
-out to be one too many, and its messages are then theirs.  So one waits while there is another that is still *new*,
-which means that it has had no success yet.
+out to be one too many when its first message is announced, and its messages are then theirs.  So one waits while there
+is another that is *new*, which means that it has a message and has had no success yet.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class Supply:
     :param claims: asked for the next one when it is needed, by one at a time
     :param limit: how many of them may be handed out
     :param take_from_rate: called with a number of sends; takes them and returns 0, or returns in how many seconds to
-        ask again
+        ask again; of 0 sends it tells whether there could be one
     :param is_stopped: whether somebody has told the run to end; asked by those who deliver, so that none begins with
         one more message before :meth:`end` is called
     """
@@ -56,6 +60,7 @@ class Supply:
         self._returned: deque[IClaim] = deque()
         self._shares: list[Share] = []
         self._at_work = 0
+        self._opening = 0
         self._new = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -71,23 +76,49 @@ class Supply:
             self._has_ended = True
             self._changed.notify_all()
 
-    def share(self, first: IClaim | None = None) -> Share:
-        """Return what one more works with, who begins with *first*."""
+    def share(self) -> Share:
+        """Return what one more works with."""
         with self._changed:
             self._at_work += 1
-            self._new += 1
-            self._shares.append(share := Share(self, first))
+            self._opening += 1
+            self._shares.append(share := Share(self, opens_first=self._rate_allows()))
         return share
 
-    def next_now(self) -> IClaim | None:
-        """Return the next claim, if there is one and the rate allows it at once."""
+    def ready(self, number: int) -> int:
+        """Return how many sessions more would have something to do now, at most *number*."""
+        if not self._rate_allows():
+            return 0
         with self._lock:
+            ready: list[IClaim] = []
+            while len(ready) < number and (claim := self._next()) is not None:
+                ready.append(claim)
+            self._returned.extendleft(reversed(ready))
+            return len(ready)
+
+    @property
+    def opening(self) -> int:
+        """How many have a session that is not open yet, and no message."""
+        return self._opening
+
+    def _rate_allows(self) -> bool:
+        """Whether a message may be sent now.  If that cannot be told, whoever takes one tells why."""
+        try:
+            return self._take_from_rate is None or not self._take_from_rate(0)
+        except (OSError, MailqueueError):
+            return False
+
+    def next_now(self, share: Share) -> IClaim | None:
+        """Return the next claim, if there is one and the rate allows it at once."""
+        with self._changed:
+            self._has_opened(share)
             claim = self._next()
+            if claim is not None:
+                self._count_as_new(share)
         return claim if claim is None or not self._wait_for_rate(claim) else None
 
-    def next(self, *, is_new: bool) -> IClaim | None:
+    def next(self, share: Share) -> IClaim | None:
         """Return the next claim; None if there will be no more, and then one has to end."""
-        while (claim := self._next_or_wait(is_new=is_new)) is not None:
+        while (claim := self._next_or_wait(share)) is not None:
             seconds = self._wait_for_rate(claim)
             if not seconds:
                 return claim
@@ -118,17 +149,17 @@ class Supply:
                 self._returned.appendleft(claim)
         return seconds
 
-    def _next_or_wait(self, *, is_new: bool) -> IClaim | None:
+    def _next_or_wait(self, share: Share) -> IClaim | None:
         with self._changed:
+            self._has_opened(share)
             # Who waits cannot become one too many.
-            self._new -= is_new
-            self._changed.notify_all()
+            self._count_as_old(share)
             while (claim := self._next()) is None and self._new and not self.is_over:
                 self._changed.wait()
             if claim is None:
                 self._at_work -= 1
             else:
-                self._new += is_new
+                self._count_as_new(share)
             return claim
 
     def _next(self) -> IClaim | None:
@@ -152,29 +183,50 @@ class Supply:
         self.error = self.error or error
         self.end()
 
-    def hand_over(self, claims: Sequence[IClaim], *, is_new: bool) -> bool:
+    def hand_over(self, share: Share, claims: Sequence[IClaim]) -> bool:
         """See `Share.hand_over`."""
         with self._changed:
             if self._at_work < 2:
                 return False
-            self._at_work -= 1
-            self._new -= is_new
+            self._leave(share)
             self._returned.extend(claims)
-            self._changed.notify_all()
             return True
 
-    def grow_up(self) -> None:
-        """Note that one more has had success."""
+    def grow_up(self, share: Share) -> bool:
+        """Note that a message of *share* had its outcome; whether it is the first."""
         with self._changed:
-            self._new -= 1
-            self._changed.notify_all()
+            is_first = share.is_untried
+            share.is_untried = False
+            self._count_as_old(share)
+            return is_first
 
-    def lose(self, *, is_new: bool) -> None:
+    def lose(self, share: Share) -> None:
         """Note that one has ended by a defect, or could not go on."""
         with self._changed:
-            self._at_work -= 1
-            self._new -= is_new
-            self._changed.notify_all()
+            self._leave(share)
+
+    # --- how many are in which state; called with the lock held ---
+
+    def _has_opened(self, share: Share) -> None:
+        self._opening -= share.is_opening
+        share.is_opening = False
+
+    def _count_as_new(self, share: Share) -> None:
+        self._new += share.is_untried and not share.is_new
+        share.is_new = share.is_untried
+
+    def _count_as_old(self, share: Share) -> None:
+        self._new -= share.is_new
+        share.is_new = False
+        self._changed.notify_all()
+
+    def _leave(self, share: Share) -> None:
+        self._at_work -= 1
+        self._has_opened(share)
+        share.is_untried = False
+        self._count_as_old(share)
+
+    # --- the end ---
 
     def has_more(self) -> bool:
         """Whether there is something that was not settled; asked when no more is handed out."""
@@ -205,13 +257,17 @@ class Share:
     """
     What one who delivers has of a supply; see `Claims`.
 
-    :param first: a claim that was taken for this share before it began
+    :param opens_first: open the session before a message is asked for
+    :ivar is_opening: no message was asked for
+    :ivar is_untried: no message had its outcome
+    :ivar is_new: it has a message, and is untried: it counts as new
     """
 
-    def __init__(self, supply: Supply, first: IClaim | None) -> None:
-        self._first = first
+    def __init__(self, supply: Supply, *, opens_first: bool) -> None:
+        self.opens_first = opens_first
+        self.is_opening = self.is_untried = True
+        self.is_new = False
         self._supply = supply
-        self._is_new = True
         self._in_hand: dict[str, IClaim] = {}
 
     @property
@@ -221,12 +277,11 @@ class Share:
 
     def take(self) -> IClaim | None:
         """See `Claims`."""
-        claim, self._first = self._first, None
-        return self._noted(claim or self._supply.next(is_new=self._is_new))
+        return self._noted(self._supply.next(self))
 
     def take_now(self) -> IClaim | None:
         """See `Claims`."""
-        return self._noted(self._supply.next_now())
+        return self._noted(self._supply.next_now(self))
 
     def _noted(self, claim: IClaim | None) -> IClaim | None:
         if claim is not None:
@@ -235,10 +290,8 @@ class Share:
 
     def hand_over(self, claims: Sequence[IClaim]) -> bool:
         """See `Claims`."""
-        if not self._supply.hand_over(claims, is_new=self._is_new):
+        if not self._supply.hand_over(self, claims):
             return False
-        self._is_new = False
-        self._first = None
         for claim in claims:
             self.done_with(claim)
         return True
@@ -249,23 +302,19 @@ class Share:
 
     def succeeded(self) -> bool:
         """Note that a message of this share had its outcome; whether it is the first."""
-        is_first, self._is_new = self._is_new, False
-        if is_first:
-            self._supply.grow_up()
-        return is_first
+        return self.is_untried and self._supply.grow_up(self)
 
     def lost(self) -> None:
         """Note that this one has ended.  By a defect: what it was over stays claimed, and its deaths are counted."""
         self._in_hand.clear()
-        self._supply.lose(is_new=self._is_new)
+        self._supply.lose(self)
 
     @property
     def has_claims(self) -> bool:
         """Whether there is something that is not settled."""
-        return bool(self._first or self._in_hand)
+        return bool(self._in_hand)
 
     def release(self) -> None:
         """Give back what is not settled."""
-        for claim in [self._first, *self._in_hand.values()]:
-            if claim is not None:
-                claim.release()
+        for claim in self._in_hand.values():
+            claim.release()

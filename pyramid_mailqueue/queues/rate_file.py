@@ -83,10 +83,10 @@ class RateFile:
 
         What counts is the moment of the take, so whoever has taken sends at once.
 
-        :param count: how many, at least 1; providers count each recipient of a message
+        :param count: how many; providers count each recipient of a message.  Of 0 it tells whether one could be taken
         :raises QueueError: the file cannot be created or used, and nothing was taken
         """
-        if count < 1:
+        if count < 0:
             raise ValueError(f'{count} sends cannot be taken')
         # A lock on a file is the open file's: it keeps out other processes, but not other threads of this one.
         with self._lock:
@@ -112,7 +112,7 @@ class RateFile:
         # Read under the lock, so that the times in the ring are in order.
         now = self._clock()
         # The send that must be a period old, so that there is room for so many others.
-        number = self.rate.count - min(count, self.rate.count) + 1
+        number = self.rate.count - min(count or 1, self.rate.count) + 1
         ring, damage = None, ''
         # An empty file is a new one: whoever created it did not come to lock it first.
         if size:
@@ -128,7 +128,8 @@ class RateFile:
         wait = self.rate.seconds - (now - when)
         if wait > 0:
             return wait, damage
-        ring.add(count, now)
+        if count:
+            ring.add(count, now)
         return 0.0, damage
 
     def _time_of(self, ring: _Ring | None, number: int, now: float) -> float:

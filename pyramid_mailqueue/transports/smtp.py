@@ -17,7 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -125,18 +125,22 @@ class SMTPTransport:
         in_order = {recipient: replies[recipient] for recipient in recipients if recipient in replies}
         return SendResult(in_order, self._name, trouble=trouble)
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
+    def open_stream(self, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
+        """See `ITransport`."""
+        return self.stream(None, more)
+
+    def stream(self, first: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
         """
-        See `ITransport`.
+        See `ITransport`.  Without *first* as of :meth:`open_stream`.
 
         Each offer is one transaction, for at most *max_recipients*.  Of two offers one is under way, and the other has
         said MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers
         PIPELINING.
         """
-        session = self._pool.take() or self._connect()
-        offers = deque([first])
+        session = self._pool.take() or self._connect(is_ahead=first is None)
         try:
-            transactions = deque([self._submit(session, first)])
+            offers = deque(offer for offer in (first or more(),) if offer is not None)
+            transactions = deque(self._submit(session, offer) for offer in offers)
             while offers:
                 if len(offers) < 2 and session.dialogue.trouble is None and (offer := more()) is not None:
                     offers.append(offer)
@@ -172,21 +176,25 @@ class SMTPTransport:
         """See `ITransport`.  Sessions in use go on, and are kept when their message is sent."""
         self._pool.close()
 
+    def abort_opening(self) -> None:
+        """See `ITransport`."""
+        self._pool.abort_opening()
+
     def abort(self) -> None:
         """See `ITransport`.  What is under way ends as if the server had closed the connection."""
         self._pool.abort()
 
     # --- sessions ---
 
-    def _connect(self) -> Session:
+    def _connect(self, *, is_ahead: bool = False) -> Session:
         from pyramid_mailqueue.transports.smtp_session import Session
 
-        aborts = self._pool.aborts
-        session = Session(self._connector.connect(), self._server)
-        if not self._pool.add(session, aborts):
-            session.close()
-            raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
-        return session
+        with self._pool.opening(is_ahead=is_ahead) as opening:
+            session = Session(self._connector.connect(partial(self._pool.note, opening)), self._server)
+            if not self._pool.add(session, opening):
+                session.close()
+                raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
+            return session
 
     @cached_property
     def _connector(self) -> Connector:

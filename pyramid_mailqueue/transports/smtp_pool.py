@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 
 if TYPE_CHECKING:
+    import socket
+
     from pyramid_mailqueue.transports.smtp_session import Session
 
-__all__ = ['Pool']
+__all__ = ['Opening', 'Pool']
 
 #: How long a server may take to say goodbye, in seconds.
 QUIT_PATIENCE = 1.0
+
+
+class Opening:
+    """
+    A connection that is being opened.
+
+    :param is_ahead: before there is a message for it
+    :ivar socket: its present socket, if there is one
+    :ivar is_given_up: somebody has broken it off
+    """
+
+    def __init__(self, *, is_ahead: bool) -> None:
+        self.is_ahead = is_ahead
+        self.socket: socket.socket | None = None
+        self.is_given_up = False
 
 
 class Pool:
@@ -36,22 +54,43 @@ class Pool:
     def _start_anew(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        #: How often everything was broken off.
-        self.aborts = 0
+        self._openings: set[Opening] = set()
         self._open: set[Session] = set()
         self._idle: list[Session] = []
         self._timer: threading.Timer | None = None
 
     def _drop_inherited(self) -> None:
-        inherited = self._open
+        sessions, openings = self._open, self._openings
         self._start_anew()
-        for session in inherited:
+        for session in sessions:
             session.close()
+        for opening in openings:
+            if opening.socket is not None:
+                opening.socket.close()
 
-    def add(self, session: Session, aborts: int) -> bool:
-        """Take note of a new session, in use; False if everything was broken off while it was opened."""
+    @contextmanager
+    def opening(self, *, is_ahead: bool) -> Iterator[Opening]:
+        """While in this block, a connection is opened, and may be broken off by :meth:`abort`."""
+        opening = Opening(is_ahead=is_ahead)
         with self._lock:
-            if self.aborts != aborts:
+            self._openings.add(opening)
+        try:
+            yield opening
+        finally:
+            with self._lock:
+                self._openings.discard(opening)
+
+    def note(self, opening: Opening, sock: socket.socket) -> None:
+        """Take note of the socket of a connection that is opened.  Raises ServerTrouble if it was broken off."""
+        with self._lock:
+            if opening.is_given_up:
+                raise ServerTrouble('The connection was given up by this process.')
+            opening.socket = sock
+
+    def add(self, session: Session, opening: Opening) -> bool:
+        """Take note of a new session, in use; False if it was broken off while it was opened."""
+        with self._lock:
+            if opening.is_given_up:
                 return False
             self._open.add(session)
             return True
@@ -89,12 +128,27 @@ class Pool:
         session.close()
 
     def abort(self) -> None:
-        """Break off all sessions, for the threads that use them."""
+        """Break off everything, for the threads that use it."""
+        self._give_up_openings(only_ahead=False)
         with self._lock:
-            self.aborts += 1
             sessions = list(self._open)
         for session in sessions:
             session.shut_down()
+
+    def abort_opening(self) -> None:
+        """Break off the connections that are opened ahead."""
+        self._give_up_openings(only_ahead=True)
+
+    def _give_up_openings(self, *, only_ahead: bool) -> None:
+        from pyramid_mailqueue.transports.smtp_client import shut_down
+
+        with self._lock:
+            for opening in self._openings:
+                if opening.is_ahead or not only_ahead:
+                    opening.is_given_up = True
+                    # With the lock held, so that this is no other connection's by now.
+                    if opening.socket is not None:
+                        shut_down(opening.socket)
 
     def close(self) -> None:
         """Close all idle sessions."""

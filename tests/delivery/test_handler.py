@@ -410,7 +410,7 @@ class Given:
         self.claims = list(claims)
         self.others = others
         self.handed_over = []
-        self.is_over = False
+        self.opens_first = self.is_over = False
 
     def take(self):
         return self.claims.pop(0) if self.claims else None

@@ -132,7 +132,9 @@ def test_plugins_come_back_in_the_midst_of_the_work_of_one_handler_when_another_
     install('good', GOOD)
     handler, other = (MessageHandler([says(YES)], plugins=['good']) for _ in range(2))
     claims = iter([queue.claimed(envelope()) for _ in range(3)])
-    supply = SimpleNamespace(is_over=False, take=lambda: next(claims, None), take_now=lambda: next(claims, None))
+    supply = SimpleNamespace(
+        opens_first=False, is_over=False, take=lambda: next(claims, None), take_now=lambda: next(claims, None)
+    )
 
     with closing(handler.deliver_all(supply)) as results:
         next(results)

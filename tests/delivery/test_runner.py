@@ -19,7 +19,7 @@ from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
 from pyramid_mailqueue.queues.rate_file import RateFile
 from pyramid_mailqueue.settings import Rate
-from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Wait
+from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 # The simplest answers.
@@ -1155,10 +1155,73 @@ def test_if_no_thread_at_all_can_be_started_nothing_has_happened(run_over, queue
     wait_all(3)
     before = snapshot(queue)
     few_threads(0)
-    with ScriptedSMTPServer() as server, pytest.raises(RuntimeError, match="can't start"):
+    with ScriptedSMTPServer() as server, pytest.raises(QueueError, match=r"can't start new thread.*ulimit -u"):
         run_over(server, 4)
 
     assert snapshot(queue) == before
+
+
+# --- a server that keeps sessions waiting ------------------------------------
+
+
+@pytest.mark.parametrize('step', ['connect', 'EHLO'])
+def test_whom_the_server_keeps_waiting_keeps_no_message_and_is_not_waited_for(
+    run_over, queue, wait_all, in_background, step
+):
+    wait_all(20)
+    with ScriptedSMTPServer(by_session={number: {step: Silence()} for number in (2, 3, 4)}) as server:
+        run = in_background(lambda: run_over(server, 4))
+        # The others would wait for five minutes.
+        report = run()
+        server.wait_for(lambda: all(session.is_over for session in server.sessions))
+
+    assert report == RunReport(sent=20)
+    assert (len(brought(server)), queue.state) == (20, {})
+    assert server.sessions[0].commands[-1] == 'QUIT'
+
+
+def test_who_is_told_to_stop_while_the_first_session_is_opened_has_nothing_in_hand(
+    run_over, queue, wait_all, in_background
+):
+    wait_all(3)
+    before = snapshot(queue)
+    stop = Stop(on_ending=lambda: pytest.fail('there is nothing to wait for'))
+    with ScriptedSMTPServer({'connect': Silence()}) as server:
+        run = in_background(lambda: run_over(server, 4, stop=stop))
+        server.wait_for(lambda: server.sessions)
+        stop.request()
+        report = run()
+        server.wait_for(lambda: server.sessions[0].is_over)
+
+    assert report == RunReport(stopped=True)
+    assert snapshot(queue) == before
+
+
+def test_what_is_left_when_the_only_session_is_refused_waits_for_the_next_that_is_greeted(
+    run_over, queue, wait_all, in_background, make_event
+):
+    wait_all(10)
+    greet = make_event()
+    script = {1: {'MAIL': [None, None, None, Close('421 4.7.0 that is enough')]}, 2: {'connect': Wait(greet)}}
+    with ScriptedSMTPServer(by_session=script) as server:
+        run = in_background(lambda: run_over(server, 2))
+        server.wait_for(lambda: len(server.sessions) == 2 and server.sessions[0].is_over)
+        greet.set()
+        report = run()
+
+    assert report == RunReport(sent=10)
+    assert sorted(brought(server)) == sorted(m(*range(10)))
+
+
+def test_nobody_connects_if_the_rate_allows_nothing(run_over, queue, wait_all, tmp_path):
+    wait_all(3)
+    rate = RateFile(tmp_path / 'rate', Rate(1, 86400)).take
+    assert rate(1) == 0
+    with ScriptedSMTPServer() as server:
+        report = run_over(server, 4, rate=rate)
+
+    assert report == RunReport(rate_reached=True)
+    assert (server.sessions, queue.state) == ([], {'waiting': 3})
 
 
 # --- more than one run ------------------------------------------------------

@@ -89,15 +89,6 @@ def test_claims_are_handed_out_oldest_due_first_and_made_when_they_are_asked_for
     assert ids([*claims, share.take(), share.take_now(), share.take()]) == [*names, None, None]
 
 
-def test_a_thread_may_begin_with_a_claim_of_its_own(due, put):
-    names = put(2)
-    supply = Supply(due)
-    share = supply.share(supply.next_now())
-
-    assert share.has_claims
-    assert ids([share.take(), share.take_now(), share.take_now()]) == [*names, None]
-
-
 def test_no_claim_is_handed_out_twice_and_each_thread_gets_its_own_in_order(due, put, in_thread):
     names = put(60)
     supply = Supply(due)
@@ -121,6 +112,62 @@ def test_no_more_are_handed_out_than_the_limit_allows(queue, due, put):
 
     assert ids([share.take(), share.take(), share.take_now(), share.take()]) == [*names[:2], None, None]
     assert queue.state['waiting'] == 1
+
+
+def test_what_is_ready_is_handed_out_in_order_and_no_more_is_claimed_for_it_than_was_asked_for(queue, due, put):
+    names = put(5)
+    supply = Supply(due, limit=4)
+    share = supply.share()
+
+    assert [supply.ready(2), supply.ready(2)] == [2, 2]
+    assert queue.state == {'waiting': 3, 'in progress': 2}
+    assert ids([share.take()]) == names[:1]
+    assert supply.ready(9) == 3
+    assert ids([share.take() for _ in range(4)]) == [*names[1:4], None]
+
+
+# --- before the session is open ---------------------------------------------
+
+
+def test_who_is_opening_a_session_is_not_waited_for_and_holds_nothing(due, put):
+    put(1)
+    supply = Supply(due)
+    share, opening = supply.share(), supply.share()
+
+    assert supply.opening == 2
+    share.done_with(share.take())
+    assert supply.opening == 1
+    assert share.take() is None
+    assert opening.take_now() is None
+    assert supply.opening == 0
+
+
+def test_who_could_not_open_a_session_leaves_what_there_is_to_the_others(due, put):
+    names = put(2)
+    supply = Supply(due)
+    share, opening = supply.share(), supply.share()
+    assert supply.ready(2) == 2
+
+    assert opening.hand_over(())
+    assert supply.opening == 1
+    assert not share.hand_over(())
+    assert ids([share.take(), share.take(), share.take()]) == [*names, None]
+
+
+def test_a_session_is_opened_ahead_only_if_the_rate_allows_a_message(due, put):
+    put(3)
+    for take, allows in ((lambda _: 0, True), (lambda _: 7, False), (lambda _: 1 / 0, False)):
+
+        def take_from_rate(count, take=take):
+            assert count == 0
+            try:
+                return take(count)
+            except ZeroDivisionError:
+                raise QueueError('the file rate cannot be read') from None
+
+        supply = Supply(due, take_from_rate=take_from_rate)
+        assert supply.share().opens_first is allows
+        assert bool(supply.ready(1)) is allows
 
 
 # --- one session too many ---------------------------------------------------
@@ -240,6 +287,8 @@ class Rate:
         self.asked = []
 
     def __call__(self, count):
+        if not count:
+            return 0
         self.asked.append(count)
         answer = self.answers.pop(0) if self.answers else 0
         if isinstance(answer, Exception):
@@ -288,7 +337,8 @@ def test_a_rate_that_allows_nothing_for_long_ends_the_run_when_somebody_has_noth
 
     assert ids([share.take(), share.take_now()]) == [names[0], None]
     assert not supply.is_rate_reached
-    assert ids([share.take(), share.take_now(), supply.next_now()]) == [None] * 3
+    assert ids([share.take(), share.take_now()]) == [None] * 2
+    assert supply.ready(1) == 0
     assert (supply.is_rate_reached, supply.error, supply.is_over) == (True, None, False)
     supply.release()
     assert queue.state == {'waiting': 3}
@@ -345,7 +395,7 @@ def test_after_the_end_nothing_is_handed_out(due, put):
     share = supply.share()
     supply.end()
 
-    assert (share.is_over, share.take(), share.take_now(), supply.next_now()) == (True, None, None, None)
+    assert (share.is_over, supply.ready(1), share.take_now(), share.take()) == (True, 0, None, None)
 
 
 def test_whether_there_is_more(due, put):
@@ -361,8 +411,9 @@ def test_whether_there_is_more(due, put):
 
     supply.release()
     rest = Supply(due)
-    share, other = rest.share(rest.next_now()), rest.share()
-    assert rest.has_more(), 'before the thread has begun'
+    share, other = rest.share(), rest.share()
+    assert rest.ready(2) == 1
+    assert rest.has_more(), 'before anybody has begun'
 
     assert share.hand_over([share.take()])
     assert rest.has_more(), 'handed over'
@@ -384,8 +435,9 @@ def test_everything_that_is_not_settled_is_given_back_as_it_was(queue, due, put)
     put(6)
     before = [(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in queue.files('new')]
     supply = Supply(due)
-    # Taken and in hand, taken and handed over, not begun, and looked at to see whether there is more.
-    in_hand, handing_over, _ = supply.share(), supply.share(), supply.share(supply.next_now())
+    # Taken and in hand, taken and handed over, and looked at to see whether there is more.
+    in_hand, handing_over = supply.share(), supply.share()
+    assert supply.ready(4) == 4
     in_hand.take()
     handing_over.hand_over([handing_over.take(), handing_over.take_now()])
     assert queue.state == {'waiting': 2, 'in progress': 4}

@@ -158,10 +158,18 @@ def test_more_than_the_limit_has_are_granted_when_it_is_free_and_use_it_up(limit
     assert taken_at_once(limiter) == 3
 
 
-@pytest.mark.parametrize('count', [0, -1])
-def test_less_than_one_cannot_be_taken(limiter, count):
+def test_who_takes_nothing_hears_whether_there_is_something_to_take(limiter, make, clock):
+    assert limiter.take(0) == 0
+    assert taken_at_once(limiter) == 3
+    assert limiter.take(0) == limiter.take() == 10
+    clock.now += 10
+    assert make().take(0) == 0
+    assert taken_at_once(limiter) == 3
+
+
+def test_less_than_nothing_cannot_be_taken(limiter):
     with pytest.raises(ValueError, match='cannot be taken'):
-        limiter.take(count)
+        limiter.take(-1)
 
 
 # --- a model ----------------------------------------------------------------
