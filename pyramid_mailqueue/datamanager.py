@@ -76,7 +76,6 @@ class MailDataManager:
         self._queued: list[tuple[str, Envelope]] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
-        self._ours: tuple[object, ...] = ()
         self._committing = False
         self._decided = False
 
@@ -98,14 +97,13 @@ class MailDataManager:
         self._added.append((delivery, envelope))
 
     def _join(self) -> None:
-        first = _FirstToFinish(self)
         try:
-            self._txn.join(first)
+            # Not kept here: each would keep the other one, and leave both to the garbage collector.
+            self._txn.join(_FirstToFinish(self))
             self._txn.join(self)
         except (ValueError, transaction.interfaces.TransactionError) as error:
             raise NoActiveTransaction(_too_late(self._txn)) from error
         self._joined = True
-        self._ours = (first, self)
         self._txn.addAfterCommitHook(self._dispatch)
 
     def sortKey(self) -> str:
@@ -132,7 +130,10 @@ class MailDataManager:
         """Whether there may be somebody who commits because of our "yes"."""
         # Of a transaction that does not tell (it is not public) we think the worst.
         resources = getattr(self._txn, '_resources', None)
-        return resources is None or any(resource not in self._ours for resource in resources)
+        return resources is None or not all(map(self._is_ours, resources))
+
+    def _is_ours(self, resource: object) -> bool:
+        return resource is self or (isinstance(resource, _FirstToFinish) and resource.data_manager is self)
 
     def decide(self) -> None:
         """The second phase has begun: from here on the mail may not be dropped, whatever happens."""
@@ -203,7 +204,7 @@ class _FirstToFinish:
 
     def __init__(self, data_manager: MailDataManager) -> None:
         self.transaction_manager = data_manager.transaction_manager
-        self._data_manager = data_manager
+        self.data_manager = data_manager
 
     def sortKey(self) -> str:
         """See `transaction.interfaces.IDataManager`.  Nobody can be before this, only beside it."""
@@ -211,7 +212,7 @@ class _FirstToFinish:
 
     def tpc_finish(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
-        self._data_manager.decide()
+        self.data_manager.decide()
 
     def _nothing_to_do(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
@@ -220,7 +221,7 @@ class _FirstToFinish:
 
     def savepoint(self) -> _Savepoint:
         """See `transaction.interfaces.ISavepointDataManager`.  The same as that of the data manager, or a later one."""
-        return _Savepoint(self._data_manager)
+        return _Savepoint(self.data_manager)
 
 
 @implementer(transaction.interfaces.IDataManagerSavepoint)

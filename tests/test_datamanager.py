@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -369,6 +371,19 @@ def test_mail_survives_the_abort_that_follows_a_commit_with_hooks_of_others(tm, 
 
     assert hooks == ['before', True]
     assert (post.sent, post.files, discarded()) == (['published'], {'new': 1}, [])
+
+
+@pytest.mark.parametrize('end', ['commit', 'abort'])
+def test_a_transaction_with_mail_leaves_nothing_to_the_garbage_collector(tm, post, end):
+    gc.collect()
+    gc.disable()
+    try:
+        post.send('1')
+        manager = weakref.ref(tm.get().data(post.queue))
+        getattr(tm, end)()
+        assert manager() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('first', ['an earlier message', None])
