@@ -28,9 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from errno import EACCES, ENAMETOOLONG, EPERM
 from typing import NamedTuple
 
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
-
 from pyramid_mailqueue.delivery.logs import why
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, QueueFileError
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, sync_folder
@@ -39,6 +36,7 @@ from pyramid_mailqueue.queues.maildir_claim import FileName, unused
 from pyramid_mailqueue.queues.maildir_folders import MOVING, born_of
 from pyramid_mailqueue.queues.moving import IN, OUT, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.sql_engine import is_same_database
 
 __all__ = ['DirectoryRecord', 'MaildirSide']
 
@@ -232,26 +230,6 @@ def _parcel(state: str, file: LockedFile) -> Parcel:
     )
 
 
-_PORTS = {'postgresql': 5432}
-
-
-def _identity(url: URL) -> Mapping[str, object]:
-    """
-    Return what tells one database from another, in the URL and in the parameters of libpq that go before it.
-
-    Whoever logs in, with which driver, and how, may change between two moves.
-    """
-    query = url.normalized_query
-    return {
-        'dialect': url.get_backend_name(),
-        'host': query.get('host', (url.host,)),
-        'port': query.get('port', (str(url.port or _PORTS.get(url.get_backend_name())),)),
-        # PostgreSQL takes the name of the user where there is no other.
-        'dbname': query.get('dbname', (url.database or query.get('user', (url.username,))[0],)),
-        **{key: query[key] for key in ('hostaddr', 'service') if key in query},
-    }
-
-
 def _told(database: str, schema: str) -> str:
     return f'{database} (schema {schema})' if schema else database
 
@@ -296,13 +274,13 @@ class DirectoryRecord:
             with open(self._queue.place(MOVING, '.record'), 'rb') as fp:
                 record = json.load(fp)
             self.directory, self.run, database = record['directory'], record['run'], record['database']
-            is_ours = _identity(make_url(database)) == _identity(make_url(self._database))
+            is_ours = is_same_database(database, self._database)
             # Former versions did not note it.
             schema = record.get('schema', self._schema)
         except FileNotFoundError:
             self._name_directory()
             return
-        except (ValueError, KeyError, TypeError, ArgumentError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise QueueError(f'{self._queue.place(MOVING, ".record")} is damaged.') from error
         half_way = sum(_Mark.parse(file.name) is not None for file in self._queue.files(MOVING))
         if not (is_ours and schema == self._schema) and (half_way or self.decided()):

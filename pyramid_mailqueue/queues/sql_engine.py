@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
 
-__all__ = ['AS_BYTES', 'CONNECTIONS', 'OLDEST', 'SQLITE_PATIENCE', 'file_of', 'make_engine', 'shown']
+__all__ = [
+    'AS_BYTES',
+    'CONNECTIONS',
+    'OLDEST',
+    'SQLITE_PATIENCE',
+    'file_of',
+    'is_same_database',
+    'make_engine',
+    'shown',
+    'without_passwords',
+]
 
 #: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
 AS_BYTES = 'mailqueue_as_bytes'
@@ -23,6 +35,9 @@ SQLITE_PATIENCE = 30
 
 #: What a database has to be at least, by its dialect: as SQLAlchemy tells it, and as people do.
 OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
+
+# Where a URL does not say.
+_PORTS = {'postgresql': 5432}
 
 # What a host that is gone without a farewell may cost, or a lock of SQLite: in seconds, but for tcp_user_timeout.
 _CONNECT: Mapping[str, Mapping[str, Any]] = {
@@ -73,6 +88,39 @@ def make_engine(written: str | URL) -> Engine:
 def shown(url: URL) -> str:
     """Return *url* for people, without its passwords."""
     return url.difference_update_query(['password', 'sslpassword']).render_as_string(hide_password=True)
+
+
+def without_passwords(text: str, url: URL) -> str:
+    """Return *text*, in which somebody may have quoted from *url*, without its passwords."""
+    passwords = [url.password, *(url.normalized_query.get(key, ('',))[0] for key in ('password', 'sslpassword'))]
+    for password in filter(None, passwords):
+        text = re.sub(rf'(?<!\w){re.escape(password)}(?!\w)', '***', text)
+    return text
+
+
+def is_same_database(one: str, other: str) -> bool:
+    """Whether two URLs lead to the same database, as far as URLs can tell.  Raises ValueError for what is no URL."""
+    try:
+        return _identity(make_url(one)) == _identity(make_url(other))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _identity(url: URL) -> Mapping[str, object]:
+    """
+    Return what tells one database from another, in the URL and in the parameters of libpq that go before it.
+
+    Whoever logs in, with which driver, and how, may change.
+    """
+    query = url.normalized_query
+    return {
+        'dialect': url.get_backend_name(),
+        'host': query.get('host', (url.host,)),
+        'port': query.get('port', (str(url.port or _PORTS.get(url.get_backend_name())),)),
+        # PostgreSQL takes the name of the user where there is no other.
+        'dbname': query.get('dbname', (url.database or query.get('user', (url.username,))[0],)),
+        **{key: query[key] for key in ('hostaddr', 'service') if key in query},
+    }
 
 
 def file_of(engine: Engine) -> Path | None:
