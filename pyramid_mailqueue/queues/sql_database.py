@@ -15,19 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy.exc import (
-    ArgumentError,
-    DataError,
-    DBAPIError,
-    IntegrityError,
-    NoSuchModuleError,
-    ProgrammingError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown
+from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown, without_passwords
 from pyramid_mailqueue.queues.sql_schema import (
     NOT_NOTED,
     VERSION,
@@ -37,36 +29,25 @@ from pyramid_mailqueue.queues.sql_schema import (
     schema_in_sight,
     version_of,
 )
+from pyramid_mailqueue.queues.sql_trouble import (
+    code_of_refusal,
+    first_line,
+    is_code_of_mistake,
+    is_forbidden,
+    is_of_statement,
+    is_said_of_mistakes,
+    is_strange_to_driver,
+    said,
+)
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy import URL, Connection, Engine
 
-__all__ = ['Database', 'DatabaseAway', 'NoTables', 'first_line']
+__all__ = ['Database', 'DatabaseAway', 'NoTables']
 
 T = TypeVar('T')
-
-# Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
-_OUR_FAULT = (DataError, IntegrityError, ProgrammingError)
-
-# SQLSTATE insufficient_privilege.
-_NOT_ALLOWED = '42501'
-
-# What is said of a connection that cannot be made and that nothing but a person will mend.  There is no code for it,
-# and a server that was told to speak another language than English is taken for one that is away.
-_SAID_OF_MISTAKES = (
-    'authentication failed',
-    'does not exist',
-    'does not support ssl',
-    'file is not a database',
-    'invalid ',
-    'no password supplied',
-    'not permitted to log in',
-    'permission denied',
-    'pg_hba.conf',
-    'requires a value',
-    'unable to open database file',
-    'unrecognized configuration parameter',
-)
 
 
 class NoTables(ConfigurationError):
@@ -92,7 +73,7 @@ class Database:
         except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
             raise ConfigurationError(
                 'The URL of the database (mailqueue.sql_url, or sqlalchemy.url where that is not set; not shown) '
-                f'cannot be used: {_without_full_stop(error)}. It is a URL of SQLAlchemy such as '
+                f'cannot be used: {first_line(error)}. It is a URL of SQLAlchemy such as '
                 'postgresql+psycopg://user@host/database, and needs the driver that it names.'
             ) from error
         self.name = shown(self._engine.url)
@@ -100,6 +81,8 @@ class Database:
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)
         self._is_checked = False
+        # What was said of the last refusal whose code was asked for, and that code.
+        self._refused: tuple[str, str | None] = ('', None)
         call_in_children(self._forget_connections)
 
     def __repr__(self) -> str:
@@ -125,10 +108,22 @@ class Database:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """Lend a connection, to those who wait in their order.  Raises SQLAlchemyError."""
+        """Lend a connection, to those who wait in their order.  Raises SQLAlchemyError, or ConfigurationError."""
         engine = self.engine
-        with self._turns.one(), engine.connect() as connection:
+        with self._turns.one(), self._connect(engine) as connection:
             yield connection
+
+    def _connect(self, engine: Engine) -> Connection:
+        try:
+            return engine.connect()
+        except Exception as error:
+            if not is_strange_to_driver(error):
+                raise
+            options = ', '.join(sorted(engine.url.query)) or 'none'
+            raise self._lasting_mistake(
+                f'the driver can do nothing with it, or with an option in it ({options}): {type(error).__name__}: '
+                f'{without_passwords(first_line(error), engine.url)}'
+            ) from error
 
     def run(self, work: Callable[[Connection], T]) -> T:
         """
@@ -254,21 +249,45 @@ class Database:
 
     def refusal(self, error: SQLAlchemyError) -> MailqueueError:
         """Return what to raise because of *error*."""
-        if self._is_mistake(error):
+        if self._file is not None and _is_closed(self._file, error):
             return self._mistake(
-                f'cannot be used: {first_line(error)}. Trying again will not help: correct the URL, or what its user '
-                'may do (see docs/sql.rst).'
+                f'cannot be used: {first_line(error)}. The file {self._file} and its directory have to be writable for '
+                f'the user that this runs as ({os.geteuid()}).'
             )
-        kind = QueueError if isinstance(error, _OUR_FAULT) else DatabaseAway
+        if self._is_mistake(error):
+            return self._lasting_mistake(first_line(error))
+        kind = QueueError if is_of_statement(error) else DatabaseAway
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
 
+    def _lasting_mistake(self, problem: str) -> ConfigurationError:
+        return self._mistake(
+            f'cannot be used: {problem}. Trying again will not help: correct the URL (mailqueue.sql_url, or '
+            'sqlalchemy.url where that is not set), or what its user may do (see docs/sql.rst).'
+        )
+
     def _is_mistake(self, error: SQLAlchemyError) -> bool:
-        if _sqlstate(error) == _NOT_ALLOWED:
+        if is_forbidden(error):
             return True
         # Later on the database was good for a queue once, and what is under way may be so again.
         return not self._is_checked and (
-            isinstance(error, _OUR_FAULT) or any(words in _said(error).lower() for words in _SAID_OF_MISTAKES)
+            is_of_statement(error) or is_said_of_mistakes(error) or is_code_of_mistake(self._code(error))
         )
+
+    def _code(self, error: SQLAlchemyError) -> str | None:
+        """Whoever tries again and again hears the same words, and asks once."""
+        words = said(error)
+        if words != self._refused[0]:
+            self._refused = (words, code_of_refusal(error))
+        return self._refused[1]
+
+
+def _is_closed(file: Path, error: SQLAlchemyError) -> bool:
+    """Whether SQLite cannot write because this user may not: into the file, or a journal beside it."""
+    if 'readonly database' in said(error):
+        return True
+    if 'unable to open database file' not in said(error) or not file.exists():
+        return False
+    return not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 class _Turns:
@@ -322,23 +341,3 @@ class _Turns:
                 self._waiting.popleft().release()
             else:
                 self._free += 1
-
-
-def first_line(error: Exception) -> str:
-    """What the database said, without the statement."""
-    said = _said(error)
-    return _without_full_stop(said.splitlines()[0]) if said else type(error).__name__
-
-
-def _said(error: Exception) -> str:
-    return str(error.orig if isinstance(error, DBAPIError) and error.orig else error).strip()
-
-
-def _without_full_stop(said: object) -> str:
-    return str(said).rstrip('.')
-
-
-def _sqlstate(error: SQLAlchemyError) -> str | None:
-    """The code of an error of PostgreSQL; psycopg2 has another name for it."""
-    said = getattr(error, 'orig', None)
-    return getattr(said, 'sqlstate', None) or getattr(said, 'pgcode', None)

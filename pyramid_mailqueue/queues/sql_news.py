@@ -18,7 +18,8 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from pyramid_mailqueue.exceptions import MailqueueError
-from pyramid_mailqueue.queues.sql_database import Database, first_line
+from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_trouble import first_line
 
 __all__ = ['listening', 'tell']
 

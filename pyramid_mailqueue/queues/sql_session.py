@@ -22,9 +22,10 @@ from transaction.interfaces import NoTransaction
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.queues.sql_claim import NewMessage
-from pyramid_mailqueue.queues.sql_database import Database, first_line
+from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import shown
 from pyramid_mailqueue.queues.sql_schema import Message
+from pyramid_mailqueue.queues.sql_trouble import first_line
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import pwd
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url
@@ -12,6 +16,7 @@ from pyramid_mailqueue.cli import queue as mq_queue_command
 from pyramid_mailqueue.cli import run as mq_run_command
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.queues import sql_trouble
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_mailer, build_queue
@@ -117,6 +122,16 @@ def test_an_option_that_a_driver_cannot_read_is_a_mistake(url):
         Database(with_query(url, connect_timeout='soon')).check()
 
 
+@pytest.mark.parametrize('option', ['prepare_threshold', 'row_factory', 'cursor_factory', 'connection_factory'])
+def test_an_option_at_which_a_driver_stumbles_is_a_mistake_that_shows_no_password(url, option, mq_run):
+    wrong = make_url(with_query(url, **{option: 'secret'})).set(password='secret')
+
+    status, err = mq_run(wrong.render_as_string(hide_password=False))
+
+    assert (status, option in err, 'mailqueue.sql_url' in err, 'Traceback' in err) == (78, True, True, False), err
+    assert 'secret' not in err.replace(f'{option}=secret', '')
+
+
 @pytest.fixture
 def locked_server(own_postgres):
     engine = create_engine(own_postgres.url('psycopg'), isolation_level='AUTOCOMMIT')
@@ -133,7 +148,16 @@ def locked_server(own_postgres):
     return own_postgres
 
 
-def test_a_user_who_may_not_connect_is_a_mistake_and_a_server_that_is_full_or_gone_is_not(locked_server):
+USERS = (
+    ('shop', 'wrong', 'password authentication failed'),
+    ('shop', None, 'no password supplied'),
+    ('stranger', None, 'pg_hba.conf'),
+    ('nobodys', None, 'not permitted to log in'),
+    ('nosuch', None, 'role "nosuch" does not exist'),
+)
+
+
+def test_a_user_who_may_not_connect_is_a_mistake_and_a_server_that_is_full_or_gone_is_not(locked_server, monkeypatch):
     def refusal(driver, user, password=None):
         url = make_url(locked_server.url(driver)).set(username=user, password=password)
         database = Database(url)
@@ -143,18 +167,19 @@ def test_a_user_who_may_not_connect_is_a_mistake_and_a_server_that_is_full_or_go
         assert 'wrong' not in str(info.value)
         return info.type, str(info.value)
 
-    for driver in DRIVERS:
-        for user, password, problem in (
-            ('shop', 'wrong', 'password authentication failed'),
-            ('shop', None, 'no password supplied'),
-            ('stranger', None, 'pg_hba.conf'),
-            ('nobodys', None, 'not permitted to log in'),
-            ('nosuch', None, 'role "nosuch" does not exist'),
-        ):
+    def check(driver):
+        for user, password, problem in USERS:
             kind, said = refusal(driver, user, password)
             assert (kind, problem in said) == (ConfigurationError, True), said
         kind, said = refusal(driver, 'many')
         assert (kind, 'too many connections' in said) == (DatabaseAway, True), said
+
+    for driver in DRIVERS:
+        check(driver)
+    with monkeypatch.context() as patch:
+        # As of a server that speaks another language; what a driver says itself is English everywhere.
+        patch.setattr(sql_trouble, '_SAID_OF_MISTAKES', ('no password supplied',))
+        check('psycopg')
     locked_server.stop()
     for driver in DRIVERS:
         assert refusal(driver, 'shop', 'right')[0] is DatabaseAway
@@ -313,6 +338,41 @@ def test_a_file_that_is_no_database_or_cannot_be_made_is_a_mistake(tmp_path, mq_
     assert (status, 'file is not a database' in err) == (78, True)
     status, err = mq_queue(f'sqlite:///{tmp_path}/nosuch/app.sqlite', 'init')
     assert (status, 'unable to open database file' in err) == (78, True)
+
+
+def test_a_file_that_cannot_be_written_is_a_mistake_and_may_be_looked_at(tmp_path, mq_queue, mq_run):
+    file = tmp_path / 'app.sqlite'
+    assert mq_queue(f'sqlite:///{file}', 'init') == (0, '')
+    read_only = f'sqlite:///file:{file}?mode=ro&uri=true'
+
+    assert mq_queue(read_only, 'list') == (0, '')
+    status, err = mq_run(read_only)
+    assert (status, f'The file {file} and its directory have to be writable' in err) == (78, True), err
+
+
+@pytest.fixture
+def foreign_folder():
+    """A folder that the user of the test may read only, who is not root meanwhile."""
+    folder = Path(tempfile.mkdtemp(prefix='mq-read-only-'))
+    create_queue_tables(f'sqlite:///{folder}/app.sqlite')
+    (folder / 'app.sqlite').chmod(0o666)
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(pwd.getpwnam('nobody').pw_uid)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_is_a_mistake(foreign_folder, make_queue, envelope):
+    file = foreign_folder / 'app.sqlite'
+    queue = make_queue(f'sqlite:///{file}')
+    queue.check()
+
+    with pytest.raises(ConfigurationError, match=f'The file {file} and its directory have to be writable'):
+        queue.put(envelope)
 
 
 # --- URLs -------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""
+What a database says when it cannot be used: whether that passes by itself, or a person has to mend something.
+
+Where there is a code (SQLSTATE) it decides, because the words are in the language of the server.  Of a connection that
+is refused the drivers hand out the words only: there they decide where they are known to us, and else the server is
+asked once more for the code (:func:`code_of_refusal`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError, StatementError
+
+__all__ = [
+    'code_of_refusal',
+    'first_line',
+    'is_code_of_mistake',
+    'is_forbidden',
+    'is_of_statement',
+    'is_said_of_mistakes',
+    'is_strange_to_driver',
+    'said',
+]
+
+# Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
+_OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
+
+# SQLSTATE insufficient_privilege.
+_NOT_ALLOWED = '42501'
+
+# Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
+_OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
+
+# What is said of a connection that cannot be made and that nothing but a person will mend: by SQLite and by the
+# libraries of the drivers, which speak English, and by servers that do.
+_SAID_OF_MISTAKES = (
+    'authentication failed',
+    "can't get cancellation key",
+    'could not parse',
+    'definition of service',
+    'does not exist',
+    'does not support ssl',
+    'file is not a database',
+    'invalid ',
+    'no password supplied',
+    'no such access mode',
+    'no such cache mode',
+    'no such vfs',
+    'not permitted to log in',
+    'permission denied',
+    'pg_hba.conf',
+    'requires a value',
+    'unable to open database file',
+    'unrecognized configuration parameter',
+)
+
+#: How long a server may take to refuse a connection for the second time, in seconds.
+PATIENCE = 10
+
+# What libpq writes of such a message; old servers and poolers leave out the severity that is not translated (V).
+_REFUSAL = re.compile(rb'\tErrorResponse\t S "[^"\n]*"(?: V "[^"\n]*")? C "([0-9A-Z]{5})"')
+
+
+def said(error: Exception) -> str:
+    """Return what the database or its driver said, without the statement."""
+    return str(error.orig if isinstance(error, StatementError) and error.orig else error).strip()
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of it, for a sentence."""
+    words = said(error)
+    return words.splitlines()[0].rstrip('.') if words else type(error).__name__
+
+
+def is_of_statement(error: SQLAlchemyError) -> bool:
+    """Whether the statement, or what is in it, was refused."""
+    return isinstance(error, _OF_STATEMENTS)
+
+
+def is_forbidden(error: SQLAlchemyError) -> bool:
+    """Whether the user may not do this, or nobody may."""
+    # SQLite has a code for the second one, which Python tells only since 3.11.
+    return _code_of(error) == _NOT_ALLOWED or 'readonly database' in said(error)
+
+
+def is_strange_to_driver(error: Exception) -> bool:
+    """Whether a driver could not make anything of what it was given, in an error that is not one of databases."""
+    if isinstance(error, StatementError):
+        return not isinstance(error, DBAPIError)
+    return isinstance(error, (AttributeError, LookupError, TypeError, ValueError))
+
+
+def is_said_of_mistakes(error: SQLAlchemyError) -> bool:
+    """Whether the words are known to us as those of something that does not pass."""
+    words = said(error).lower()
+    return any(known in words for known in _SAID_OF_MISTAKES)
+
+
+def is_code_of_mistake(code: str | None) -> bool:
+    """Whether *code* is the SQLSTATE of something that does not pass."""
+    return code is not None and code.startswith(_OF_MISTAKES)
+
+
+def _code_of(error: SQLAlchemyError) -> str | None:
+    """The SQLSTATE of an error; psycopg2 has another name for it."""
+    orig = getattr(error, 'orig', None)
+    return getattr(orig, 'sqlstate', None) or getattr(orig, 'pgcode', None)
+
+
+def code_of_refusal(error: SQLAlchemyError) -> str | None:
+    """
+    Return the SQLSTATE with which a server refuses connections; None if nobody can tell.
+
+    libpq knows it, and hands out nothing but text.  What it does tell is each message of the server, to whoever traces
+    a connection: so one more is made, in the same way.  psycopg2 cannot do that, and libpq before version 14 writes
+    something else.
+    """
+    failed = getattr(getattr(error, 'orig', None), 'pgconn', None)
+    if failed is None:
+        return _code_of(error)
+    # Whatever it is that does not work here, it was only an attempt to know better.
+    with suppress(Exception):
+        return _traced([(option.keyword.decode(), option.val.decode()) for option in failed.info if option.val])
+    return None
+
+
+def _traced(parameters: list[tuple[str, str]]) -> str | None:
+    from psycopg.conninfo import make_conninfo
+    from psycopg.pq import PGconn
+
+    connection = PGconn.connect_start(make_conninfo(**dict(parameters)).encode())
+    # A file that nobody else sees: there may be a password in it.
+    with os.fdopen(os.memfd_create('mailqueue'), 'rb') as trace:
+        try:
+            connection.trace(trace.fileno())
+            _finish(connection)
+            connection.untrace()
+        finally:
+            connection.finish()
+        codes = _REFUSAL.findall(os.pread(trace.fileno(), 65536, 0))
+    return codes[-1].decode() if codes else None
+
+
+def _finish(connection: Any) -> None:
+    """Wait until a connection is there, or is not going to be."""
+    from psycopg.pq import PollingStatus
+
+    events = {PollingStatus.READING: select.POLLIN, PollingStatus.WRITING: select.POLLOUT}
+    end = time.monotonic() + PATIENCE
+    while (event := events.get(connection.connect_poll())) and (rest := end - time.monotonic()) > 0:
+        poll = select.poll()
+        poll.register(connection.socket, event)
+        poll.poll(rest * 1000)
