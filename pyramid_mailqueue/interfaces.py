@@ -135,6 +135,9 @@ class IMailQueue(Interface):
     def counts() -> Mapping[str, int]:
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
 
+    def count_waiting(most: int) -> int:
+        """Return how many messages wait, due or not; where there are more than *most*, any number above that."""
+
     admin: IQueueAdmin = Attribute('An IQueueAdmin of this queue: what a person may see and do.')
 
 

@@ -8,6 +8,7 @@ when there was nothing to do.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import signal
@@ -45,6 +46,9 @@ __all__ = ['main']
 
 #: How often ``--watch`` looks again, in seconds.
 WATCH_INTERVAL = 5
+
+#: The summary counts so many that wait, at most: a database would take its time to count all of a long backlog.
+MOST_WAITING = 10_000
 
 _EPILOG = """\
 exit status:
@@ -311,7 +315,8 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
             # What other packages tell developers on import is no reason for cron to send mail.
             if not sys.warnoptions:
                 warnings.simplefilter('ignore')
-            app = loader.get_wsgi_app(arguments.name, overrides)
+            with _trouble_left_unsaid():
+                app = loader.get_wsgi_app(arguments.name, overrides)
     except Exception as error:
         # Pyramid wraps what is raised while it executes a deferred action.
         cause = getattr(error, 'evalue', error)
@@ -323,6 +328,21 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
 
     # Middleware around an application has no registry.
     return getattr(app, 'registry', None) or global_registries.last
+
+
+@contextmanager
+def _trouble_left_unsaid() -> Iterator[None]:
+    """The run comes next: it says the same of a database that is away, or that it is back."""
+    logger = logging.getLogger('mailqueue.delivery')
+
+    def is_said(record: logging.LogRecord) -> bool:
+        return not any(isinstance(argument, QueueError) for argument in record.args or ())
+
+    logger.addFilter(is_said)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_said)
 
 
 def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
@@ -342,7 +362,8 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         '0 sent' if report.trouble else 'nothing to do'
     ]
     try:
-        waiting = f'; {runner.queue.counts().get("waiting", 0)} waiting'
+        number = runner.queue.count_waiting(MOST_WAITING)
+        waiting = f'; {number if number <= MOST_WAITING else f"more than {MOST_WAITING}"} waiting'
     except QueueError:
         # What was done is done.  If the queue is still away for the next run, that tells of it.
         waiting = ''

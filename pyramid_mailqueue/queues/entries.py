@@ -24,6 +24,7 @@ __all__ = [
     'STATES',
     'UNDELIVERED',
     'Choice',
+    'DomainCount',
     'QueueEntry',
     'QueueStats',
     'Tally',
@@ -221,17 +222,34 @@ def tally(entries: Iterable[QueueEntry], now: float, domains_of: Collection[str]
     :param domains_of: the states whose messages are counted by domain
     """
     by_state = {state: _Count() for state in STATES}
-    by_domain: defaultdict[str, _Count] = defaultdict(_Count)
+    domains = DomainCount(now)
     for entry in entries:
-        by_state[entry.state].add(entry, now)
+        by_state[entry.state].add(entry.queued_at, entry.size, now)
         if entry.state in domains_of:
-            for domain in {recipient.rpartition('@')[2].lower() for recipient in entry.recipients}:
-                by_domain[domain].add(entry, now)
-    largest_first = sorted(by_domain.items(), key=lambda item: (-item[1].messages, item[0]))
-    return QueueStats(
-        {state: count.tally() for state, count in by_state.items()},
-        {domain: count.tally() for domain, count in largest_first},
-    )
+            domains.add(entry.recipients, entry.queued_at, entry.size)
+    return QueueStats({state: count.tally() for state, count in by_state.items()}, domains.tallies())
+
+
+class DomainCount:
+    """
+    Tallies by the domains of recipients, still being made.
+
+    :param now: seconds since the epoch, from which ages are counted
+    """
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._counts: defaultdict[str, _Count] = defaultdict(_Count)
+
+    def add(self, recipients: Iterable[str], queued_at: float | None, size: int) -> None:
+        """Count one message."""
+        for domain in {recipient.rpartition('@')[2].lower() for recipient in recipients}:
+            self._counts[domain].add(queued_at, size, self._now)
+
+    def tallies(self) -> dict[str, Tally]:
+        """Return a tally for each domain, the largest first."""
+        largest_first = sorted(self._counts.items(), key=lambda item: (-item[1].messages, item[0]))
+        return {domain: count.tally() for domain, count in largest_first}
 
 
 class _Count:
@@ -245,13 +263,13 @@ class _Count:
         self.oldest: float | None = None
         self.by_age = [0] * (len(AGE_LIMITS) + 1)
 
-    def add(self, entry: QueueEntry, now: float) -> None:
+    def add(self, queued_at: float | None, size: int, now: float) -> None:
         self.messages += 1
-        self.size += entry.size
-        if entry.queued_at is None:
+        self.size += size
+        if queued_at is None:
             return
-        self.oldest = entry.queued_at if self.oldest is None else min(self.oldest, entry.queued_at)
-        self.by_age[bisect_left(AGE_LIMITS, (now - entry.queued_at) / 60)] += 1
+        self.oldest = queued_at if self.oldest is None else min(self.oldest, queued_at)
+        self.by_age[bisect_left(AGE_LIMITS, (now - queued_at) / 60)] += 1
 
     def tally(self) -> Tally:
         return Tally(self.messages, self.size, self.oldest, tuple(self.by_age))

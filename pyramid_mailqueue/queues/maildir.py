@@ -270,6 +270,10 @@ class MaildirQueue(MaildirFolders):
             'corrupt': sum(1 for _ in self.files('corrupt')),
         }
 
+    def count_waiting(self, most: int) -> int:
+        """See `IMailQueue`."""
+        return sum(1 for _ in self.files('new'))
+
     def _is_nobodys(self, folder: str, name: str) -> bool:
         file = self.take(folder, name)
         if file is None:

@@ -33,6 +33,7 @@ from pyramid_mailqueue.queues.sql_schema import (
     Message,
     current_schema,
     database_time,
+    has_run_out,
     recipients_of,
 )
 
@@ -197,7 +198,7 @@ class SQLSide:
         A batch that not the last move has begun can be that of a copy of this directory, which is at work elsewhere.
         """
         directory = f'move:{self._record.directory}.'
-        is_over = or_(Message.claim.startswith(f'{directory}{self._record.run}.'), Message.lease < database_time())
+        is_over = or_(Message.claim.startswith(f'{directory}{self._record.run}.'), has_run_out())
         ours = (state_is('in doubt'), Message.claim.startswith(directory), is_over)
         found = self._rows(select(Message.claim).where(*ours).distinct())
         return {match[1] for (claim,) in found if (match := _CLAIM.fullmatch(claim))}

@@ -37,7 +37,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import CTE, Connection, Float, Integer, Text, Update, bindparam, func, select, tuple_, union_all, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    CompoundSelect,
+    Float,
+    Integer,
+    Text,
+    Update,
+    bindparam,
+    func,
+    literal_column,
+    not_,
+    select,
+    tuple_,
+    union_all,
+    update,
+)
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_queued
@@ -52,7 +68,7 @@ from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_schema import ASIDE, Message, has_run_out
 from pyramid_mailqueue.queues.sql_session import SameTables, insert_into, session_of, takes_part, unencodable
 from pyramid_mailqueue.queues.sql_staging import SQLStaging
 
@@ -192,7 +208,7 @@ class SQLQueue:
 
     def recover(self, now: float) -> Recovery:
         """See `IMailQueue`.  No commit is ever in doubt here: the row commits with the rest, or does not."""
-        ran_out = (state_is('in progress'), Message.lease < database_time())
+        ran_out = (state_is('in progress'), has_run_out())
         bury = update(Message).where(*ran_out, Message.deaths >= MAX_DEATHS - 1)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
@@ -222,20 +238,18 @@ class SQLQueue:
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
         self.leases.flush()
-        # Each by its own index.
-        statement = union_all(
-            *(
-                select(Message.state, func.count())
-                .where(state_is(state), *((IS_SEEN,) if state == 'in doubt' else ()))
-                .group_by(Message.state)
-                for state in STATES
-            )
-        )
+        found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))))
+        # Nothing has an index of those whose state is none.
+        counts = {state: found.get(state, 0) for state in STATES}
+        counts['corrupt'] += found[_ALL] - sum(counts.values())
+        counts['in doubt'] -= found[_UNSEEN]
+        return counts
 
-        def count(connection: Connection) -> dict[str, int]:
-            return {row[0]: row[1] for row in connection.execute(statement)}
-
-        return {**dict.fromkeys(STATES, 0), **self.database.run(count)}
+    def count_waiting(self, most: int) -> int:
+        """See `IMailQueue`.  Asked after each round that has sent something, where many rows may be behind."""
+        self.leases.flush()
+        some = select(literal_column('1')).where(state_is('waiting')).limit(most + 1).subquery()
+        return self.database.run(lambda c: c.scalar(select(func.count()).select_from(some))) or 0
 
     def close(self) -> None:
         """
@@ -264,6 +278,30 @@ def _blaming_setting() -> Iterator[None]:
         yield
     except ConfigurationError as error:
         raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
+
+
+# In the place of a state: all rows, and those in doubt that a move has in hand.
+_ALL, _UNSEEN = 'all', 'unseen'
+
+
+@lru_cache
+def _counting() -> CompoundSelect[Any]:
+    """
+    Return a statement that yields each state with its number of rows, and so :data:`_ALL` and :data:`_UNSEEN`.
+
+    Each is answered by an index alone, as far as VACUUM has seen the rows: no column is asked for that is not in it.
+    """
+    is_meant: dict[str, tuple[ColumnElement[bool], ...]] = {
+        'waiting': (state_is('waiting'),),
+        'in progress': (state_is('in progress'),),
+        _UNSEEN: (state_is('in doubt'), not_(IS_SEEN)),
+        _ALL: (),
+    }
+    each = [
+        select(literal_column(f"'{name}'", Text()), func.count()).select_from(Message).where(*conditions)
+        for name, conditions in is_meant.items()
+    ]
+    return union_all(*each, select(Message.state, func.count()).where(state_is(*ASIDE)).group_by(Message.state))
 
 
 @lru_cache

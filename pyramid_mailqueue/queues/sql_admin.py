@@ -4,32 +4,60 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, Text, and_, case, cast, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    delete,
+    false,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import STATES, QueueEntry, QueueStats, tally
+from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, QueueEntry, QueueStats, Tally
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
-from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import CONTENT, Message, database_time, is_time, recipients_of
+from pyramid_mailqueue.queues.sql_outcomes import IS_UNKNOWN, UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_schema import (
+    CONTENT,
+    RECIPIENTS,
+    Message,
+    has_run_out,
+    has_time,
+    is_time,
+    recipients_of,
+)
 
 __all__ = ['IS_SEEN', 'SQLAdmin']
 
-#: So many messages are read at once.
-PAGE = 500
+#: So many messages are read at once; and so many where little is read of each.
+PAGE, MANY = 500, 5000
+
+#: The oldest is likely to be among so many that came first.
+FEW = 100
 
 #: So many ids with the same beginning are named.
 SOME = 5
 
 _COLUMNS = (
     Message.id,
-    Message.state,
+    cast(Message.state, Text).label('state'),
     Message.attempts,
     Message.queued_at,
     Message.due,
@@ -67,33 +95,50 @@ class SQLAdmin:
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
         self._leases.flush()
-        last = ''
-        while page := self._page(states, last, PAGE):
-            yield from page
-            last = page[-1].id
+        yield from map(_entry, self._pages(select(*_COLUMNS), states, PAGE))
 
-    def _page(self, states: Collection[str], last: str, size: int) -> list[QueueEntry]:
-        """No connection is kept while a person reads."""
-        if not states:
-            return []
-        meant = (Message.id > last, state_is(*states), IS_SEEN)
-        statement = select(*_COLUMNS).where(*meant).order_by(Message.id).limit(size)
-        return [*map(_entry, self._rows(statement))]
+    def _pages(self, statement: Select[Any], states: Collection[str], size: int) -> Iterator[Row[Any]]:
+        """Yield rows in the order of their ids, read so many at once: no connection is kept while a person reads."""
+        statement = statement.where(_is_in(states), IS_SEEN).order_by(Message.id).limit(size)
+        rows = self._rows(statement)
+        yield from rows
+        while len(rows) == size:
+            rows = self._rows(statement.where(Message.id > rows[-1].id))
+            yield from rows
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
-        oldest, since = None, math.inf
-        # The order is that in which they came for the first time; after a retry a message counts from later on.
-        for entry in self.entries(states):
-            if _born(entry.id) > since:
-                break
-            if entry.queued_at is not None and entry.queued_at < since:
-                oldest, since = entry, entry.queued_at
-        return oldest
+        self._leases.flush()
+        # Each state by its own index.
+        found = [entry for state in states if (entry := self._oldest(state)) is not None]
+        return min(found, key=lambda entry: (entry.queued_at or 0, entry.id), default=None)
+
+    def _oldest(self, state: str) -> QueueEntry | None:
+        statement = select(*_COLUMNS).where(_is_in([state]), IS_SEEN)
+        first = [*map(_entry, self._rows(statement.order_by(Message.id).limit(FEW)))]
+        known = [entry for entry in first if entry.queued_at is not None]
+        oldest = min(known, key=lambda entry: entry.queued_at or 0, default=None)
+        if len(first) < FEW or (oldest is not None and _born(first[-1].id) > (oldest.queued_at or 0)):
+            # Their order is that in which they came for the first time; nobody is in the queue for longer than that.
+            return oldest
+        # After a retry a message counts from later on.
+        by_time = statement.where(has_time(Message.queued_at)).order_by(Message.queued_at, Message.id)
+        return next(map(_entry, self._rows(by_time.limit(1))), None)
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
-        """See `IQueueAdmin`."""
-        return tally(self.entries(STATES), self._clock(), domains_of)
+        """See `IQueueAdmin`.  The database counts but for the domains, for which addresses have to be read."""
+        self._leases.flush()
+        now = self._clock()
+        by_state = dict.fromkeys(STATES, Tally())
+        for row in self._rows(_counting(now)):
+            state = row.state if row.state in STATES else 'corrupt'
+            by_state[state] += _tally(row[1:])
+        domains = DomainCount(now)
+        for row in self._pages(select(*_ADDRESSES), domains_of, MANY):
+            # What is damaged has none.
+            with suppress(ValueError):
+                domains.add(recipients_of(row.recipients), _time(row.queued_at), row.size)
+        return QueueStats(by_state, domains.tallies())
 
     def find(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
@@ -115,9 +160,10 @@ class SQLAdmin:
 
     def _whole(self, id: str) -> str:
         """Return the id that begins so."""
-        if not id or not id.isprintable():
+        if not id.isprintable():
             raise _nobody(id)
-        begins_so = and_(Message.id >= id, Message.id < id + '\U0010ffff')
+        # The empty one is the beginning of all, and means the one that is empty.
+        begins_so = and_(Message.id >= id, Message.id < id + '\U0010ffff') if id else Message.id == id
         found = [row.id for row in self._rows(select(Message.id).where(begins_so).order_by(Message.id).limit(SOME + 1))]
         if not found:
             raise _nobody(id)
@@ -157,7 +203,7 @@ class SQLAdmin:
 
     def delete(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
-        condition = or_(_WAITING, state_is('held', 'dead', 'corrupt'))
+        condition = or_(_WAITING, state_is('held', 'dead', 'corrupt'), IS_UNKNOWN)
         return self._changed(id, 'deleted', delete(Message).where(condition))
 
     def flush(self) -> int:
@@ -187,27 +233,75 @@ class SQLAdmin:
 
 
 #: A message that a move has in hand just now (see :mod:`~.moving_sql`) is not to be seen.
-IS_SEEN = or_(Message.state != 'in doubt', Message.lease < database_time())
+IS_SEEN = or_(Message.state != 'in doubt', has_run_out())
 
 #: What waits, or would if anybody had seen that its deliverer died.
-_WAITING = or_(state_is('waiting'), and_(state_is('in progress'), Message.lease < database_time()))
+_WAITING = or_(state_is('waiting'), and_(state_is('in progress'), has_run_out()))
+
+
+def _is_in(states: Collection[str]) -> ColumnElement[bool]:
+    """The rows in these states; what is in none that there is is *corrupt*."""
+    if not states:
+        return false()
+    if set(states) == set(STATES):
+        return true()
+    return or_(state_is(*states), IS_UNKNOWN) if 'corrupt' in states else state_is(*states)
+
+
+# What has to be known of a message for its domains.
+_ADDRESSES: tuple[Any, ...] = (
+    Message.id,
+    RECIPIENTS,
+    Message.queued_at,
+    func.coalesce(func.length(Message.content), 0).label('size'),
+)
+
+
+def _counting(now: float) -> Select[Any]:
+    """Return a statement that yields each state with the figures of :func:`_tally`."""
+    queued_at = Message.queued_at
+    is_known = has_time(queued_at)
+    as_old: Iterator[Any] = (func.count().filter(is_known, queued_at >= now - 60 * limit) for limit in AGE_LIMITS)
+    figures = (
+        func.count(),
+        func.coalesce(func.sum(func.length(Message.content)), 0),
+        func.min(queued_at).filter(is_known),
+        func.count().filter(is_known),
+        *as_old,
+    )
+    state = cast(Message.state, Text)
+    return select(state.label('state'), *figures).where(IS_SEEN).group_by(state)
+
+
+def _tally(figures: Sequence[Any]) -> Tally:
+    """
+    Return what the database has counted.
+
+    The figures are the messages; their octets; the time of the oldest; of how many a time is known; and how many of
+    these are at most as old as each of :data:`~.entries.AGE_LIMITS`.
+    """
+    messages, size, oldest, known, *as_old = figures
+    by_age = tuple(number - before for before, number in pairwise((0, *as_old, known)))
+    return Tally(messages, int(size), oldest, by_age)
 
 
 def _entry(row: Row[Any]) -> QueueEntry:
     """What is damaged is not known, and does not keep the rest from being seen."""
-    last_reply = row.last_reply
+    state, last_reply = row.state, row.last_reply
     try:
         recipients = recipients_of(row.recipients)
     except ValueError as error:
         recipients, last_reply = (), str(error)
+    if state not in STATES:
+        state, last_reply = 'corrupt', f'its state is {ascii(state)}, and there is none of this name'
     return QueueEntry(
         row.id,
-        row.state,
+        state,
         row.sender,
         recipients,
         retries=row.attempts,
         queued_at=_time(row.queued_at),
-        due=_time(row.due) if row.state in ('waiting', 'held') else None,
+        due=_time(row.due) if state in ('waiting', 'held') else None,
         last_attempt=_time(row.last_attempt),
         last_reply=last_reply,
         subject=row.subject,

@@ -116,7 +116,7 @@ class SQLClaim:
             self._leases.lose([self])
             raise QueueError('somebody else has it')
         try:
-            _check_numbers(self._row)
+            _check(self._row)
             return Envelope(self._row.sender, recipients_of(self._row.recipients), content)
         except (TypeError, ValueError) as error:
             self._put_aside(str(error))
@@ -153,8 +153,11 @@ class SQLClaim:
         self._leases.release([self])
 
 
-def _check_numbers(row: ClaimedRow) -> None:
-    """What a retry is reckoned with.  Raises TypeError or ValueError."""
+def _check(row: ClaimedRow) -> None:
+    """Its name, and what a retry is reckoned with.  Raises TypeError or ValueError."""
+    if not row.id:
+        # That is what a message is called which is in no queue.
+        raise ValueError('its id is empty')
     if not is_time(row.queued_at):
         raise ValueError(f'its queued_at is no time: {row.queued_at!r}')
     if not isinstance(row.attempts, int):

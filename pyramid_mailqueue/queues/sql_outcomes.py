@@ -30,15 +30,17 @@ from sqlalchemy import (
     insert,
     literal,
     literal_column,
+    not_,
     select,
     update,
 )
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_schema import Message
+from pyramid_mailqueue.queues.sql_schema import ASIDE, Message
 
 __all__ = [
+    'IS_UNKNOWN',
     'UNCLAIMED',
     'Claimed',
     'delete_done',
@@ -76,7 +78,13 @@ class Claimed(Protocol):
 def state_is(*states: str) -> ColumnElement[bool]:
     """The states stand in the text of the statement: only so the database sees which index is meant."""
     literals = [_LITERALS[state] for state in states]
-    return Message.state == literals[0] if len(literals) == 1 else Message.state.in_(literals)
+    meant = Message.state == literals[0] if len(literals) == 1 else Message.state.in_(literals)
+    # SQLite does not see that one of them is among those that the index has.
+    return and_(meant, state_is(*ASIDE)) if {*states} < {*ASIDE} else meant
+
+
+#: The rows whose state is none: somebody has written it there.  No index has them.
+IS_UNKNOWN = not_(state_is(*STATES))
 
 
 def owned(dialect: str) -> ColumnElement[bool]:

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     URL,
+    ColumnElement,
     Connection,
     Float,
     Index,
@@ -25,12 +26,14 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    and_,
     cast,
     create_mock_engine,
     event,
     func,
     insert,
     inspect,
+    or_,
     select,
     text,
 )
@@ -39,6 +42,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.expression import FunctionElement
 
 __all__ = [
+    'ASIDE',
     'CONTENT',
     'NOT_NOTED',
     'RECIPIENTS',
@@ -49,6 +53,8 @@ __all__ = [
     'current_schema',
     'database_time',
     'ddl',
+    'has_run_out',
+    'has_time',
     'is_time',
     'metadata',
     'recipients_of',
@@ -61,6 +67,9 @@ VERSION = 1
 
 #: Below all versions: that of tables of which nobody has noted it.
 NOT_NOTED = 0
+
+#: The states in which a message rests until a person, or a move, does something about it.
+ASIDE = ('held', 'dead', 'in doubt', 'corrupt')
 
 #: "mailqueue" in eight bytes: whoever creates the tables holds this advisory lock meanwhile.
 _LOCK = 0x6D61_696C_7175_6575
@@ -141,6 +150,18 @@ def is_time(value: object) -> bool:
 _END_OF_TIME = 6e10
 
 
+def has_time(column: Any) -> ColumnElement[bool]:
+    """The same of a column, to the database: PostgreSQL has NaN behind all numbers, and SQLite has texts there."""
+    is_one: ColumnElement[bool] = and_(column > -_END_OF_TIME, column < _END_OF_TIME)
+    return is_one
+
+
+def has_run_out() -> ColumnElement[bool]:
+    """The rows whose lease is over, or was never any: nobody would wait for such a one to end."""
+    lease = Message.lease
+    return or_(lease < database_time(), lease >= _END_OF_TIME, lease.is_(None))
+
+
 # --- which tables there are --------------------------------------------------
 
 
@@ -160,7 +181,7 @@ def _index(name: str, *columns: Any, where: str) -> Index:
 
 _index('due', Message.due, Message.id, where="state = 'waiting'")
 _index('lease', Message.lease, where="state = 'in progress'")
-_index('aside', Message.state, Message.id, where="state IN ('held', 'dead', 'in doubt', 'corrupt')")
+_index('aside', Message.state, Message.id, where=f'state IN {ASIDE}')
 
 
 @event.listens_for(Message.__table__, 'after_create')

@@ -187,6 +187,17 @@ def test_a_summary_can_be_asked_for(mq_run, app_ini, put):
     assert mq_run(app_ini(), '--verbose') == (0, 'mq-run: nothing to do; 1 waiting\n', '')
 
 
+def test_a_summary_does_not_count_all_of_a_long_backlog(queue_dir, app_ini, put, monkeypatch, capsys):
+    for _ in range(3):
+        put(since=-60)
+    monkeypatch.setattr(run, 'MOST_WAITING', 2)
+
+    with pytest.raises(SystemExit):
+        run.main([str(app_ini()), '--verbose'])
+
+    assert capsys.readouterr().out == 'mq-run: nothing to do; more than 2 waiting\n'
+
+
 def test_what_is_due_is_sent_oldest_first_over_one_connection(mq_run, app_ini, put, state, server):
     for since, recipient in ((1, 'second@x.example'), (2, 'first@x.example')):
         put(recipient, since=since)
@@ -612,6 +623,16 @@ def test_a_mistake_in_the_settings_of_an_application_is_no_traceback(mq_run, sho
     assert status == 78
     assert f"mq-run: {path}: mailqueue.smtp_prt = '1': there is no such key" in err
     assert 'Traceback' not in err
+
+
+def test_a_database_that_is_away_is_told_of_once(mq_run, shop_ini):
+    url = 'postgresql+psycopg://nobody@127.0.0.1:1/app'
+    path = shop_ini(queue='sql', sql_url=url, transports='smtp', smtp_hostname='127.0.0.1')
+
+    for option in ([], ['--app']):
+        status, out, err = mq_run(path, *option)
+
+        assert (status, out, err.count('cannot be used')) == (75, '', 1), err
 
 
 def test_an_application_that_cannot_be_loaded_shows_why(mq_run, shop_ini):

@@ -161,6 +161,14 @@ def test_what_is_put_waits_and_is_due(queue):
     assert (taken.id, taken.envelope) == (name, ENVELOPE)
 
 
+def test_those_who_wait_are_counted_as_far_as_somebody_wants_to_know(queue):
+    names = [queue.put(ENVELOPE) for _ in range(3)]
+    queue.admin.hold(names[0])
+
+    assert [queue.count_waiting(most) for most in (3, 2)] == [2, 2]
+    assert queue.count_waiting(1) > 1
+
+
 def test_what_is_put_claimed_is_nobody_elses(queue):
     taken = queue.put_claimed(ENVELOPE)
 

@@ -63,6 +63,21 @@ NEVER_DUE = [
 ]
 
 
+# What no message is in.
+NO_STATE = [
+    ('sqlite', "state = 'Waiting'"),
+    ('sqlite', "state = x'ff'"),
+    ('postgresql+psycopg', "state = 'Waiting'"),
+    ('postgresql+psycopg', "state = ''"),
+]
+
+# A lease that never ends; the process of that claim may be any.
+NO_LEASE = [
+    *(('sqlite', f'lease = {lease}') for lease in ('9e999', "'soon'", 'NULL')),
+    *(('postgresql+psycopg', f'lease = {lease}') for lease in ("'NaN'", "'Infinity'", 'NULL')),
+]
+
+
 @pytest.fixture
 def url(make_database, kind):
     """A database with the tables of the queue; its kind is a parameter of each test."""
@@ -173,6 +188,51 @@ def test_a_due_time_that_never_comes_is_not_shown_and_retry_makes_it_now(queue, 
 
     assert queue.admin.find(names[1]).due <= time.time()
     assert run() == ['1']
+
+
+@pytest.mark.parametrize(('kind', 'damage'), NO_STATE)
+def test_a_state_that_there_is_not_is_corrupt(queue, names, run, look, url, sql):
+    for shown in look(*LOOKS, ['list', '--state', 'corrupt'], ['show', names[1]]):
+        assert 'corrupt' in shown
+    assert [state for state, number in queue.counts().items() if number] == ['waiting', 'corrupt']
+    stats = queue.admin.stats(['corrupt'])
+    assert [stats.by_state[state].messages for state in ('waiting', 'corrupt')] == [2, 1]
+    assert [entry.id for entry in queue.admin.entries(['corrupt'])] == [names[1]]
+    assert queue.admin.oldest(['corrupt']).last_reply.startswith('its state is ')
+    assert run() == ['0', '2']
+
+    sql(url, "UPDATE mailqueue_message SET state = 'waiting'")
+    assert run() == ['1']
+
+
+@pytest.mark.parametrize(('kind', 'damage'), [NO_STATE[0], NO_STATE[2]])
+def test_a_row_in_no_state_can_be_deleted(queue, names, look):
+    look(['delete', '--yes', names[1]])
+
+    assert {state: count for state, count in queue.counts().items() if count} == {'waiting': 2}
+
+
+@pytest.mark.parametrize(('kind', 'damage'), [('sqlite', "id = ''"), ('postgresql+psycopg', "id = ''")])
+def test_a_message_without_a_name_is_seen_and_put_aside(queue, names, run, look):
+    assert [entry.id for entry in queue.admin.entries(['waiting'])] == ['', names[0], names[2]]
+    look(*LOOKS, ['show', ''])
+
+    assert run() == ['0', '2']
+    (entry,) = queue.admin.entries(['corrupt'])
+    assert (entry.id, entry.last_reply) == ('', 'its id is empty')
+    look(['delete', '--yes', ''])
+    assert not any(queue.counts().values())
+
+
+@pytest.mark.parametrize(('kind', 'damage'), [(kind, f"state = 'in progress', {lease}") for kind, lease in NO_LEASE])
+def test_a_lease_that_never_ends_is_over(queue, names, run):
+    assert run() == ['0', '1', '2']
+
+
+@pytest.mark.parametrize(('kind', 'damage'), [(kind, f"state = 'in doubt', {lease}") for kind, lease in NO_LEASE])
+def test_a_move_that_never_ends_is_seen(queue, names, run):
+    assert run() == ['0', '2']
+    assert (queue.counts()['in doubt'], queue.recover(time.time()).half_way) == (1, (names[1],))
 
 
 @pytest.mark.parametrize(('kind', 'damage'), NEVER_DUE)

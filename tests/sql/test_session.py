@@ -14,7 +14,7 @@ import pytest
 import transaction
 import zope.sqlalchemy
 from sqlalchemy import UpdateBase, create_engine, event, insert, make_url
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -642,6 +642,25 @@ def test_with_the_cure_savepoints_of_the_session_hold_for_mail(shop, message, ur
 
     assert told == {'queued': ['kept', 'after'], 'discarded': ['gone'], 'events': ['kept', 'after']}
     assert states(url) == ['waiting', 'waiting']
+
+
+@pytest.mark.parametrize('with_mail', [False, True])
+def test_a_savepoint_in_one_of_the_session_ends_with_it_with_mail_or_without(
+    message, make_engine, postgres_url, make_settings, smtp_server, with_mail
+):
+    settings = {'sqlalchemy.url': postgres_url, **make_settings(smtp_server, queue='sql', delivery='queue')}
+    session = Session(make_engine(postgres_url))
+    zope.sqlalchemy.register(session)
+    session.connection()
+    nested = session.begin_nested()
+    if with_mail:
+        mailer_from_settings(settings).send(message('1'), session=session)
+    savepoint = transaction.savepoint()
+    nested.commit()
+
+    with pytest.raises(ResourceClosedError):
+        savepoint.rollback()
+    transaction.abort()
 
 
 @pytest.mark.parametrize('url', ['sqlite'], indirect=True)
