@@ -27,10 +27,10 @@ from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, 
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import (
+from pyramid_mailqueue.queues.sql_tables import (
     CONTENT,
+    MESSAGES,
     RECIPIENTS,
-    Message,
     current_schema,
     database_time,
     has_run_out,
@@ -60,14 +60,14 @@ _CLAIM = re.compile(r'move:(.+)\.(?:in|out)\.[a-z]+')
 _ID_TIME = re.compile(r'[0-9a-f]{13}')
 
 _COLUMNS = (
-    Message.id,
-    Message.due,
-    Message.attempts,
-    Message.deaths,
-    Message.queued_at,
-    Message.last_attempt,
-    Message.last_reply,
-    Message.sender,
+    MESSAGES.c.id,
+    MESSAGES.c.due,
+    MESSAGES.c.attempts,
+    MESSAGES.c.deaths,
+    MESSAGES.c.queued_at,
+    MESSAGES.c.last_attempt,
+    MESSAGES.c.last_reply,
+    MESSAGES.c.sender,
     RECIPIENTS,
     CONTENT,
 )
@@ -88,21 +88,21 @@ class SQLSide:
 
     def check(self) -> None:
         """Raise ConfigurationError if the user of the database may not do all that a move does; see `Side` too."""
-        nobody = Message.id == ''
-        columns = Message.__table__.columns
-        nothing = insert(Message).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
+        nobody = MESSAGES.c.id == ''
+        columns = MESSAGES.c
+        nothing = insert(MESSAGES).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
 
         def change_nothing(connection: Connection) -> None:
             connection.execute(nothing)
-            connection.execute(update(Message).where(nobody).values(due=0))
-            connection.execute(delete(Message).where(nobody))
+            connection.execute(update(MESSAGES).where(nobody).values(due=0))
+            connection.execute(delete(MESSAGES).where(nobody))
 
         try:
             self._transact(change_nothing)
         except ConfigurationError as error:
             raise ConfigurationError(
                 f'{error}. A move needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
-                f'{Message.__tablename__}.'
+                f'{MESSAGES.name}.'
             ) from error
 
     def recover(self) -> None:
@@ -136,9 +136,9 @@ class SQLSide:
 
     def _sizes(self, state: str) -> Iterator[tuple[str, int]]:
         last = ''
-        columns = (Message.id, func.length(Message.content))
+        columns = (MESSAGES.c.id, func.length(MESSAGES.c.content))
         while True:
-            page = select(*columns).where(state_is(state), Message.id > last).order_by(Message.id).limit(PAGE)
+            page = select(*columns).where(state_is(state), MESSAGES.c.id > last).order_by(MESSAGES.c.id).limit(PAGE)
             rows = self._rows(page)
             yield from map(tuple, rows)
             if len(rows) < PAGE:
@@ -151,7 +151,7 @@ class SQLSide:
         self._execute(self._taking(state, ids).values(**_out_of_reach(claim)))
         parcels = []
         # Not what the statement returns: if its answer was lost, it was repeated, and found nothing any more.
-        taken = select(*_COLUMNS).where(*_claimed(claim)).order_by(Message.id)
+        taken = select(*_COLUMNS).where(*_claimed(claim)).order_by(MESSAGES.c.id)
         for row in self._rows(taken.execution_options(**{AS_BYTES: True})):
             try:
                 parcels.append(_parcel(state, row))
@@ -161,14 +161,14 @@ class SQLSide:
         return parcels
 
     def _taking(self, state: str, ids: Sequence[str]) -> Update:
-        found = select(Message.id).where(Message.id.in_(ids), state_is(state))
+        found = select(MESSAGES.c.id).where(MESSAGES.c.id.in_(ids), state_is(state))
         if self._database.dialect == 'sqlite':
-            return update(Message).where(Message.id.in_(found))
+            return update(MESSAGES).where(MESSAGES.c.id.in_(found))
         picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
-        return update(Message).where(Message.id == picked.c.id)
+        return update(MESSAGES).where(MESSAGES.c.id == picked.c.id)
 
     def _put_back(self, claim: str, state: str, id: str) -> None:
-        self._execute(update(Message).where(*_claimed(claim), Message.id == id).values(state=state, **UNCLAIMED))
+        self._execute(update(MESSAGES).where(*_claimed(claim), MESSAGES.c.id == id).values(state=state, **UNCLAIMED))
 
     def _rows(self, statement: Any) -> Sequence[Row[Any]]:
         with blaming_configuration():
@@ -180,7 +180,7 @@ class SQLSide:
         """See `Side`."""
         now = self._queue.leases.clock()
         rows = [{**_row(parcel, now), **_mark(_claim(batch, IN, parcel.state))} for parcel in parcels]
-        statement = insert(Message).values(lease=database_time() + LEASE)
+        statement = insert(MESSAGES).values(lease=database_time() + LEASE)
         try:
             self._transact(lambda connection: connection.execute(statement, rows))
         except QueueError as error:
@@ -198,21 +198,21 @@ class SQLSide:
         A batch that not the last move has begun can be that of a copy of this directory, which is at work elsewhere.
         """
         directory = f'move:{self._record.directory}.'
-        is_over = or_(Message.claim.startswith(f'{directory}{self._record.run}.'), has_run_out())
-        ours = (state_is('in doubt'), Message.claim.startswith(directory), is_over)
-        found = self._rows(select(Message.claim).where(*ours).distinct())
+        is_over = or_(MESSAGES.c.claim.startswith(f'{directory}{self._record.run}.'), has_run_out())
+        ours = (state_is('in doubt'), MESSAGES.c.claim.startswith(directory), is_over)
+        found = self._rows(select(MESSAGES.c.claim).where(*ours).distinct())
         return {match[1] for (claim,) in found if (match := _CLAIM.fullmatch(claim))}
 
     def remove(self, batch: str, role: str) -> None:
         """See `Side`."""
         for state in self._states_of(batch, role):
-            self._execute(delete(Message).where(*_claimed(_claim(batch, role, state))))
+            self._execute(delete(MESSAGES).where(*_claimed(_claim(batch, role, state))))
 
     def publish(self, batch: str, role: str) -> None:
         """See `Side`."""
         for state in self._states_of(batch, role):
             is_meant = _claimed(_claim(batch, role, state))
-            self._execute(update(Message).where(*is_meant).values(state=state, **UNCLAIMED))
+            self._execute(update(MESSAGES).where(*is_meant).values(state=state, **UNCLAIMED))
             self._queue.tell_news()
 
     def _states_of(self, batch: str, role: str) -> list[str]:
@@ -223,7 +223,7 @@ class SQLSide:
         going back into the directory.
         """
         states = {_claim(batch, role, state): state for state in MOVED}
-        found = select(Message.claim).where(state_is('in doubt'), Message.claim.in_([*states])).distinct()
+        found = select(MESSAGES.c.claim).where(state_is('in doubt'), MESSAGES.c.claim.in_([*states])).distinct()
         return [states[claim] for (claim,) in self._rows(found)]
 
 
@@ -254,7 +254,7 @@ def _claim(batch: str, role: str, state: str) -> str:
 
 
 def _claimed(claim: str) -> tuple[Any, ...]:
-    return state_is('in doubt'), Message.claim == claim
+    return state_is('in doubt'), MESSAGES.c.claim == claim
 
 
 def _mark(claim: str) -> dict[str, Any]:

@@ -34,8 +34,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
-from typing import Any
+from functools import cache, cached_property, lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     CTE,
@@ -62,15 +63,17 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_admin import IS_SEEN, SQLAdmin
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
-from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import ASIDE, Message, has_run_out
-from pyramid_mailqueue.queues.sql_session import SameTables, insert_into, session_of, takes_part, unencodable
-from pyramid_mailqueue.queues.sql_staging import SQLStaging
+from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.queues.sql_admin import SQLAdmin
+    from pyramid_mailqueue.queues.sql_session import SameTables
+    from pyramid_mailqueue.queues.sql_staging import SQLStaging
 
 __all__ = ['SQLQueue']
 
@@ -108,7 +111,6 @@ class SQLQueue:
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
-        self._same_tables = SameTables(self.database)
 
     def __repr__(self) -> str:
         return f'<SQLQueue {self.database.name}>'
@@ -117,16 +119,26 @@ class SQLQueue:
 
     def staging(self) -> SQLStaging:
         """See `IMailQueue`."""
+        from pyramid_mailqueue.queues.sql_staging import SQLStaging
+
         return SQLStaging(self.leases, self.tell_news)
 
     def takes_part(self, session: Any, manager: Any) -> bool:
         """See `ISessionQueue`."""
-        return takes_part(session_of(session), manager, self._same_tables)
+        room = _sessions()
+        is_part: bool = room.takes_part(room.session_of(session), manager, self._same_tables)
+        return is_part
+
+    @cached_property
+    def _same_tables(self) -> SameTables:
+        tables: SameTables = _sessions().SameTables(self.database)
+        return tables
 
     def put_in(self, session: Any, envelope: Envelope) -> str:
         """See `ISessionQueue`."""
         message = NewMessage.made_of(envelope, self.leases, claimed=False)
-        insert_into(session_of(session), message)
+        room = _sessions()
+        room.insert_into(room.session_of(session), message)
         return message.id
 
     def put(self, envelope: Envelope) -> str:
@@ -147,7 +159,7 @@ class SQLQueue:
         try:
             self.database.run(lambda connection: connection.execute(message.statement, message.values))
         except UnicodeError as error:
-            raise unencodable(error) from error
+            raise _sessions().unencodable(error) from error
         log_queued(message.id, envelope)
         return message
 
@@ -201,7 +213,7 @@ class SQLQueue:
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
-        statement = select(func.count()).where(state_is('waiting'), Message.due <= now)
+        statement = select(func.count()).where(state_is('waiting'), MESSAGES.c.due <= now)
         return self.database.run(lambda connection: connection.scalar(statement)) or 0
 
     # -- what dead processes left
@@ -209,19 +221,19 @@ class SQLQueue:
     def recover(self, now: float) -> Recovery:
         """See `IMailQueue`.  No commit is ever in doubt here: the row commits with the rest, or does not."""
         ran_out = (state_is('in progress'), has_run_out())
-        bury = update(Message).where(*ran_out, Message.deaths >= MAX_DEATHS - 1)
+        bury = update(MESSAGES).where(*ran_out, MESSAGES.c.deaths >= MAX_DEATHS - 1)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
-        wait = update(Message).where(*ran_out).values(state='waiting', deaths=Message.deaths + 1, **UNCLAIMED)
+        wait = update(MESSAGES).where(*ran_out).values(state='waiting', deaths=MESSAGES.c.deaths + 1, **UNCLAIMED)
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
         return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
 
     def _half_way(self) -> tuple[str, ...]:
-        found = select(Message.id).where(state_is('in doubt'), IS_SEEN).order_by(Message.id)
+        found = select(MESSAGES.c.id).where(state_is('in doubt'), IS_SEEN).order_by(MESSAGES.c.id)
         return tuple(self.database.run(lambda connection: connection.scalars(found).all()))
 
     def _ids_of(self, statement: Update) -> tuple[str, ...]:
-        with_ids = statement.returning(Message.id)
+        with_ids = statement.returning(MESSAGES.c.id)
         return tuple(sorted(self.database.run(lambda connection: connection.scalars(with_ids).all())))
 
     def flush(self) -> None:
@@ -233,6 +245,8 @@ class SQLQueue:
     @property
     def admin(self) -> SQLAdmin:
         """See `IMailQueue`."""
+        from pyramid_mailqueue.queues.sql_admin import SQLAdmin
+
         return SQLAdmin(self.database, self.leases, self._clock)
 
     def counts(self) -> dict[str, int]:
@@ -284,6 +298,14 @@ def _blaming_setting() -> Iterator[None]:
 _ALL, _UNSEEN = 'all', 'unseen'
 
 
+@cache
+def _sessions() -> ModuleType:
+    """Imported where an application sends, with the ORM of SQLAlchemy."""
+    from pyramid_mailqueue.queues import sql_session
+
+    return sql_session
+
+
 @lru_cache
 def _counting() -> CompoundSelect[Any]:
     """
@@ -298,10 +320,10 @@ def _counting() -> CompoundSelect[Any]:
         _ALL: (),
     }
     each = [
-        select(literal_column(f"'{name}'", Text()), func.count()).select_from(Message).where(*conditions)
+        select(literal_column(f"'{name}'", Text()), func.count()).select_from(MESSAGES).where(*conditions)
         for name, conditions in is_meant.items()
     ]
-    return union_all(*each, select(Message.state, func.count()).where(state_is(*ASIDE)).group_by(Message.state))
+    return union_all(*each, select(MESSAGES.c.state, func.count()).where(state_is(*ASIDE)).group_by(MESSAGES.c.state))
 
 
 @lru_cache
@@ -309,19 +331,19 @@ def _claiming_due(dialect: str) -> Update:
     """Return a statement that claims the first *size* rows behind (*last_due*, *last_id*) that are due *now*."""
     last = tuple_(bindparam('last_due', type_=Float(53)), bindparam('last_id', type_=Text()))
     found = (
-        select(Message.id)
-        .where(state_is('waiting'), Message.due <= bindparam('now'), tuple_(Message.due, Message.id) > last)
-        .order_by(Message.due, Message.id)
+        select(MESSAGES.c.id)
+        .where(state_is('waiting'), MESSAGES.c.due <= bindparam('now'), tuple_(MESSAGES.c.due, MESSAGES.c.id) > last)
+        .order_by(MESSAGES.c.due, MESSAGES.c.id)
         .limit(bindparam('size', type_=Integer()))
     )
     if dialect == 'sqlite':
-        return claiming(update(Message).where(Message.id.in_(found)))
+        return claiming(update(MESSAGES).where(MESSAGES.c.id.in_(found)))
     picked: CTE = found.with_for_update(skip_locked=True).cte('picked')
-    return claiming(update(Message).where(Message.id == picked.c.id))
+    return claiming(update(MESSAGES).where(MESSAGES.c.id == picked.c.id))
 
 
 @lru_cache
 def _claiming_one() -> Update:
     """Return a statement that claims the row whose id is *meant*, if it is due *now*."""
-    is_meant = (Message.id == bindparam('meant'), state_is('waiting'), Message.due <= bindparam('now'))
-    return claiming(update(Message).where(*is_meant))
+    is_meant = (MESSAGES.c.id == bindparam('meant'), state_is('waiting'), MESSAGES.c.due <= bindparam('now'))
+    return claiming(update(MESSAGES).where(*is_meant))

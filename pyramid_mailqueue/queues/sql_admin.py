@@ -33,18 +33,18 @@ from pyramid_mailqueue.interfaces import IQueueAdmin
 from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, QueueEntry, QueueStats, Tally
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
-from pyramid_mailqueue.queues.sql_outcomes import IS_UNKNOWN, UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_schema import (
+from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, IS_UNKNOWN, UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_tables import (
     CONTENT,
+    MESSAGES,
     RECIPIENTS,
-    Message,
     has_run_out,
     has_time,
     is_time,
     recipients_of,
 )
 
-__all__ = ['IS_SEEN', 'SQLAdmin']
+__all__ = ['SQLAdmin']
 
 #: So many messages are read at once; and so many where little is read of each.
 PAGE, MANY = 500, 5000
@@ -56,19 +56,25 @@ FEW = 100
 SOME = 5
 
 _COLUMNS = (
-    Message.id,
-    cast(Message.state, Text).label('state'),
-    Message.attempts,
-    Message.queued_at,
-    Message.due,
-    Message.last_attempt,
+    MESSAGES.c.id,
+    cast(MESSAGES.c.state, Text).label('state'),
+    MESSAGES.c.attempts,
+    MESSAGES.c.queued_at,
+    MESSAGES.c.due,
+    MESSAGES.c.last_attempt,
     # Whatever is in them is shown, without being converted.
     *(
         cast(column, Text).label(column.key)
-        for column in (Message.sender, Message.recipients, Message.last_reply, Message.subject, Message.message_id)
+        for column in (
+            MESSAGES.c.sender,
+            MESSAGES.c.recipients,
+            MESSAGES.c.last_reply,
+            MESSAGES.c.subject,
+            MESSAGES.c.message_id,
+        )
     ),
     # Neither database reads a content to know its length.
-    func.length(Message.content).label('size'),
+    func.length(MESSAGES.c.content).label('size'),
 )
 
 _OTHER_STATE = {
@@ -99,11 +105,11 @@ class SQLAdmin:
 
     def _pages(self, statement: Select[Any], states: Collection[str], size: int) -> Iterator[Row[Any]]:
         """Yield rows in the order of their ids, read so many at once: no connection is kept while a person reads."""
-        statement = statement.where(_is_in(states), IS_SEEN).order_by(Message.id).limit(size)
+        statement = statement.where(_is_in(states), IS_SEEN).order_by(MESSAGES.c.id).limit(size)
         rows = self._rows(statement)
         yield from rows
         while len(rows) == size:
-            rows = self._rows(statement.where(Message.id > rows[-1].id))
+            rows = self._rows(statement.where(MESSAGES.c.id > rows[-1].id))
             yield from rows
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
@@ -115,14 +121,14 @@ class SQLAdmin:
 
     def _oldest(self, state: str) -> QueueEntry | None:
         statement = select(*_COLUMNS).where(_is_in([state]), IS_SEEN)
-        first = [*map(_entry, self._rows(statement.order_by(Message.id).limit(FEW)))]
+        first = [*map(_entry, self._rows(statement.order_by(MESSAGES.c.id).limit(FEW)))]
         known = [entry for entry in first if entry.queued_at is not None]
         oldest = min(known, key=lambda entry: entry.queued_at or 0, default=None)
         if len(first) < FEW or (oldest is not None and _born(first[-1].id) > (oldest.queued_at or 0)):
             # Their order is that in which they came for the first time; nobody is in the queue for longer than that.
             return oldest
         # After a retry a message counts from later on.
-        by_time = statement.where(has_time(Message.queued_at)).order_by(Message.queued_at, Message.id)
+        by_time = statement.where(has_time(MESSAGES.c.queued_at)).order_by(MESSAGES.c.queued_at, MESSAGES.c.id)
         return next(map(_entry, self._rows(by_time.limit(1))), None)
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
@@ -143,13 +149,13 @@ class SQLAdmin:
     def find(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
         self._leases.flush()
-        for row in self._rows(select(*_COLUMNS).where(Message.id == self._whole(id))):
+        for row in self._rows(select(*_COLUMNS).where(MESSAGES.c.id == self._whole(id))):
             return _entry(row)
         raise _nobody(id)
 
     def content(self, id: str) -> bytes:
         """See `IQueueAdmin`."""
-        statement = select(CONTENT).where(Message.id == self._whole(id))
+        statement = select(CONTENT).where(MESSAGES.c.id == self._whole(id))
         content = self._database.run(lambda connection: connection.scalar(statement))
         if content is None:
             raise _nobody(id)
@@ -163,8 +169,10 @@ class SQLAdmin:
         if not id.isprintable():
             raise _nobody(id)
         # The empty one is the beginning of all, and means the one that is empty.
-        begins_so = and_(Message.id >= id, Message.id < id + '\U0010ffff') if id else Message.id == id
-        found = [row.id for row in self._rows(select(Message.id).where(begins_so).order_by(Message.id).limit(SOME + 1))]
+        begins_so = and_(MESSAGES.c.id >= id, MESSAGES.c.id < id + '\U0010ffff') if id else MESSAGES.c.id == id
+        found = [
+            row.id for row in self._rows(select(MESSAGES.c.id).where(begins_so).order_by(MESSAGES.c.id).limit(SOME + 1))
+        ]
         if not found:
             raise _nobody(id)
         # The shortest comes first: a whole id is the beginning of those of its dead letters.
@@ -187,12 +195,12 @@ class SQLAdmin:
     def retry(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
         now = self._clock()
-        was_dead = Message.state == 'dead'
+        was_dead = MESSAGES.c.state == 'dead'
         values = {
             'state': 'waiting',
-            'due': case((or_(was_dead, Message.due > now), now), else_=Message.due),
-            'queued_at': case((was_dead, now), else_=Message.queued_at),
-            'attempts': case((was_dead, 0), else_=Message.attempts),
+            'due': case((or_(was_dead, MESSAGES.c.due > now), now), else_=MESSAGES.c.due),
+            'queued_at': case((was_dead, now), else_=MESSAGES.c.queued_at),
+            'attempts': case((was_dead, 0), else_=MESSAGES.c.attempts),
             **UNCLAIMED,
         }
         return self._change(id, 'retried', or_(_WAITING, state_is('dead')), values)
@@ -204,23 +212,23 @@ class SQLAdmin:
     def delete(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
         condition = or_(_WAITING, state_is('held', 'dead', 'corrupt'), IS_UNKNOWN)
-        return self._changed(id, 'deleted', delete(Message).where(condition))
+        return self._changed(id, 'deleted', delete(MESSAGES).where(condition))
 
     def flush(self) -> int:
         """See `IQueueAdmin`."""
         now = self._clock()
-        statement = update(Message).where(state_is('waiting'), Message.due > now).values(due=now)
+        statement = update(MESSAGES).where(state_is('waiting'), MESSAGES.c.due > now).values(due=now)
         flushed = self._database.run(lambda connection: connection.execute(statement).rowcount)
         log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
 
     def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
         """Change a message for which *condition* holds; *done* is the word for that."""
-        return self._changed(id, done, update(Message).where(condition).values(**values))
+        return self._changed(id, done, update(MESSAGES).where(condition).values(**values))
 
     def _changed(self, id: str, done: str, statement: Any) -> QueueEntry:
         whole = self._whole(id)
-        statement = statement.where(Message.id == whole).returning(*_COLUMNS)
+        statement = statement.where(MESSAGES.c.id == whole).returning(*_COLUMNS)
         for row in self._rows(statement):
             entry = _entry(row)
             log_event(queue_log, logging.INFO, status=done, id=entry.id, state=entry.state, msgid=entry.message_id)
@@ -231,9 +239,6 @@ class SQLAdmin:
         entry = self.find(id)
         return WrongState(f'{entry.id} cannot be {done}: {_OTHER_STATE[entry.state]}.')
 
-
-#: A message that a move has in hand just now (see :mod:`~.moving_sql`) is not to be seen.
-IS_SEEN = or_(Message.state != 'in doubt', has_run_out())
 
 #: What waits, or would if anybody had seen that its deliverer died.
 _WAITING = or_(state_is('waiting'), and_(state_is('in progress'), has_run_out()))
@@ -250,26 +255,26 @@ def _is_in(states: Collection[str]) -> ColumnElement[bool]:
 
 # What has to be known of a message for its domains.
 _ADDRESSES: tuple[Any, ...] = (
-    Message.id,
+    MESSAGES.c.id,
     RECIPIENTS,
-    Message.queued_at,
-    func.coalesce(func.length(Message.content), 0).label('size'),
+    MESSAGES.c.queued_at,
+    func.coalesce(func.length(MESSAGES.c.content), 0).label('size'),
 )
 
 
 def _counting(now: float) -> Select[Any]:
     """Return a statement that yields each state with the figures of :func:`_tally`."""
-    queued_at = Message.queued_at
+    queued_at = MESSAGES.c.queued_at
     is_known = has_time(queued_at)
     as_old: Iterator[Any] = (func.count().filter(is_known, queued_at >= now - 60 * limit) for limit in AGE_LIMITS)
     figures = (
         func.count(),
-        func.coalesce(func.sum(func.length(Message.content)), 0),
+        func.coalesce(func.sum(func.length(MESSAGES.c.content)), 0),
         func.min(queued_at).filter(is_known),
         func.count().filter(is_known),
         *as_old,
     )
-    state = cast(Message.state, Text)
+    state = cast(MESSAGES.c.state, Text)
     return select(state.label('state'), *figures).where(IS_SEEN).group_by(state)
 
 

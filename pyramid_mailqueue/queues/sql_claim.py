@@ -25,7 +25,7 @@ from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
-from pyramid_mailqueue.queues.sql_schema import CONTENT, RECIPIENTS, Message, database_time, is_time, recipients_of
+from pyramid_mailqueue.queues.sql_tables import CONTENT, MESSAGES, RECIPIENTS, database_time, is_time, recipients_of
 
 __all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claim_values', 'claiming']
 
@@ -35,12 +35,12 @@ SMALL = 64 * 1024
 
 class ClaimedRow(NamedTuple):
     """
-    What is known of a row that was claimed; the names are those of :class:`~.sql_schema.Message`.
+    What is known of a row that was claimed; the names are those of :class:`~.sql_tables.MESSAGES`.
 
     Nothing of it was checked: it is what somebody has written into the row.
 
     :param claim: the token that is in the row for as long as the claim holds
-    :param recipients: for :func:`~.sql_schema.recipients_of`; None where the envelope is known
+    :param recipients: for :func:`~.sql_tables.recipients_of`; None where the envelope is known
     """
 
     id: str
@@ -125,7 +125,7 @@ class SQLClaim:
     def _put_aside(self, problem: str) -> None:
         values = {'state': 'corrupt', 'last_reply': problem.replace('\0', ' '), **UNCLAIMED}
         database = self._leases.database
-        statement = update(Message).where(owned(database.dialect)).values(**values)
+        statement = update(MESSAGES).where(owned(database.dialect)).values(**values)
         database.run(lambda connection: connection.execute(statement, named([self])))
         self._leases.forget(self)
         log_event(queue_log, logging.ERROR, status='corrupt', id=self.id, error=problem)
@@ -198,8 +198,8 @@ class Contents:
 
 @lru_cache
 def _reading(dialect: str) -> Executable:
-    is_meant = or_(Message.id == bindparam('asked'), func.length(Message.content) <= SMALL)
-    statement = select(Message.claim, CONTENT).where(owned(dialect), is_meant)
+    is_meant = or_(MESSAGES.c.id == bindparam('asked'), func.length(MESSAGES.c.content) <= SMALL)
+    statement = select(MESSAGES.c.claim, CONTENT).where(owned(dialect), is_meant)
     return statement.execution_options(**{AS_BYTES: True})
 
 
@@ -253,6 +253,9 @@ def _inserting(lease: float | None) -> Insert:
     statement is a third faster than a new one with values in it, and so is ``raw``, which says that values go by names
     of columns.
     """
+    # With the first message: whoever only delivers does not need it.
+    from pyramid_mailqueue.queues.sql_schema import Message
+
     statement = insert(Message).execution_options(autoflush=False, dml_strategy='raw')
     return statement if lease is None else statement.values(lease=database_time() + lease)
 
@@ -265,8 +268,8 @@ def claiming(statement: Update) -> Update:
     """
     lease = database_time() + bindparam('seconds', type_=Float(53))
     values = {'state': 'in progress', 'claimed_by': bindparam('process'), 'lease': lease}
-    statement = statement.values(**values, claim=bindparam('token', type_=Text()) + Message.id)
-    columns = {name: getattr(Message, name) for name in ClaimedRow._fields} | {'recipients': RECIPIENTS}
+    statement = statement.values(**values, claim=bindparam('token', type_=Text()) + MESSAGES.c.id)
+    columns = {name: MESSAGES.c[name] for name in ClaimedRow._fields} | {'recipients': RECIPIENTS}
     return statement.returning(*columns.values())
 
 

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown, without_passwords
-from pyramid_mailqueue.queues.sql_schema import (
+from pyramid_mailqueue.queues.sql_tables import (
     NOT_NOTED,
     VERSION,
     create_tables,

@@ -34,7 +34,7 @@ from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
-from pyramid_mailqueue.queues.sql_schema import Message, database_time
+from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
 
@@ -346,7 +346,7 @@ class Leases:
         began = self.timer()
         until = database_time() + self.lease
         ours_still = owned(self.database.dialect)
-        statement = update(Message).where(ours_still).values(lease=until).returning(Message.claim)
+        statement = update(MESSAGES).where(ours_still).values(lease=until).returning(MESSAGES.c.claim)
         ours = self.database.run(lambda connection: {*connection.scalars(statement, named(claims))})
         for claim in claims:
             if claim.token in ours:
@@ -356,7 +356,7 @@ class Leases:
 
     def _confirm(self, claim: HeldClaim) -> None:
         """Look whether a row is there, or lose the claim.  Raises QueueError."""
-        statement = select(Message.claim).where(owned(self.database.dialect))
+        statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
         if self.database.run(lambda connection: connection.scalar(statement, named([claim]))) is None:
             self.lose([claim])
         else:

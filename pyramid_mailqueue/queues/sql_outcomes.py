@@ -31,15 +31,17 @@ from sqlalchemy import (
     literal,
     literal_column,
     not_,
+    or_,
     select,
     update,
 )
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_schema import ASIDE, Message
+from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
 
 __all__ = [
+    'IS_SEEN',
     'IS_UNKNOWN',
     'UNCLAIMED',
     'Claimed',
@@ -78,10 +80,13 @@ class Claimed(Protocol):
 def state_is(*states: str) -> ColumnElement[bool]:
     """The states stand in the text of the statement: only so the database sees which index is meant."""
     literals = [_LITERALS[state] for state in states]
-    meant = Message.state == literals[0] if len(literals) == 1 else Message.state.in_(literals)
+    meant = MESSAGES.c.state == literals[0] if len(literals) == 1 else MESSAGES.c.state.in_(literals)
     # SQLite does not see that one of them is among those that the index has.
     return and_(meant, state_is(*ASIDE)) if {*states} < {*ASIDE} else meant
 
+
+#: Not the messages that a move has in hand just now (see :mod:`~.moving_sql`).
+IS_SEEN = or_(MESSAGES.c.state != 'in doubt', has_run_out())
 
 #: The rows whose state is none: somebody has written it there.  No index has them.
 IS_UNKNOWN = not_(state_is(*STATES))
@@ -93,7 +98,9 @@ def owned(dialect: str) -> ColumnElement[bool]:
 
     No two claims have the same token; ids are there for their index.
     """
-    return and_(state_is('in progress'), _is_in(Message.id, 'ids', dialect), _is_in(Message.claim, 'tokens', dialect))
+    return and_(
+        state_is('in progress'), _is_in(MESSAGES.c.id, 'ids', dialect), _is_in(MESSAGES.c.claim, 'tokens', dialect)
+    )
 
 
 def _is_in(column: SQLColumnExpression[Any], name: str, dialect: str) -> ColumnElement[bool]:
@@ -115,7 +122,7 @@ def delete_done(connection: Connection, claims: Collection[Claimed]) -> set[str]
 
 @lru_cache
 def _deletion(dialect: str) -> Executable:
-    return delete(Message).where(owned(dialect)).returning(Message.claim)
+    return delete(MESSAGES).where(owned(dialect)).returning(MESSAGES.c.claim)
 
 
 def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
@@ -126,7 +133,7 @@ def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
 
 @lru_cache
 def _release(dialect: str) -> Executable:
-    return update(Message).where(owned(dialect)).values(state='waiting', **UNCLAIMED).returning(Message.id)
+    return update(MESSAGES).where(owned(dialect)).values(state='waiting', **UNCLAIMED).returning(MESSAGES.c.id)
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
@@ -189,13 +196,13 @@ def _text(text: str) -> str:
 
 def _copy(id: str, values: Mapping[str, Any]) -> Executable:
     """A new row, as that of *id* is now but for *values*; its content never leaves the database."""
-    columns = Message.__table__.columns
+    columns = MESSAGES.c
     new = {'id': f'{id}.{secrets.token_hex(4)}', **values}
     selected = [literal(new[c.name], c.type) if c.name in new else c for c in columns]
-    return insert(Message).from_select([*columns.keys()], select(*selected).where(Message.id == id))
+    return insert(MESSAGES).from_select([*columns.keys()], select(*selected).where(MESSAGES.c.id == id))
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:
     """Whether the message was still *claim*'s."""
-    statement = update(Message).where(owned(connection.dialect.name)).values(**values)
+    statement = update(MESSAGES).where(owned(connection.dialect.name)).values(**values)
     return connection.execute(statement, named([claim])).rowcount == 1

@@ -1,267 +1,32 @@
 """
-The tables of the queue in a database.
+The tables of the queue as an application has to do with them: :data:`metadata` for Alembic, and mapped classes.
 
-:data:`metadata` holds them, for Alembic and for applications that create their tables themselves; ``mq-queue init``
-does it for the others.  Times are in seconds since the epoch, so that both databases say and compare them alike.
-
-A message is one row.  Its content is the last column: whoever claims or lists messages does not read it.  PostgreSQL
-keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone when the row changes.
+A session of SQLAlchemy knows by the class which of its databases has the mail, and that it has changed.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any
+from sqlalchemy.orm import DeclarativeBase, deferred
 
-from sqlalchemy import (
-    JSON,
-    URL,
-    ColumnElement,
-    Connection,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    and_,
-    cast,
-    create_mock_engine,
-    event,
-    func,
-    insert,
-    inspect,
-    or_,
-    select,
-    text,
-)
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.sql.expression import FunctionElement
+from pyramid_mailqueue.queues import sql_tables
+from pyramid_mailqueue.queues.sql_tables import MESSAGES, VERSIONS, metadata
 
-__all__ = [
-    'ASIDE',
-    'CONTENT',
-    'NOT_NOTED',
-    'RECIPIENTS',
-    'VERSION',
-    'Message',
-    'SchemaVersion',
-    'create_tables',
-    'current_schema',
-    'database_time',
-    'ddl',
-    'has_run_out',
-    'has_time',
-    'is_time',
-    'metadata',
-    'recipients_of',
-    'schema_in_sight',
-    'version_of',
-]
-
-#: Goes up with each change of the tables.
-VERSION = 1
-
-#: Below all versions: that of tables of which nobody has noted it.
-NOT_NOTED = 0
-
-#: The states in which a message rests until a person, or a move, does something about it.
-ASIDE = ('held', 'dead', 'in doubt', 'corrupt')
-
-#: "mailqueue" in eight bytes: whoever creates the tables holds this advisory lock meanwhile.
-_LOCK = 0x6D61_696C_7175_6575
-
-# Ids are compared byte by byte, whatever the language of the database: the order of ids is that of time.
-_Id = Text().with_variant(Text(collation='C'), 'postgresql')
+__all__ = ['Message', 'SchemaVersion', 'metadata']
 
 
 class _Base(DeclarativeBase):
-    metadata = MetaData()
-
-
-metadata: MetaData = _Base.metadata
+    metadata = sql_tables.metadata
 
 
 class Message(_Base):
-    """
-    One message.
+    """One message; see :data:`~.sql_tables.MESSAGES`."""
 
-    :ivar id: begins with the time at which the message came for the first time, so that its order is that of ids
-    :ivar state: one of :data:`~.entries.STATES`; *in doubt* is only what moves (:mod:`~.moving_sql`)
-    :ivar due: when it may be tried again
-    :ivar claim: the token of the claim, by which alone it may be changed while it is in progress
-    :ivar claimed_by: the host and the process of the claim, for people
-    :ivar lease: until when the claim holds, by the clock of the database
-    :ivar deaths: how many claims have run out since the last attempt that came to an end
-    """
+    __table__ = MESSAGES
 
-    __tablename__ = 'mailqueue_message'
-
-    id: Mapped[str] = mapped_column(_Id, primary_key=True)
-    state: Mapped[str] = mapped_column(Text)
-    due: Mapped[float] = mapped_column(Float(53))
-    attempts: Mapped[int] = mapped_column(Integer, default=0)
-    deaths: Mapped[int] = mapped_column(Integer, default=0)
-    claim: Mapped[str | None] = mapped_column(Text)
-    claimed_by: Mapped[str | None] = mapped_column(Text)
-    lease: Mapped[float | None] = mapped_column(Float(53))
-    queued_at: Mapped[float] = mapped_column(Float(53))
-    last_attempt: Mapped[float | None] = mapped_column(Float(53))
-    last_reply: Mapped[str] = mapped_column(Text, default='')
-    sender: Mapped[str] = mapped_column(Text)
-    recipients: Mapped[list[str]] = mapped_column(JSON)
-    message_id: Mapped[str] = mapped_column(Text)
-    subject: Mapped[str] = mapped_column(Text)
-    content: Mapped[bytes] = mapped_column(LargeBinary, nullable=False, deferred=True)
-
-
-# --- what may be damaged -----------------------------------------------------
-
-# Anybody may write into a row.  What a driver cannot convert it refuses together with all other rows of the statement,
-# so these are read as they are.
-
-#: The recipients of a row, for :func:`recipients_of`.
-RECIPIENTS = cast(Message.recipients, Text).label('recipients')
-
-#: The content of a row: octets, also where SQLite has a text.
-CONTENT = cast(Message.content, LargeBinary).label('content')
-
-
-def recipients_of(written: str) -> tuple[str, ...]:
-    """Return the recipients that a row has; addresses are not checked.  Raises ValueError."""
-    try:
-        recipients = json.loads(written)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'its recipients are not JSON: {error}') from error
-    if not isinstance(recipients, list) or not all(isinstance(recipient, str) for recipient in recipients):
-        raise ValueError(f'its recipients are not a list of addresses: {ascii(written[:100])}')
-    return tuple(recipients)
-
-
-def is_time(value: object) -> bool:
-    """Whether *value* can be seconds since the epoch: databases have NaN and Infinity too, and SQLite has texts."""
-    return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < _END_OF_TIME
-
-
-# Nineteen hundred years before and after 1970, which every calendar can show.
-_END_OF_TIME = 6e10
-
-
-def has_time(column: Any) -> ColumnElement[bool]:
-    """The same of a column, to the database: PostgreSQL has NaN behind all numbers, and SQLite has texts there."""
-    is_one: ColumnElement[bool] = and_(column > -_END_OF_TIME, column < _END_OF_TIME)
-    return is_one
-
-
-def has_run_out() -> ColumnElement[bool]:
-    """The rows whose lease is over, or was never any: nobody would wait for such a one to end."""
-    lease = Message.lease
-    return or_(lease < database_time(), lease >= _END_OF_TIME, lease.is_(None))
-
-
-# --- which tables there are --------------------------------------------------
+    content = deferred(MESSAGES.c.content)
 
 
 class SchemaVersion(_Base):
     """The version of these tables, in one row."""
 
-    __tablename__ = 'mailqueue_schema'
-
-    version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-
-
-def _index(name: str, *columns: Any, where: str) -> Index:
-    # Each state has an index of its own: who looks for what is due does not wade through dead letters, and the states
-    # in which there is little can be counted without looking at the others.
-    return Index(f'mailqueue_message_{name}', *columns, postgresql_where=text(where), sqlite_where=text(where))
-
-
-_index('due', Message.due, Message.id, where="state = 'waiting'")
-_index('lease', Message.lease, where="state = 'in progress'")
-_index('aside', Message.state, Message.id, where=f'state IN {ASIDE}')
-
-
-@event.listens_for(Message.__table__, 'after_create')
-def _keep_contents_apart(table: Table, connection: Connection, **_: Any) -> None:
-    if connection.dialect.name == 'postgresql':
-        # A row that is claimed and deleted within seconds is not worth compressing.
-        connection.execute(text(f'ALTER TABLE {table.fullname} ALTER COLUMN content SET STORAGE EXTERNAL'))
-
-
-@event.listens_for(SchemaVersion.__table__, 'after_create')
-def _note_version(table: Table, connection: Connection, **_: Any) -> None:
-    connection.execute(text(f'INSERT INTO {table.fullname} (version) VALUES ({VERSION})'))  # noqa: S608 - all of it is ours
-
-
-class database_time(FunctionElement[float]):  # noqa: N801 - it is written as a function of SQL
-    """The time of the database: the one clock that all hosts have in common."""
-
-    type = Float(53)
-    inherit_cache = True
-
-
-@compiles(database_time, 'postgresql')
-def _on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
-    # Not now(), which is when the transaction began.
-    return 'CAST(extract(epoch FROM clock_timestamp()) AS double precision)'
-
-
-@compiles(database_time, 'sqlite')
-def _on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
-
-
-def current_schema(connection: Connection) -> str | None:
-    """Return the schema that the tables belong into: the first of the search path that is there; None if none is."""
-    if connection.dialect.name == 'sqlite':
-        return 'main'
-    return connection.scalar(select(func.current_schema(type_=Text())))
-
-
-def schema_in_sight(connection: Connection) -> str | None:
-    """Return the schema in which the search path of PostgreSQL finds a table of this name first; None if in none."""
-    if connection.dialect.name == 'sqlite':
-        return None
-    found = text(
-        'SELECT nspname FROM pg_namespace JOIN pg_class ON relnamespace = pg_namespace.oid '
-        'WHERE pg_class.oid = to_regclass(:name)'
-    )
-    schema: str | None = connection.scalar(found, {'name': Message.__tablename__})
-    return schema
-
-
-def _missing(connection: Connection) -> list[Table]:
-    """Tables of the same names in another schema are somebody else's, also if the search path leads there."""
-    there, schema = inspect(connection), current_schema(connection)
-    return [table for table in metadata.sorted_tables if not there.has_table(table.name, schema=schema)]
-
-
-def create_tables(connection: Connection) -> None:
-    """Create what is missing.  Called in a transaction; several may do it at the same time."""
-    if connection.dialect.name == 'postgresql':
-        connection.exec_driver_sql(f'SELECT pg_advisory_xact_lock({_LOCK})')
-    metadata.create_all(connection, tables=_missing(connection), checkfirst=False)
-    if version_of(connection) == NOT_NOTED:
-        connection.execute(insert(SchemaVersion).values(version=VERSION))
-
-
-def ddl(url: URL) -> str:
-    """Return the statements that create the tables, for the database of *url*."""
-    statements: list[str] = []
-
-    def note(statement: Any, *_: Any, **__: Any) -> None:
-        statements.append(f'{str(statement.compile(dialect=engine.dialect)).strip()};\n')
-
-    engine = create_mock_engine(url, note)
-    metadata.create_all(engine, checkfirst=False)
-    return '\n'.join(statements)
-
-
-def version_of(connection: Connection) -> int | None:
-    """Return the version of the tables in the current schema; None if they are not there, or not all of them."""
-    if _missing(connection):
-        return None
-    return connection.scalar(select(func.coalesce(func.max(SchemaVersion.version), NOT_NOTED)))
+    __table__ = VERSIONS

@@ -25,6 +25,7 @@ from pyramid_mailqueue.queues.sql_claim import NewMessage
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import shown
 from pyramid_mailqueue.queues.sql_schema import Message
+from pyramid_mailqueue.queues.sql_tables import MESSAGES
 from pyramid_mailqueue.queues.sql_trouble import first_line
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _told_why() -> Iterator[None]:
         raise unencodable(error) from error
     except SQLAlchemyError as error:
         hint = ''
-        if isinstance(error, DBAPIError) and Message.__tablename__ in str(error.orig):
+        if isinstance(error, DBAPIError) and MESSAGES.name in str(error.orig):
             hint = ' Create the tables in the database of the session: mq-queue app.ini init.'
         problem = f'Mail cannot be put into the session of the application: {first_line(error)}.'
         raise QueueError(problem + hint) from error
@@ -210,7 +211,7 @@ def _tables_of_queue(connection: Connection) -> set[tuple[Any, ...]]:
 def _name_in(connection: Connection) -> str:
     """The name of the table as statements of this connection have it; the queue's own translates no schema."""
     schema = _schema_in(connection)
-    name = Message.__tablename__
+    name = MESSAGES.name
     return name if schema is None else f'{connection.dialect.identifier_preparer.quote_schema(schema)}.{name}'
 
 

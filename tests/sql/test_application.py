@@ -450,3 +450,18 @@ def test_the_library_is_loaded_for_this_queue_only():
     )
 
     assert subprocess.run([sys.executable, '-c', program], check=False).returncode == 0
+
+
+def test_the_orm_is_loaded_by_who_sends_only(url, tmp_path):
+    ini = tmp_path / 'app.ini'
+    quoted = url.replace('%', '%%')
+    ini.write_text(f'[app:main]\nmailqueue.queue = sql\nmailqueue.smtp_hostname = x\nsqlalchemy.url = {quoted}\n')
+    program = (
+        'import sys\nfrom pyramid_mailqueue.cli import queue, run\n'
+        'for main, argv in ((run.main, []), (queue.main, ["check"])):\n'
+        '    try: main([sys.argv[1], *argv])\n'
+        '    except SystemExit as end: assert end.code == 0, end.code\n'
+        'sys.exit("sqlalchemy.orm" in sys.modules)'
+    )
+
+    assert subprocess.run([sys.executable, '-c', program, ini], check=False).returncode == 0
