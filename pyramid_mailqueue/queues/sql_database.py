@@ -122,7 +122,7 @@ class Database:
             options = ', '.join(sorted(engine.url.query)) or 'none'
             raise self._lasting_mistake(
                 f'the driver can do nothing with it, or with an option in it ({options}): {type(error).__name__}: '
-                f'{without_passwords(first_line(error), engine.url)}'
+                f'{first_line(error)}'
             ) from error
 
     def run(self, work: Callable[[Connection], T]) -> T:
@@ -260,6 +260,7 @@ class Database:
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
 
     def _lasting_mistake(self, problem: str) -> ConfigurationError:
+        problem = without_passwords(problem, self._engine.url)
         return self._mistake(
             f'cannot be used: {problem}. Trying again will not help: correct the URL (mailqueue.sql_url, or '
             'sqlalchemy.url where that is not set), or what its user may do (see docs/sql.rst).'

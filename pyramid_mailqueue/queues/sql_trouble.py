@@ -84,9 +84,8 @@ def is_of_statement(error: SQLAlchemyError) -> bool:
 
 
 def is_forbidden(error: SQLAlchemyError) -> bool:
-    """Whether the user may not do this, or nobody may."""
-    # SQLite has a code for the second one, which Python tells only since 3.11.
-    return _code_of(error) == _NOT_ALLOWED or 'readonly database' in said(error)
+    """Whether the user may not do this."""
+    return _code_of(error) == _NOT_ALLOWED
 
 
 def is_strange_to_driver(error: Exception) -> bool:
