@@ -136,7 +136,11 @@ class IMailQueue(Interface):
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
 
     def count_waiting(most: int) -> int:
-        """Return how many messages wait, due or not; where there are more than *most*, any number above that."""
+        """
+        Return how many messages wait, due or not; or *most* and one, if there are more and it takes long to count them.
+
+        May be missing: then they are counted with all others.
+        """
 
     admin: IQueueAdmin = Attribute('An IQueueAdmin of this queue: what a person may see and do.')
 

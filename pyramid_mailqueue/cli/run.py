@@ -40,6 +40,7 @@ from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']
@@ -362,8 +363,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         '0 sent' if report.trouble else 'nothing to do'
     ]
     try:
-        number = runner.queue.count_waiting(MOST_WAITING)
-        waiting = f'; {number if number <= MOST_WAITING else f"more than {MOST_WAITING}"} waiting'
+        waiting = f'; {_count_waiting(runner.queue)} waiting'
     except QueueError:
         # What was done is done.  If the queue is still away for the next run, that tells of it.
         waiting = ''
@@ -373,6 +373,14 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         # Nobody hears it (a full disk, a pager that was left).  The mail is where it should be, and that is what the
         # exit status tells; but the interpreter would try once more when it ends, and then say otherwise.
         silence_stdout()
+
+
+def _count_waiting(queue: IMailQueue) -> int | str:
+    count = getattr(queue, 'count_waiting', None)
+    if count is None:
+        return queue.counts().get('waiting', 0)
+    number = count(MOST_WAITING)
+    return number if number != MOST_WAITING + 1 else f'more than {MOST_WAITING}'
 
 
 if __name__ == '__main__':

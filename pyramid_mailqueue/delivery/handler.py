@@ -172,6 +172,9 @@ class MessageHandler:
         shift = _Shift(self, claims, stumbles)
         try:
             yield from shift.work()
+        except GeneratorExit:
+            shift.leave_to_others()
+            raise
         finally:
             shift.release()
 
@@ -494,9 +497,11 @@ class _Shift:
                 if self._handler.next_route(attempt) is None:
                     yield from self._conclude(attempt)
                 else:
-                    yield ABOUT_TO_BLOCK
-                    attempt.keep()
-                    self._put_back(attempt)
+                    try:
+                        yield ABOUT_TO_BLOCK
+                    finally:
+                        attempt.keep()
+                        self._put_back(attempt)
                 if self._claims.is_over:
                     # The next one has said what it wants, and nothing of its content: it is as it was.
                     return
@@ -561,15 +566,24 @@ class _Shift:
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)
-        if settlement.waiting or settlement.burials:
-            # What remains of the message is written and made durable, and receivers are asked.
-            yield ABOUT_TO_BLOCK
+        try:
+            if settlement.waiting or settlement.burials:
+                # What remains of the message is written and made durable, and receivers are asked.
+                yield ABOUT_TO_BLOCK
+        finally:
             if has_failed(settlement):
                 result = heed_plugins(account, result, before=attempt.keep)
                 settlement = result.settlement or settlement
-        claim.settle(settlement)
-        tell(account, result, settlement, self._handler.notify)
+            claim.settle(settlement)
+            tell(account, result, settlement, self._handler.notify)
         yield claim, result
+
+    def leave_to_others(self) -> None:
+        """Nobody goes on with this shift: let others deliver what is in hand, if there are any."""
+        untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
+        if self._claims.hand_over([it.claim for it in untouched]):
+            self._next = deque(it for it in (*self._under_way, *self._next) if it.has_outcome)
+            self._under_way.clear()
 
     def release(self) -> None:
         """Give back what is in hand."""

@@ -330,9 +330,7 @@ class _Crew:
                     share.done_with(claim)
                     self._note(share, claim, result)
         except GeneratorExit:
-            # What it had in hand is released by now.
-            if share.has_claims:
-                log.warning('No more threads can be started. The run goes on with fewer connections.')
+            # Nobody goes on with it; what it had in hand is released by now.
             share.lost()
         except BaseException as error:  # noqa: BLE001 - it is raised again where the run was started
             self._defect = error
@@ -351,7 +349,8 @@ class _Crew:
             self._is_server_lost = True
             self._supply.end()
         else:
-            log.warning('%s The message %s waits.', result.trouble, claim.id)
+            waits = result.settlement is None or result.settlement.waiting
+            log.warning('%s The message %s %s.', result.trouble, claim.id, 'waits' if waits else 'is given up')
         with self._lock:
             self._report.trouble = result.trouble or self._report.trouble
             if result.settlement is not None:

@@ -97,7 +97,11 @@ class Supply:
 
     @property
     def opening(self) -> int:
-        """How many have a session that is not open yet, and no message."""
+        """
+        How many have a session that is not open yet, and no message.
+
+        Asked without the lock: who leaves is no longer counted here before it ceases to be at work.
+        """
         return self._opening
 
     def _rate_allows(self) -> bool:
@@ -157,7 +161,7 @@ class Supply:
             while (claim := self._next()) is None and self._new and not self.is_over:
                 self._changed.wait()
             if claim is None:
-                self._at_work -= 1
+                self._leave(share)
             else:
                 self._count_as_new(share)
             return claim
@@ -186,7 +190,7 @@ class Supply:
     def hand_over(self, share: Share, claims: Sequence[IClaim]) -> bool:
         """See `Share.hand_over`."""
         with self._changed:
-            if self._at_work < 2:
+            if self._at_work < 2 or share.has_left:
                 return False
             self._leave(share)
             self._returned.extend(claims)
@@ -221,8 +225,12 @@ class Supply:
         self._changed.notify_all()
 
     def _leave(self, share: Share) -> None:
-        self._at_work -= 1
+        if share.has_left:
+            return
+        share.has_left = True
+        # In this order: see `opening`.
         self._has_opened(share)
+        self._at_work -= 1
         share.is_untried = False
         self._count_as_old(share)
 
@@ -261,12 +269,13 @@ class Share:
     :ivar is_opening: no message was asked for
     :ivar is_untried: no message had its outcome
     :ivar is_new: it has a message, and is untried: it counts as new
+    :ivar has_left: it takes nothing more
     """
 
     def __init__(self, supply: Supply, *, opens_first: bool) -> None:
         self.opens_first = opens_first
         self.is_opening = self.is_untried = True
-        self.is_new = False
+        self.is_new = self.has_left = False
         self._supply = supply
         self._in_hand: dict[str, IClaim] = {}
 

@@ -1151,6 +1151,23 @@ def test_if_no_more_threads_can_be_started_the_others_bring_everything(run_over,
     ]
 
 
+@pytest.mark.parametrize('number', [3, 4, 5, 6, 7])
+def test_if_a_thread_cannot_be_had_in_the_midst_of_a_run_the_others_bring_everything(
+    run_over, queue, wait_all, few_threads, number
+):
+    """With a session for each three messages, and somebody who has to wait for each second one, many are asked for."""
+    wait_all(40)
+    later = {f'RCPT TO:<m{n}@x.example>': '451 4.3.0 later' for n in range(1, 40, 2)}
+    enough = {'MAIL': [None, None, None, '452 4.3.2 that is enough']}
+    few_threads(number)
+    with ScriptedSMTPServer(later, by_session=dict.fromkeys(range(99), enough)) as server:
+        report = run_over(server, 3)
+
+    assert sorted(brought(server)) == sorted(m(*range(0, 40, 2)))
+    assert (report.trouble, report.stopped, queue.state) == (None, False, {'waiting': 20})
+    assert [header.attempts for header in queue.headers('new')] == [1] * 20
+
+
 def test_if_no_thread_at_all_can_be_started_nothing_has_happened(run_over, queue, wait_all, few_threads):
     wait_all(3)
     before = snapshot(queue)
@@ -1169,7 +1186,7 @@ def test_whom_the_server_keeps_waiting_keeps_no_message_and_is_not_waited_for(
     run_over, queue, wait_all, in_background, step
 ):
     wait_all(20)
-    with ScriptedSMTPServer(by_session={number: {step: Silence()} for number in (2, 3, 4)}) as server:
+    with ScriptedSMTPServer(by_session={number: {step: Silence()} for number in (1, 2, 3)}) as server:
         run = in_background(lambda: run_over(server, 4))
         # The others would wait for five minutes.
         report = run()
@@ -1197,15 +1214,18 @@ def test_who_is_told_to_stop_while_the_first_session_is_opened_has_nothing_in_ha
     assert snapshot(queue) == before
 
 
-def test_what_is_left_when_the_only_session_is_refused_waits_for_the_next_that_is_greeted(
+ENOUGH = {'MAIL': [None, None, None, Close('421 4.7.0 that is enough')]}
+
+
+def test_what_is_left_when_the_only_session_is_lost_waits_for_the_one_that_is_being_opened(
     run_over, queue, wait_all, in_background, make_event
 ):
     wait_all(10)
     greet = make_event()
-    script = {1: {'MAIL': [None, None, None, Close('421 4.7.0 that is enough')]}, 2: {'connect': Wait(greet)}}
+    script = {0: ENOUGH, 1: {'connect': Wait(greet)}, 2: {'connect': Close('421 4.7.0 too many connections')}}
     with ScriptedSMTPServer(by_session=script) as server:
         run = in_background(lambda: run_over(server, 2))
-        server.wait_for(lambda: len(server.sessions) == 2 and server.sessions[0].is_over)
+        server.wait_for(lambda: len(server.sessions) == 3 and server.sessions[2].is_over)
         greet.set()
         report = run()
 

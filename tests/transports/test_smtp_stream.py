@@ -559,7 +559,7 @@ def test_who_breaks_off_while_a_session_is_opened_sends_nothing_over_it(in_threa
         transport.abort()
         go_on.set()
         ended = course()
-        server.wait_for(lambda: server.sessions[0].is_over)
+        server.wait_for(lambda: server.sessions and server.sessions[0].is_over)
         after = play(transport, M1)
 
     assert ended.results == []
