@@ -1145,7 +1145,7 @@ def test_if_no_more_threads_can_be_started_the_others_bring_everything(run_over,
 
     assert report == RunReport(sent=12)
     assert (len(brought(server)), queue.state) == (12, {})
-    assert len(server.sessions) == 2
+    assert len(server.sessions) <= 2
     assert [record.message for record in caplog.records if record.levelname == 'WARNING'] == [
         "No more threads can be started (can't start new thread). The run goes on with fewer connections."
     ]
