@@ -53,7 +53,8 @@ from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = ['Capabilities', 'Dialogue', 'MailTransaction', 'ReplyReader', 'printable']
 
-# RFC 5321 section 4.5.3.1.5 gives a reply line 512 octets; servers that explain themselves at length take more.
+# What is kept of a reply.  RFC 5321 section 4.5.3.1.5 gives a line 512 octets; servers that explain themselves at
+# length take more.
 MAX_REPLY_LINE = 4096
 MAX_REPLY_LINES = 100
 
@@ -109,6 +110,9 @@ class ReplyReader:
     """
     Cuts what a server sends into replies (RFC 5321 section 4.2), and lets no server fill the memory.
 
+    What is longer than anybody reads is left out: its code, which each line begins with, holds all the same.  A reply
+    without an end is for the owner of the connection to give up, at its deadline.
+
     :param server: how the server is called in errors
     """
 
@@ -127,11 +131,10 @@ class ReplyReader:
         return not (self._arrived or self._rest or self._lines)
 
     def feed(self, data: bytes) -> None:
-        """Add what has arrived.  Raises :class:`~.exceptions.ServerTrouble` for a line without an end."""
-        *lines, self._rest = (self._rest + data).split(b'\n')
-        self._arrived.extend(lines)
-        if not lines and len(self._rest) >= MAX_REPLY_LINE:
-            raise self._line_too_long()
+        """Add what has arrived."""
+        *lines, rest = (self._rest + data).split(b'\n')
+        self._arrived.extend([line[:MAX_REPLY_LINE] for line in lines])
+        self._rest = rest[:MAX_REPLY_LINE]
 
     def next_reply(self) -> tuple[int, list[bytes]] | None:
         """
@@ -140,29 +143,26 @@ class ReplyReader:
         Raises :class:`~.exceptions.ServerTrouble` for what is no reply.
         """
         while self._arrived:
-            line = self._arrived.popleft()
-            if len(line) >= MAX_REPLY_LINE:
-                raise self._line_too_long()
-            parsed = _parsed_line(line)
-            if parsed is None or (self._lines and parsed[0] != self._code):
-                shown = printable(line.removesuffix(b'\r')[:100])
-                raise self._trouble(f'sent what is not an SMTP reply: {shown!r}')
-            self._code, text, is_last = parsed
-            self._lines.append(text)
+            self._code, text, is_last = self._read(self._arrived.popleft())
+            if len(self._lines) < MAX_REPLY_LINES:
+                self._lines.append(text)
             if is_last:
                 lines, self._lines = self._lines, []
                 return self._code, lines
-            if len(self._lines) >= MAX_REPLY_LINES:
-                raise self._trouble(f'sent a reply of more than {MAX_REPLY_LINES} lines')
+        if len(self._rest) == MAX_REPLY_LINE:
+            # Whether this is going to be a reply does not depend on what is still to come.
+            self._read(self._rest)
         return None
 
-    def _line_too_long(self) -> ServerTrouble:
-        return self._trouble(f'sent a reply line of more than {MAX_REPLY_LINE} bytes')
-
-    def _trouble(self, what: str) -> ServerTrouble:
-        return ServerTrouble(
-            f'{self._server} {what}. Check that mailqueue.smtp_hostname, smtp_port and smtp_tls fit a mail server.'
-        )
+    def _read(self, line: bytes) -> tuple[int, bytes, bool]:
+        parsed = _parsed_line(line)
+        if parsed is None or (self._lines and parsed[0] != self._code):
+            shown = printable(line.removesuffix(b'\r')[:100])
+            raise ServerTrouble(
+                f'{self._server} sent what is not an SMTP reply: {shown!r}. '
+                'Check that mailqueue.smtp_hostname, smtp_port and smtp_tls fit a mail server.'
+            )
+        return parsed
 
 
 # Servers say the same again and again.
@@ -399,7 +399,7 @@ class Dialogue:
                 self._take(*reply)
                 count += 1
         except ServerTrouble as trouble:
-            self._end(trouble)
+            self._end(trouble, _may_be_delivered(trouble, '4.5.0'))
             raise
         return count
 
@@ -409,8 +409,10 @@ class Dialogue:
         return self._end(ServerTrouble(f'{self._server} {what} {self._while()}.'))
 
     def timed_out(self, seconds: float) -> ServerTrouble:
-        """Note that the owner has waited *seconds* for nothing and gives the session up; return the trouble."""
-        return self._end(ServerTrouble(f'{self._server} did nothing for {seconds:g} seconds {self._while()}.'))
+        """Note that the owner has waited *seconds* in vain and gives the session up; return the trouble."""
+        what = 'did nothing for' if self._reader.is_empty else 'came to no end of its reply in'
+        trouble = ServerTrouble(f'{self._server} {what} {seconds:g} seconds {self._while()}.')
+        return self._end(trouble, _may_be_delivered(trouble, '4.4.2'))
 
     # --- what may be said now ---
 
@@ -593,9 +595,9 @@ class Dialogue:
     def _trouble(self, what: str, code: int | None = None) -> ServerTrouble:
         return ServerTrouble(f'{self._server} {what}', code=code)
 
-    def _end(self, trouble: ServerTrouble) -> ServerTrouble:
+    def _end(self, trouble: ServerTrouble, unknown: Reply = OUTCOME_UNKNOWN) -> ServerTrouble:
         if self.awaits_end_of_data:
-            self._awaited[0].transaction.answer_data(OUTCOME_UNKNOWN)
+            self._awaited[0].transaction.answer_data(unknown)
         self.trouble = trouble
         return trouble
 
@@ -643,6 +645,11 @@ def _needs_smtputf8(sender: str, content: bytes) -> bool:
         return not header.decode().isascii()
     except UnicodeDecodeError:
         return False
+
+
+def _may_be_delivered(trouble: ServerTrouble, enhanced: str) -> Reply:
+    """The outcome where a server was heard, or waited for, after the final dot, and has not said what became of it."""
+    return Reply(451, f'it may have been delivered: {trouble}', enhanced, from_server=False, outcome_unknown=True)
 
 
 def _own(code: int, enhanced: str, text: str) -> Reply:

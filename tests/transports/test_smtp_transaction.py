@@ -17,7 +17,6 @@ from pyramid_mailqueue.transports.smtp_transaction import (
     CHUNK,
     MAX_REPLY_LINE,
     MAX_REPLY_LINES,
-    OUTCOME_UNKNOWN,
     Capabilities,
     Dialogue,
     ReplyReader,
@@ -526,9 +525,9 @@ NO_REPLIES = [
     b'650 what\r\n',
     b'\r\n',
     b'250-one\r\n251 other\r\n',
-    b'250' + b' ' * MAX_REPLY_LINE + b'\r\n',
-    b'250 ' + b'x' * MAX_REPLY_LINE,
-    b'250-x\r\n' * MAX_REPLY_LINES,
+    b'250-x\r\n' * 2 * MAX_REPLY_LINES + b'550 x\r\n',
+    b'x' * MAX_REPLY_LINE,
+    b'250-x\r\n550 ' + b'x' * MAX_REPLY_LINE,
 ]
 
 
@@ -553,12 +552,50 @@ def test_replies_are_read_liberally(heard):
     assert reader.is_empty
 
 
-def test_a_reply_of_the_greatest_size_is_taken():
+@pytest.mark.parametrize('number', [1, MAX_REPLY_LINES, 10 * MAX_REPLY_LINES])
+@pytest.mark.parametrize('length', [1, MAX_REPLY_LINE, 10 * MAX_REPLY_LINE])
+def test_a_reply_of_any_size_has_its_code_and_as_much_of_its_text_as_is_kept(number, length):
     reader = ReplyReader()
-    line = b'250-' + b'x' * (MAX_REPLY_LINE - 6)
-    reader.feed((line + b'\r\n') * (MAX_REPLY_LINES - 1) + b'250 end\r\n')
+    text = b'x' * length
+    for _ in range(number - 1):
+        reader.feed(b'550-' + text)
+        assert reader.next_reply() is None
+        reader.feed(b'\r\n')
+    reader.feed(b'550 ' + text + b'\r\n' + OK)
 
-    assert len(reader.next_reply()[1]) == MAX_REPLY_LINES
+    code, lines = reader.next_reply()
+    assert code == 550
+    assert lines == [text[: MAX_REPLY_LINE - 4]] * min(number, MAX_REPLY_LINES)
+    assert reader.next_reply() == (250, [b'ok'])
+    assert reader.is_empty
+
+
+@pytest.mark.parametrize('heard', [b'x' * 10_000, b'250-x\r\n' * 1500], ids=['line', 'lines'])
+def test_a_reply_without_an_end_does_not_fill_the_memory(heard):
+    reader = ReplyReader()
+    reader.feed(b'250-')
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            reader.feed(heard)
+            assert reader.next_reply() is None
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_server_that_comes_to_no_end_has_not_done_nothing():
+    dialogue, transaction = started(recipients=[A])
+    dialogue.receive_data(OK + OK + GO)
+    said(dialogue)
+    assert dialogue.receive_data(b'250-x\r\n' * 1000) == 0
+
+    trouble = dialogue.timed_out(600)
+    assert (
+        str(trouble)
+        == 'mx.example:25 came to no end of its reply in 600 seconds before it answered the end of the data.'
+    )
+    assert transaction.replies[A].text == f'it may have been delivered: {trouble}'
 
 
 def test_controls_in_replies_do_not_reach_logs_and_files():
@@ -586,14 +623,26 @@ def test_an_answer_that_does_not_fit_the_question_is_trouble(heard, reply, asked
     assert transaction.replies == {}
 
 
-def test_an_answer_to_the_content_that_does_not_fit_leaves_the_outcome_unknown():
+@pytest.mark.parametrize(
+    ('heard', 'why'),
+    [
+        (GO, 'gave no fit answer to the end of the data: 354 go.'),
+        (b'hello\r\n', "sent what is not an SMTP reply: 'hello'."),
+        (b'250-taken\r\n550 spam\r\n', "sent what is not an SMTP reply: '550 spam'."),
+    ],
+)
+def test_an_answer_to_the_content_that_does_not_fit_leaves_the_outcome_unknown_and_is_told(heard, why):
     dialogue, transaction = started(recipients=[A])
     dialogue.receive_data(OK + OK + GO)
     said(dialogue)
-    with pytest.raises(ServerTrouble, match='no fit answer to the end of the data'):
-        dialogue.receive_data(GO)
+    with pytest.raises(ServerTrouble, match=re.escape(why)):
+        dialogue.receive_data(heard)
 
-    assert transaction.replies == {A: OUTCOME_UNKNOWN}
+    reply = transaction.replies[A]
+    assert reply.deferred
+    assert reply.outcome_unknown
+    assert not reply.from_server
+    assert str(reply).startswith(f'451 4.5.0 it may have been delivered: mx.example:25 {why}')
 
 
 def test_a_refused_rset_is_trouble():
@@ -701,8 +750,19 @@ def test_without_the_last_byte_of_the_final_dot_nothing_happened(lost):
     assert transaction.replies == {}
 
 
-@pytest.mark.parametrize('end', ['closed', 'broken', 'timed out', 'nonsense'])
-def test_after_the_final_dot_the_outcome_is_unknown_until_its_reply(end):
+LOST = 'connection lost after the end of the data and before the reply: it may have been delivered'
+LATE = 'did nothing for 600 seconds before it answered the end of the data.'
+
+
+@pytest.mark.parametrize(
+    ('end', 'outcome'),
+    [
+        ('closed', f'451 4.4.2 {LOST}'),
+        ('broken', f'451 4.4.2 {LOST}'),
+        ('timed out', f'451 4.4.2 it may have been delivered: mx.example:25 {LATE}'),
+    ],
+)
+def test_after_the_final_dot_the_outcome_is_unknown_until_its_reply(end, outcome):
     dialogue, transaction = started(recipients=[A, B])
     next_one = dialogue.submit(SENDER, [C], CONTENT)
     dialogue.receive_data(OK + b'550 no\r\n' + OK + GO)
@@ -710,16 +770,15 @@ def test_after_the_final_dot_the_outcome_is_unknown_until_its_reply(end):
     if end == 'broken':
         dialogue.connection_lost('broke off the connection')
     elif end == 'timed out':
-        assert 'did nothing for 600 seconds before it answered the end of the data' in str(dialogue.timed_out(600))
+        dialogue.timed_out(600)
         assert not dialogue.closed_by_server
     else:
         with pytest.raises(ServerTrouble):
-            dialogue.receive_data(b'' if end == 'closed' else b'?\r\n')
+            dialogue.receive_data(b'')
 
-    assert codes(transaction) == {A: 550, B: 451}
-    reply = transaction.replies[B]
-    assert (reply.enhanced, reply.from_server) == ('4.4.2', False)
-    assert reply.text == 'connection lost after the end of the data and before the reply: it may have been delivered'
+    assert {recipient: str(reply) for recipient, reply in transaction.replies.items()} == {A: '550 no', B: outcome}
+    assert transaction.replies[B].outcome_unknown
+    assert not transaction.replies[B].from_server
     assert next_one.replies == {}
 
 
