@@ -87,10 +87,10 @@ class Session:
                 began = self._server.clock()
 
     def was_stale(self, transaction: MailTransaction) -> bool:
-        """The server had ended this session while it was idle: nothing of *transaction* was answered."""
+        """The server had ended this session, or the mail in it, before anything of *transaction* was answered."""
         if transaction.answered or transaction.done or self._is_broken_off:
             return False
-        return self.was_used and self.dialogue.closed_by_server
+        return self.was_used and (self.dialogue.closed_by_server or self.dialogue.refused_reset)
 
     def takes_no_more(self, transaction: MailTransaction) -> bool:
         """

@@ -268,7 +268,7 @@ def _is_too_many_recipients(reply: Reply) -> bool:
 class _Step(Enum):
     """What was asked, and which replies answer it."""
 
-    RSET = 'RSET', (2,)
+    RSET = 'RSET', (2, 4, 5)
     MAIL = 'MAIL FROM', (2, 4, 5)
     RCPT = 'RCPT TO', (2, 4, 5)
     DATA = 'DATA', (3, 4, 5)
@@ -310,6 +310,8 @@ class Dialogue:
         self.capabilities = capabilities
         self.trouble: ServerTrouble | None = None
         self.closed_by_server = False
+        # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
+        self.refused_reset = False
         self.trace = trace
         self._server = server
         self._reader = ReplyReader(server)
@@ -510,9 +512,8 @@ class Dialogue:
         if code not in awaited.step.answers:
             raise self._trouble(f'gave no fit answer to {awaited.step.text}: {reply}.', code)
         self._awaited.popleft()
-        if awaited.step is not _Step.RSET:
-            awaited.transaction.answered = True
-            self._ANSWERS[awaited.step](self, awaited, reply)
+        awaited.transaction.answered |= awaited.step is not _Step.RSET
+        self._ANSWERS[awaited.step](self, awaited, reply)
 
     def _unasked(self, awaited: _Awaited | None, reply: Reply) -> ServerTrouble:
         # A server that sees enough of a message to refuse it may not wait for the end.  Its "no" counts, or the
@@ -522,6 +523,11 @@ class Dialogue:
             awaited.transaction.answer_data(reply)
             return self._trouble(f'replied before the end of the data: {reply}.', reply.code)
         return self._trouble(f'sent a reply that nobody asked for: {reply}.', reply.code)
+
+    def _on_reset(self, awaited: _Awaited, reply: Reply) -> None:
+        if not reply.accepted:
+            self.refused_reset = True
+            raise self._trouble(f'refused RSET: {reply}.', reply.code)
 
     def _on_mail(self, awaited: _Awaited, reply: Reply) -> None:
         if reply.code in _NOT_BEFORE_LOGIN:
@@ -583,6 +589,7 @@ class Dialogue:
         transaction.finish()
 
     _ANSWERS: ClassVar[Mapping[_Step, Callable[[Dialogue, _Awaited, Reply], None]]] = {
+        _Step.RSET: _on_reset,
         _Step.MAIL: _on_mail,
         _Step.RCPT: _on_rcpt,
         _Step.DATA: _on_data,

@@ -374,6 +374,29 @@ def test_if_no_new_session_can_be_had_nothing_has_happened_to_the_messages_that_
     assert len(server.sessions) == 3
 
 
+@pytest.mark.parametrize('reply', ['502 5.5.1 what?', '451 4.3.0 not now'])
+def test_a_server_that_refuses_rset_costs_a_new_session_for_each_message_that_came_to_nothing(reply, extensions):
+    letters = [letter(name) for name in ('m1', 'nobody', 'm2', 'm3', 'nobody', 'nobody', 'm4')]
+    script = {'RSET': lambda command: reply, 'RCPT TO:<nobody@x.example>': lambda command: '550 5.1.1 never'}
+    with ScriptedSMTPServer(script, extensions=extensions) as server, transport_to(server) as transport:
+        course = play(transport, *letters)
+        # In the session that is left behind.
+        after = play(transport, letters[1], M1)
+
+    assert (course.trouble, after.trouble) == (None, None)
+    assert [next(iter(result.replies.values())).code for result in course.results] == [
+        250,
+        550,
+        250,
+        250,
+        550,
+        550,
+        250,
+    ]
+    assert received(server) == [letters[0], letters[2], letters[3], letters[6], M1]
+    assert len(server.sessions) == 5
+
+
 def test_no_new_session_is_opened_for_what_cannot_go():
     large = letter('m2', body='x' * 1000)
     with (

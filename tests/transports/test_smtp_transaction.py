@@ -645,14 +645,30 @@ def test_an_answer_to_the_content_that_does_not_fit_leaves_the_outcome_unknown_a
     assert str(reply).startswith(f'451 4.5.0 it may have been delivered: mx.example:25 {why}')
 
 
-def test_a_refused_rset_is_trouble():
+@pytest.mark.parametrize('code', [451, 502])
+def test_after_a_refused_rset_there_is_nothing_more_to_be_had_from_the_session(code):
+    dialogue, _ = started(recipients=[A])
+    dialogue.receive_data(OK + b'550 no\r\n503 no\r\n')
+    next_one = dialogue.submit(SENDER, [B], CONTENT)
+    said(dialogue)
+
+    with pytest.raises(ServerTrouble, match=rf'mx\.example:25 refused RSET: {code} what\.') as caught:
+        dialogue.receive_data(f'{code} what\r\n'.encode() + OK)
+    assert caught.value.code == code
+    assert dialogue.refused_reset
+    assert not dialogue.is_idle
+    assert not next_one.answered
+
+
+def test_nonsense_in_answer_to_rset_is_trouble():
     dialogue, _ = started(recipients=[A])
     dialogue.receive_data(OK + b'550 no\r\n503 no\r\n')
     dialogue.submit(SENDER, [B], CONTENT)
     said(dialogue)
 
     with pytest.raises(ServerTrouble, match='no fit answer to RSET'):
-        dialogue.receive_data(b'500 what\r\n')
+        dialogue.receive_data(GO)
+    assert not dialogue.refused_reset
 
 
 def test_an_answer_before_the_question_is_trouble():
