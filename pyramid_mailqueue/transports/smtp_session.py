@@ -60,6 +60,10 @@ class Session:
             if not transaction.done:
                 raise
         self.was_used = True
+        if transaction.begun:
+            self._server.postponed.discard(transaction.sender)
+        elif transaction.postponed and not self._has_delivered:
+            self._server.postponed.add(transaction.sender)
         self._has_delivered |= transaction.delivered
 
     def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
@@ -96,9 +100,12 @@ class Session:
         """
         The server has ended this session, or takes only so many messages in one (OpenSMTPD: 452 to MAIL).
 
-        In either case nothing of *transaction* has happened, and a new session may do.
+        In either case nothing of *transaction* has happened, and a new session may do.  Not if the last new one has
+        said the same of the sender.
         """
-        return self.was_stale(transaction) or (transaction.postponed and self._has_delivered)
+        if transaction.postponed and self._has_delivered:
+            return transaction.sender not in self._server.postponed
+        return self.was_stale(transaction)
 
     @property
     def is_alive(self) -> bool:

@@ -17,6 +17,7 @@ from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
+from pyramid_mailqueue.transports.smtp_server import MAX_POSTPONED, POSTPONED_FOR, PostponedSenders
 from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
 
 #: Seconds; long enough for a slow machine to answer, short enough to wait for.
@@ -427,6 +428,75 @@ def test_a_sender_who_has_to_wait_has_that_for_an_outcome_in_a_new_session():
     assert [*course.outcomes[0].values(), *course.outcomes[-1].values()] == [ACCEPTED] * 2
     assert [list(outcome.values()) for outcome in course.outcomes[1:-1]] == [['450 4.7.1 slow down']] * 4
     assert len(server.sessions) == 2, 'one more, and not one for each message'
+
+
+def test_a_sender_who_has_to_wait_costs_one_new_session_however_often_it_comes():
+    script = {'MAIL': of_m2('451 4.7.1 over quota')}
+    letters = [M1, M2] * 20
+    with ScriptedSMTPServer(script) as server, transport_to(server) as transport:
+        course = play(transport, *letters)
+        # The next one does not come to be known anew either.
+        play(transport, M1, M2)
+
+    assert [next(iter(result.replies.values())).code for result in course.results] == [250, 451] * 20
+    assert received(server) == [M1] * 21
+    assert len(server.sessions) == 2
+
+
+def test_a_server_that_takes_one_message_in_a_session_does_so_beside_a_sender_who_has_to_wait():
+    def answer_of_a_session():
+        others = iter([None])
+        return {'MAIL': lambda command: '451 4.7.1 no' if '<m2@' in command else next(others, '452 4.5.3 enough')}
+
+    letters = [M1, M2, M3, M2, M1, M3, M2]
+    by_session = {number: answer_of_a_session() for number in range(10)}
+    with ScriptedSMTPServer(by_session=by_session) as server, transport_to(server) as transport:
+        course = play(transport, *letters)
+
+    assert received(server) == [M1, M3, M1, M3]
+    assert [next(iter(result.replies.values())).code for result in course.results] == [
+        250,
+        451,
+        250,
+        451,
+        250,
+        250,
+        451,
+    ]
+    assert len(server.sessions) == 4
+
+
+def test_what_a_new_session_has_said_of_a_sender_is_forgotten_with_time_and_when_it_is_accepted():
+    now = [0.0]
+    replies = ['451 4.7.1 later'] * 6 + [None] + ['451 4.7.1 later'] * 2
+    script = {'MAIL': lambda command: replies.pop(0) if '<m2@' in command else None}
+    with (
+        ScriptedSMTPServer(script) as server,
+        transport_to(server, clock=lambda: now[0], idle_timeout=3600) as transport,
+    ):
+        play(transport, M1, M2, M1)
+        assert len(server.sessions) == 2
+        now[0] = POSTPONED_FOR - 1
+        play(transport, M2)
+        assert len(server.sessions) == 2, 'what the second has said still holds'
+        now[0] = POSTPONED_FOR
+        play(transport, M2, M1)
+        assert len(server.sessions) == 3
+        play(transport, M2, M2, M1)
+        assert len(server.sessions) == 3, 'it was known for the first, and accepted for the second'
+        play(transport, M2)
+        assert len(server.sessions) == 4
+
+    assert replies == []
+
+
+def test_of_how_many_senders_it_is_known_that_they_have_to_wait_is_bounded():
+    known = PostponedSenders(lambda: 0)
+    for number in range(10 * MAX_POSTPONED):
+        known.add(f'{number}@site.example')
+        assert f'{number}@site.example' in known
+
+    assert sum(f'{number}@site.example' in known for number in range(10 * MAX_POSTPONED)) <= MAX_POSTPONED
 
 
 # --- trouble in the middle --------------------------------------------------
