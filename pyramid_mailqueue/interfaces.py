@@ -296,6 +296,12 @@ class IClaim(Interface):
     ``is_valid()``
         Whether the message is still this claim's, and will be for long enough to send it.  Asked when the message is
         taken up, and once more before its content goes out.  Raises nothing; what it has said no to is left alone.
+
+    A claim of a queue that outlives its processes may have one attribute more:
+
+    ``deaths``
+        How many deliverers have died while they held the message, since its last attempt that came to an end or the
+        last ``keep``: an int.  0 is none, and so is a missing attribute.  It may be what has killed them.
     """
 
     id: str = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')
@@ -316,8 +322,9 @@ class IClaim(Interface):
         """
         Write down that only *recipients* are open, and keep the claim: the others have the message.
 
-        Called between two transactions of one message, so that nobody gets it twice if the process dies.  If it cannot
-        be written the message stays as it was; that is logged, not raised.
+        Called between two transactions of one message, so that nobody gets it twice if the process dies.  As the
+        message makes progress, deaths are counted anew from here on.  If it cannot be written the message stays as it
+        was; that is logged, not raised.
         """
 
     def release() -> None:

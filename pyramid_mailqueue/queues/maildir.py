@@ -54,7 +54,7 @@ from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
-from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, STUMBLES, FileName, MaildirClaim
+from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
 from pyramid_mailqueue.queues.staged import StagedMail
 
@@ -147,9 +147,11 @@ class MaildirQueue(MaildirFolders):
 
     def _due_after(self, last: tuple[int, float, str], now: float) -> list[tuple[int, float, str]]:
         """
-        What is due in ``new/`` and comes after *last*, as stumbles, due time and name; one ``stat`` for each message.
+        What is due in ``new/`` and comes after *last*, as setbacks, due time and name; one ``stat`` for each message.
 
-        What a server has stumbled over comes last: it must not keep the others from it, run after run.
+        What a server has stumbled over must not keep the others from it, run after run; and what has outlived a
+        deliverer was as likely as not only in hand when that was killed, and is not to be in hand the next time too.
+        So both come last.
         """
 
         def due() -> Iterator[tuple[int, float, str]]:
@@ -157,9 +159,9 @@ class MaildirQueue(MaildirFolders):
                 modified = modified_time(entry)
                 if modified is None or not self._is_due(modified, now):
                     continue
-                stumbles = FileName.parse(entry.name).stumbles if STUMBLES in entry.name else 0
-                if (stumbles, modified, entry.name) > last:
-                    yield stumbles, modified, entry.name
+                setbacks = FileName.parse(entry.name).setbacks if ',' in entry.name else 0
+                if (setbacks, modified, entry.name) > last:
+                    yield setbacks, modified, entry.name
 
         return heapq.nsmallest(SUPPLY, due())
 

@@ -20,7 +20,7 @@ from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
 from pyramid_mailqueue.queues.queue_file import QueueHeader, read_envelope
 
-__all__ = ['MAX_DEATHS', 'STUMBLES', 'FileName', 'MaildirClaim']
+__all__ = ['MAX_DEATHS', 'FileName', 'MaildirClaim']
 
 #: A message whose deliverer died this often is given up: it may well be what kills them.
 MAX_DEATHS = 5
@@ -45,7 +45,7 @@ class MaildirClaim:
 
     @property
     def deaths(self) -> int:
-        """How many deliverers the message has outlived."""
+        """See `IClaim`."""
         return self._name.deaths
 
     @property
@@ -108,6 +108,19 @@ class MaildirClaim:
         self._file.close()
         self._file = file
         self._parsed = header, dataclasses.replace(self.envelope, recipients=recipients)
+        self._forget_deaths()
+
+    def _forget_deaths(self) -> None:
+        """Somebody has the message: it is not what kills its deliverers."""
+        if not self.deaths:
+            return
+        name = self._name._replace(deaths=0)
+        try:
+            self._file.move(self._folders.place('cur', str(name)))
+        except OSError as error:
+            log_trouble('keeps the count of the deaths before', self._file.path, error)
+            return
+        self._name = name
 
     def release(self) -> None:
         """See `IClaim`."""
@@ -210,7 +223,6 @@ class MaildirClaim:
         self._back_to_new(self._file.name)
 
 
-STUMBLES = ',stumbles='
 _FILE_NAME = re.compile(r'(.*?)(?:,stumbles=([0-9]{1,9}))?(?:,deaths=([0-9]{1,9}))?', re.DOTALL)
 
 
@@ -220,7 +232,8 @@ class FileName(NamedTuple):
 
     :param id: the name of the message
     :param stumbles: how often a server broke off in the midst of it
-    :param deaths: how many deliverers it has outlived; both are counted since its last attempt
+    :param deaths: how many deliverers it has outlived; both are counted since its last attempt, and deaths since it was
+        accepted for some of its recipients
     """
 
     id: str
@@ -236,8 +249,17 @@ class FileName(NamedTuple):
         assert match
         return cls(match[1], int(match[2] or 0), int(match[3] or 0))
 
+    @property
+    def setbacks(self) -> int:
+        """
+        How often something went wrong that may be the message's fault or not.
+
+        Counted together: what goes wrong once more comes behind what has fared as badly, whichever way.
+        """
+        return self.stumbles + self.deaths
+
     def __str__(self) -> str:
-        stumbles = f'{STUMBLES}{self.stumbles}' if self.stumbles else ''
+        stumbles = f',stumbles={self.stumbles}' if self.stumbles else ''
         return f'{self.id}{stumbles},deaths={self.deaths}' if self.deaths else f'{self.id}{stumbles}'
 
 

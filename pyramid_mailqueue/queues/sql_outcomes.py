@@ -137,8 +137,8 @@ def _release(dialect: str) -> Executable:
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
-    """Note who is open; whether the message was still *claim*'s."""
-    return _update_owned(connection, claim, {'recipients': [*recipients]})
+    """Note who is open, and that it is not what kills its deliverers; whether the message was still *claim*'s."""
+    return _update_owned(connection, claim, {'recipients': [*recipients], 'deaths': 0})
 
 
 def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: float) -> set[str]:

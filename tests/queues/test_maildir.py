@@ -1262,6 +1262,73 @@ def test_what_a_server_stumbled_over_is_claimed_after_all_others(queue):
     assert run() == [third, second, first]
 
 
+def test_what_has_outlived_a_deliverer_is_claimed_after_all_others(queue):
+    first, second, third = (put(queue, due=due) for due in (1, 2, 3))
+
+    def die_over(number):
+        """Take so many messages, and die; the next run takes care of it."""
+        claims = queue.claim_due(LATER)
+        taken = [next(claims) for _ in range(number)]
+        forget(*taken)
+        queue.recover(time.time())
+        return [(claim.id, claim.deaths) for claim in taken]
+
+    assert die_over(2) == [(first, 0), (second, 0)]
+    assert die_over(2) == [(third, 0), (first, 1)]
+    assert die_over(3) == [(second, 1), (third, 1), (first, 2)]
+
+
+def test_whatever_went_wrong_with_a_message_the_one_with_which_less_went_wrong_comes_first(queue):
+    setbacks = ['c,stumbles=1,deaths=2', 'a,stumbles=2', 'd,deaths=1', 'b', 'e,stumbles=9', 'f,deaths=3']
+    for name in setbacks:
+        at(queue, 'new', name).write_bytes(HEADER)
+        os.utime(at(queue, 'new', name), (1, 1))
+
+    assert [taken.id for taken in queue.claim_due(LATER)] == ['b', 'd', 'a', 'c', 'f', 'e']
+
+
+def test_deaths_are_counted_anew_when_some_of_the_recipients_have_the_message(queue):
+    at(queue, 'new', 'x,stumbles=2,deaths=4').write_bytes(HEADER.replace(b'a@x', b'a@x.example,b@x'))
+    taken = claim(queue)
+    assert taken.deaths == 4
+
+    taken.keep(('b@x.example',))
+
+    assert (taken.id, taken.deaths) == ('x', 0)
+    assert names(queue, 'cur') == ['x,stumbles=2']
+    assert MaildirQueue(queue.path).recover(time.time()).orphans == (), 'it is held all the time'
+    forget(taken)
+    assert queue.recover(time.time()).orphans == ('x',)
+    again = claim(queue)
+    assert (again.deaths, again.envelope.recipients) == (1, ('b@x.example',))
+
+
+@pytest.mark.parametrize('name', ['writev', 'rename'])
+def test_a_keep_that_cannot_be_written_says_nothing_about_the_deaths_before(queue, told, name):
+    at(queue, 'new', 'x,deaths=4').write_bytes(HEADER.replace(b'a@x', b'a@x.example,b@x'))
+    taken = claim(queue)
+
+    with intercepted(Fault('ENOSPC', 1, can_fail=lambda call: call.name == name)):
+        taken.keep(('b@x.example',))
+
+    assert told(level='CRITICAL', status='unsettled')
+    assert (taken.deaths, names(queue, 'cur'), names(queue, 'tmp')) == (4, ['x,deaths=4'], [])
+
+
+def test_deaths_that_cannot_be_forgotten_are_told_of_and_what_was_kept_is_kept(queue, told):
+    at(queue, 'new', 'x,deaths=3').write_bytes(HEADER.replace(b'a@x', b'a@x.example,b@x'))
+    taken = claim(queue)
+
+    with intercepted(Fault('EIO', 2, can_fail=lambda call: call.name == 'rename')):
+        taken.keep(('b@x.example',))
+
+    assert told(level='ERROR', status='trouble', problem='keeps the count of the deaths before')
+    assert taken.deaths == 3
+    taken.release()
+    assert names(queue, 'new') == ['x,deaths=3']
+    assert claim(queue).envelope.recipients == ('b@x.example',)
+
+
 def test_a_burial_that_fails_is_not_reported_as_one(queue, told):
     at(queue, 'cur', 'x,deaths=4').write_bytes(HEADER)
 

@@ -149,8 +149,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def claim(self):
         due = [
-            (message.due, name)
-            for name, message in self.model.messages.items()
+            (message.deaths, message.due)
+            for message in self.model.messages.values()
             if message.state == 'waiting' and message.due <= self.now
         ]
         claims = self.queue.claim_due(self.now)
@@ -160,8 +160,8 @@ class QueueMachine(RuleBasedStateMachine):
         if claim is None:
             return
         message = self.model.messages[claim.id]
-        # Names of equal age are in the order of their names, which have the number of deaths behind them.
-        assert message.due == min(due)[0]
+        # Which of several that are alike comes first is told by their names.
+        assert (message.deaths, message.due) == min(due)
         assert message.state == 'waiting'
         assert (claim.attempts, claim.deaths) == (message.attempts, message.deaths)
         assert claim.envelope == Envelope('s@x.example', message.recipients, CONTENT)
@@ -196,6 +196,18 @@ class QueueMachine(RuleBasedStateMachine):
         message.attempts += counted
         message.due = message.due if due is None else due
         message.state = 'waiting'
+
+    @precondition(lambda self: self.claims)
+    @rule(index=which, number=st.integers(1, 3))
+    def keep(self, index, number):
+        claim = self.claims[index % len(self.claims)]
+        message = self.model.messages[claim.id]
+        message.recipients = message.recipients[-number:]
+        message.deaths = 0
+
+        claim.keep(message.recipients)
+
+        assert (claim.deaths, claim.envelope.recipients) == (0, message.recipients)
 
     @precondition(lambda self: self.claims)
     @rule(index=which)

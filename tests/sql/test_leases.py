@@ -148,6 +148,19 @@ def test_an_attempt_that_comes_to_an_end_ends_the_count_of_deaths(url, make_queu
     assert deaths == [1, 0]
 
 
+def test_deaths_are_counted_anew_when_some_of_the_recipients_have_the_message(url, make_queue, envelope, run_out, rows):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    queue.claim(name)
+    run_out(url)
+    queue.recover(LATER)
+    deaths = [rows()[0][4]]
+    queue.claim(name).keep((ADA,))
+    deaths.append(rows()[0][4])
+
+    assert deaths == [1, 0]
+
+
 def test_a_person_may_do_something_with_a_message_whose_deliverer_died(url, make_queue, envelope, run_out):
     queue = make_queue(url)
     held, deleted, retried = (queue.put_claimed(envelope).id for _ in range(3))
