@@ -112,7 +112,8 @@ class IMailQueue(Interface):
 
         A generator; a message is claimed when it is asked for, not before.  Messages that others hold are passed over,
         damaged ones are put aside and logged.  *now* is in seconds since the epoch.  Raises
-        :class:`~.exceptions.QueueError` if the queue itself cannot be read.
+        :class:`~.exceptions.QueueError` if the queue itself cannot be read, or if no message can be claimed any more;
+        what was claimed before that is not touched by it.
         """
 
     def count_due(now: float) -> int:

@@ -45,17 +45,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event, log_queued, log_trouble, queue_log
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL_MOVES, leave_some_files, standstill
 from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
@@ -138,7 +140,11 @@ class MaildirQueue(MaildirFolders):
 
     def claim(self, id: str) -> MaildirClaim | None:
         """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
-        return self._claim(id, self.clock())
+        try:
+            return self._claim(id, self.clock())
+        except QueueError as error:
+            log_event(queue_log, logging.ERROR, status='trouble', id=id, problem='cannot be claimed', error=error)
+            return None
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
@@ -169,6 +175,7 @@ class MaildirQueue(MaildirFolders):
         return when <= now or when > now + self.horizon
 
     def _claim(self, name: str, now: float) -> MaildirClaim | None:
+        """Raises QueueError if no message can be claimed now."""
         file = self.take('new', name)
         if file is None:
             return None
@@ -177,10 +184,13 @@ class MaildirQueue(MaildirFolders):
             if not self._is_due(file.modified, now):
                 file.close()
                 return None
+            leave_some_files(file.fd)
             file.move(self.place('cur', name))
         except OSError as error:
-            log_trouble('cannot be claimed', file.path, error)
             file.close()
+            if error.errno in FOR_ALL_MOVES:
+                raise standstill(self.path, error) from error
+            log_trouble('cannot be claimed', file.path, error)
             return None
         claim = MaildirClaim(self, file)
         return claim if claim.is_readable() else None
@@ -193,16 +203,26 @@ class MaildirQueue(MaildirFolders):
         in_doubt, sent, discarded = self._recover_in_doubt()
         swept = self._sweep(now)
         self.flush()
-        half_way = tuple(entry.name for entry in list(self.files(MOVING)) if self._is_nobodys(MOVING, entry.name))
-        return Recovery(orphans, buried, in_doubt, sent, discarded, swept, half_way)
+        return Recovery(orphans, buried, in_doubt, sent, discarded, swept, self._find_half_way())
+
+    def _taken(self, folder: str, entries: Iterable[os.DirEntry[str]]) -> Iterator[LockedFile]:
+        """Take what nobody holds.  Where no more can be opened the rest is left: what was done before is to be told."""
+        for entry in list(entries):
+            try:
+                file = self.take(folder, entry.name)
+            except QueueError as error:
+                problem = 'cannot be looked through to its end'
+                log_event(
+                    queue_log, logging.ERROR, status='trouble', file=self.place(folder), problem=problem, error=error
+                )
+                return
+            if file is not None:
+                yield file
 
     def _recover_orphans(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Whoever claimed these is dead, or the kernel would not have given us their locks."""
         orphans, buried = [], []
-        for entry in list(self.files('cur')):
-            file = self.take('cur', entry.name)
-            if file is None:
-                continue
+        for file in self._taken('cur', self.files('cur')):
             claim = MaildirClaim(self, file)
             if claim.deaths + 1 < MAX_DEATHS:
                 if claim.orphaned():
@@ -213,10 +233,7 @@ class MaildirQueue(MaildirFolders):
 
     def _recover_in_doubt(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         held, sent, discarded = [], [], []
-        for entry in list(self.files('prepared')):
-            file = self.take('prepared', entry.name)
-            if file is None:
-                continue
+        for file in self._taken('prepared', self.files('prepared')):
             if self.in_doubt == 'send' and self._publish_in_doubt(file):
                 sent.append(file.name)
             elif self.in_doubt == 'discard' and self.drop(file):
@@ -237,15 +254,19 @@ class MaildirQueue(MaildirFolders):
         return True
 
     def _sweep(self, now: float) -> tuple[str, ...]:
-        swept = []
-        for entry in list(self.files('tmp')):
+        def is_stale(entry: os.DirEntry[str]) -> bool:
             modified = modified_time(entry)
-            if modified is None or now - modified <= STALE_AFTER:
-                continue
-            file = self.take('tmp', entry.name)
-            if file is not None and self.drop(file):
-                swept.append(entry.name)
-        return tuple(swept)
+            return modified is not None and now - modified > STALE_AFTER
+
+        stale = filter(is_stale, self.files('tmp'))
+        return tuple(file.name for file in self._taken('tmp', stale) if self.drop(file))
+
+    def _find_half_way(self) -> tuple[str, ...]:
+        names = []
+        for file in self._taken(MOVING, self.files(MOVING)):
+            names.append(file.name)
+            file.close()
+        return tuple(names)
 
     # -- for people
 

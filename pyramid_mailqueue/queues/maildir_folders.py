@@ -23,6 +23,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, abandon_all, sync_folder
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, standstill
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
@@ -84,13 +85,19 @@ class MaildirFolders:
         except OSError as error:
             if folder == MOVING and isinstance(error, FileNotFoundError):
                 return
-            raise QueueError(f'The folder {self.place(folder)} cannot be read: {why(error)}') from error
+            raise QueueError(f'The folder {self.place(folder)} cannot be read: {why(error)}{cure_of(error)}') from error
 
     def take(self, folder: str, name: str) -> LockedFile | None:
-        """Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged)."""
+        """
+        Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged).
+
+        Raises QueueError if none can be opened.
+        """
         try:
             return self.hold(folder, name)
         except OSError as error:
+            if error.errno in FOR_ALL:
+                raise standstill(self.place(folder), error) from error
             log_trouble('cannot be opened', self.place(folder, name), error)
             return None
 
@@ -256,12 +263,18 @@ def _create_folder(path: str) -> bool:
 
 
 def modified_time(entry: os.DirEntry[str]) -> float | None:
-    """Return the time of modification of a file; None if it is gone, or cannot be looked at (that is logged)."""
+    """
+    Return the time of modification of a file; None if it is gone, or cannot be looked at (that is logged).
+
+    Raises QueueError if nothing in its folder can be looked at.
+    """
     try:
         return entry.stat(follow_symlinks=False).st_mtime
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno in FOR_ALL_LOOKS:
+            raise standstill(os.path.dirname(entry.path), error) from error
         log_trouble('cannot be looked at', entry.path, error)
         return None
 

@@ -14,9 +14,21 @@ import signal
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName
+from pyramid_mailqueue.testing import smtp_server
 from tests.crash.children import fork
-from tests.crash.drain_parts import assert_is_made_good, blaming, drain, everybody, fill
+from tests.crash.drain_parts import (
+    MAX_RECIPIENTS,
+    assert_is_made_good,
+    blaming,
+    drain,
+    everybody,
+    fill,
+    letter,
+    letters,
+)
 from tests.crash.faults import Death, DeathInSend, Log
+from tests.crash.queue_parts import names, where
 
 pytestmark = pytest.mark.forks
 
@@ -101,3 +113,52 @@ def test_a_run_over_three_connections_that_is_killed_repeats_at_most_one_message
 
     # Which of them are repeated is for the scheduler to say.
     assert any(repeated)
+
+
+@pytest.fixture
+def kill_over(queue, office):
+    """Start a run, and kill it when the server has as many contents as that, and says nothing more."""
+
+    def kill_over(contents):
+        heard = itertools.count(1)
+
+        def answer(command):
+            if next(heard) < contents:
+                return None
+            os.kill(child, signal.SIGKILL)
+            return smtp_server.Silence()
+
+        # The server may have the content before this process knows whose it is.
+        reading, writing = os.pipe()
+        office.server.script['.'] = answer
+        child = fork(lambda: (os.read(reading, 1), drain(queue.path, office)))
+        os.write(writing, b'x')
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(reading)
+        os.close(writing)
+
+    return kill_over
+
+
+def test_runs_that_are_killed_over_a_server_that_hangs_have_others_in_hand_each_time(queue, office, kill_over):
+    fill(queue, letters(4 * MAX_DEATHS))
+
+    for _ in range(MAX_DEATHS + 1):
+        kill_over(1)
+    queue.recover(0)
+
+    assert where(queue) == {'new': 4 * MAX_DEATHS}
+    assert {FileName.parse(name).deaths for name in names(queue, 'new')} == {0, 1}
+
+
+def test_a_message_in_many_parts_is_not_given_up_while_each_run_brings_some_of_them(queue, office, kill_over):
+    parts = MAX_DEATHS + 2
+    fill(queue, [letter('many', *(f'taken-{n}' for n in range(parts * MAX_RECIPIENTS)))])
+
+    for _ in range(parts - 1):
+        kill_over(2)
+    queue.recover(0)
+
+    assert {FileName.parse(name).deaths for name in names(queue, 'new')} == {1}
+    (entry,) = queue.admin.entries(['waiting'])
+    assert len(entry.recipients) == MAX_RECIPIENTS

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+from functools import partial
 
 import pytest
 
+from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from tests.crash.children import no_open_files_are_left, open_files, run_in_child
-from tests.crash.queue_parts import ENVELOPE, where
+from tests.crash.drain_parts import fill, letters, mq_run
+from tests.crash.queue_parts import ENVELOPE, LATER, Told, names, put, where
 
 LARGE = type(ENVELOPE)('sender@site.example', ('large@x.example',), b'x' * 100_000)
 
@@ -49,3 +53,46 @@ def test_a_process_that_has_too_many_files_open_says_so(tmp_path):
 
     assert run_in_child(commit) == f'The queue {tmp_path} cannot take the message: Too many open files'
     assert where(queue) == {}
+
+
+def test_who_may_open_few_files_claims_few_messages_and_can_write_what_becomes_of_them(tmp_path, caplog):
+    queue = MaildirQueue(tmp_path)
+    for _ in range(40):
+        put(queue)
+    told = Told(caplog)
+
+    def claim_and_defer():
+        limit = 20 + max(map(int, open_files()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        claims = []
+        with pytest.raises(QueueError) as refusal:
+            claims.extend(queue.claim_due(LATER))
+        for taken in reversed(claims):
+            taken.settle(Settlement(taken.envelope.recipients, due=LATER))
+        queue.flush()
+        return limit, str(refusal.value), told()
+
+    limit, refusal, events = run_in_child(claim_and_defer)
+
+    assert refusal == (
+        f'The folder {tmp_path} cannot be used: Too many open files. '
+        f'This process may have {limit} files open: let it have more (LimitNOFILE= for systemd, else ulimit -n).'
+    )
+    assert events == []
+    assert where(queue) == {'new': 40}
+    assert 0 < sum(MaildirQueue(tmp_path).take('new', name).modified == LATER for name in names(queue, 'new')) < 40
+
+
+def test_mq_run_that_may_open_too_few_files_says_so_in_one_line(tmp_path, office):
+    queue = MaildirQueue(tmp_path / 'queue')
+    fill(queue, letters(40))
+    # Even the first message would be one of the last files.
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (7, 7))
+
+    run = subprocess.run(mq_run(queue, office), preexec_fn=limit, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 75, run.stderr
+    assert run.stderr.startswith(f'mq-run: The folder {queue.path}')
+    assert 'Too many open files. This process may have 7 files open: let it have more' in run.stderr
+    assert run.stderr.count('\n') == 1
+    assert where(queue) == {'new': 40}

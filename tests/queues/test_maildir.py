@@ -715,6 +715,91 @@ def test_a_message_that_cannot_be_looked_at_is_told_of_and_does_not_hide_the_oth
     assert told(level='ERROR', status='trouble', problem='cannot be looked at', file=Unseen.path)
 
 
+@pytest.mark.parametrize(
+    ('call', 'error'),
+    [
+        *(('open', name) for name in ('EMFILE', 'ENFILE', 'ENOMEM', 'EROFS')),
+        ('flock', 'ENOLCK'),
+        *(('rename', name) for name in ('EACCES', 'EDQUOT', 'ENOSPC', 'EROFS', 'EXDEV')),
+    ],
+)
+def test_what_no_message_is_to_blame_for_ends_the_claiming_and_not_what_was_claimed(queue, told, call, error):
+    first, *others = (put(queue, due=number) for number in range(1, 10))
+    claims = queue.claim_due(LATER)
+    taken = next(claims)
+
+    with (
+        no_open_files_are_left(),
+        intercepted(Fault(error, 1, lasts=True, can_fail=lambda it: it.name == call)),
+        pytest.raises(QueueError, match=f'^The folder {queue.path}.* cannot be used: {os.strerror(errno_of(error))}'),
+    ):
+        next(claims)
+
+    assert told() == []
+    assert list(claims) == []
+    taken.settle(Settlement(taken.envelope.recipients, due=20))
+    assert [again.id for again in queue.claim_due(LATER)] == [*others, first]
+
+
+def errno_of(name):
+    return getattr(errno, name)
+
+
+def test_a_folder_that_may_not_be_searched_is_told_of_once(queue, told):
+    class Hidden:
+        name, path = 'x', queue.place('new', 'x')
+
+        def is_file(self, *, follow_symlinks):
+            return True
+
+        def stat(self, *, follow_symlinks):
+            raise PermissionError(errno.EACCES, 'Permission denied')
+
+    def hide(call):
+        return contextlib.nullcontext([Hidden()] * 9) if call.name == 'scandir' else call()
+
+    reason = f'^The folder {queue.place("new")} cannot be used: Permission denied$'
+    with intercepted(hide), pytest.raises(QueueError, match=reason):
+        list(queue.claim_due(LATER))
+    assert told() == []
+
+
+@pytest.mark.parametrize(('call', 'error'), [('open', 'EACCES'), ('open', 'EIO'), ('rename', 'EPERM')])
+def test_what_may_be_the_trouble_of_one_file_is_told_of_and_passed_over(queue, told, call, error):
+    _, *others = (put(queue, due=number) for number in range(1, 4))
+
+    with intercepted(Fault(error, 1, can_fail=lambda it: it.name == call)):
+        assert [taken.id for taken in queue.claim_due(LATER)] == others
+    assert told(level='ERROR', status='trouble', error=os.strerror(errno_of(error)))
+
+
+def test_a_message_that_is_asked_for_while_none_can_be_claimed_waits_for_a_run(queue, told):
+    name = put(queue)
+
+    with intercepted(Fault('EMFILE', 1)):
+        assert queue.claim(name) is None
+
+    assert told(level='ERROR', status='trouble', id=name, problem='cannot be claimed')
+    assert queue.claim(name)
+
+
+def test_what_was_buried_is_reported_although_no_more_files_can_be_opened(queue, told):
+    for name in 'ab':
+        at(queue, 'cur', f'{name},deaths=4').write_bytes(HEADER)
+
+    def opens_second(call):
+        return call.name == 'open' and call.args[0] == opened[1]
+
+    with os.scandir(queue.place('cur')) as entries:
+        opened = [entry.path for entry in entries]
+    with intercepted(Fault('EMFILE', 1, can_fail=opens_second)):
+        recovery = queue.recover(time.time())
+
+    assert recovery.buried == (Path(opened[0]).name.partition(',')[0],)
+    assert told(level='ERROR', status='trouble', file=queue.place('cur'), problem='cannot be looked through to its end')
+    assert len(queue.recover(time.time()).buried) == 1
+
+
 def test_a_message_is_read_with_few_system_calls(queue):
     put(queue)
 
