@@ -135,27 +135,19 @@ def test_a_message_that_outlives_too_many_deliverers_is_given_up(url, make_queue
     assert f'died, or was cut off, {MAX_DEATHS} times' in dead.last_reply
 
 
-def test_an_attempt_that_comes_to_an_end_ends_the_count_of_deaths(url, make_queue, envelope, run_out, rows):
+@pytest.mark.parametrize(
+    'make_progress',
+    [lambda claim: claim.settle(Settlement((ADA,), due=1)), lambda claim: claim.keep((ADA,))],
+    ids=['the attempt ends', 'some have it'],
+)
+def test_progress_ends_the_count_of_deaths(url, make_queue, envelope, run_out, rows, make_progress):
     queue = make_queue(url)
     name = queue.put(envelope)
     queue.claim(name)
     run_out(url)
     queue.recover(LATER)
     deaths = [rows()[0][4]]
-    queue.claim(name).settle(Settlement((ADA,), due=1))
-    deaths.append(rows()[0][4])
-
-    assert deaths == [1, 0]
-
-
-def test_deaths_are_counted_anew_when_some_of_the_recipients_have_the_message(url, make_queue, envelope, run_out, rows):
-    queue = make_queue(url)
-    name = queue.put(envelope)
-    queue.claim(name)
-    run_out(url)
-    queue.recover(LATER)
-    deaths = [rows()[0][4]]
-    queue.claim(name).keep((ADA,))
+    make_progress(queue.claim(name))
     deaths.append(rows()[0][4])
 
     assert deaths == [1, 0]
