@@ -224,7 +224,9 @@ class SQLQueue:
         bury = update(MESSAGES).where(*ran_out, MESSAGES.c.deaths >= MAX_DEATHS - 1)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
-        wait = update(MESSAGES).where(*ran_out).values(state='waiting', deaths=MESSAGES.c.deaths + 1, **UNCLAIMED)
+        # Behind all that is due now: it was as likely as not only in hand when its deliverer was killed.
+        wait = update(MESSAGES).where(*ran_out)
+        wait = wait.values(state='waiting', due=min(now, self._clock()), deaths=MESSAGES.c.deaths + 1, **UNCLAIMED)
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
         return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
 

@@ -50,6 +50,7 @@ class ClaimedRow(NamedTuple):
     queued_at: float
     sender: str
     recipients: str | None
+    deaths: int = 0
 
 
 @implementer(IClaim)
@@ -86,6 +87,7 @@ class SQLClaim:
         self.attempts = row.attempts
         self.queued_at = row.queued_at
         self.due = row.due
+        self.deaths = row.deaths
         self.deadline = deadline
         self.is_confirmed = is_confirmed
 

@@ -12,6 +12,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import MQSignal
 from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueFileError, ServerTrouble
 from pyramid_mailqueue.queues.queue_file import read_header
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer
@@ -461,6 +462,31 @@ def claimed(queue, envelope):
 
 def recipients(headers):
     return [header.recipients for header in headers]
+
+
+@pytest.mark.parametrize('why', ['large', 'deadly'])
+def test_nothing_is_announced_behind_a_message_that_is_large_or_has_killed_its_deliverer(
+    queue, envelope, claimed, why, monkeypatch
+):
+    first, last = claimed('ada', 'dan')
+    if why == 'large':
+        alone = queue.claimed(Envelope('shop@site.example', (BOB,), b'\r\n' + b'x' * 1_100_000))
+    else:
+        alone = queue.claimed(envelope('bob'))
+        monkeypatch.setattr(type(alone), 'deaths', property(lambda claim: int(claim is alone)))
+    under_way = []
+
+    class Transport(Streams):
+        def stream(self, first, more):
+            for result in super().stream(first, more):
+                under_way.append(tuple(self.offered))
+                yield result
+
+    transport = Transport(*[YES] * 3)
+    results = list(MessageHandler([transport]).deliver_all(Given(first, alone, last)))
+
+    assert len(results) == 3
+    assert under_way == [((ADA,), (BOB,)), ((ADA,), (BOB,)), ((ADA,), (BOB,), (DAN,))]
 
 
 def test_each_claim_is_settled_when_it_is_yielded_and_not_before(queue, claimed, smtp):

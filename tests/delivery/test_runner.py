@@ -1117,6 +1117,9 @@ def test_a_queue_that_cannot_be_read_any_more_ends_the_run_and_what_is_in_hand_i
 # --- threads that cannot be -------------------------------------------------
 
 
+ENOUGH = {'MAIL': [None, None, None, Close('421 4.7.0 that is enough')]}
+
+
 @pytest.fixture
 def few_threads(monkeypatch):
     """Let no more threads be started for a run than so many."""
@@ -1137,15 +1140,21 @@ def few_threads(monkeypatch):
     return few_threads
 
 
-def test_if_no_more_threads_can_be_started_the_others_bring_everything(run_over, queue, wait_all, few_threads, caplog):
+def test_if_no_more_threads_can_be_started_the_others_bring_everything(
+    run_over, queue, wait_all, few_threads, in_background, make_event, until, caplog
+):
     wait_all(12)
     few_threads(2)
-    with ScriptedSMTPServer() as server:
-        report = run_over(server, 4)
+    has_told = make_event()
+    with ScriptedSMTPServer({'.': [None, Wait(has_told)]}) as server:
+        run = in_background(lambda: run_over(server, 4))
+        until(lambda: caplog.messages)
+        has_told.set()
+        report = run()
 
     assert report == RunReport(sent=12)
     assert (len(brought(server)), queue.state) == (12, {})
-    assert len(server.sessions) <= 2
+    assert len(server.sessions) == 2
     assert [record.message for record in caplog.records if record.levelname == 'WARNING'] == [
         "No more threads can be started (can't start new thread). The run goes on with fewer connections."
     ]
@@ -1158,9 +1167,8 @@ def test_if_a_thread_cannot_be_had_in_the_midst_of_a_run_the_others_bring_everyt
     """With a session for each three messages, and somebody who has to wait for each second one, many are asked for."""
     wait_all(40)
     later = {f'RCPT TO:<m{n}@x.example>': '451 4.3.0 later' for n in range(1, 40, 2)}
-    enough = {'MAIL': [None, None, None, '452 4.3.2 that is enough']}
     few_threads(number)
-    with ScriptedSMTPServer(later, by_session=dict.fromkeys(range(99), enough)) as server:
+    with ScriptedSMTPServer(later, by_session=dict.fromkeys(range(99), ENOUGH)) as server:
         report = run_over(server, 3)
 
     assert sorted(brought(server)) == sorted(m(*range(0, 40, 2)))
@@ -1212,9 +1220,6 @@ def test_who_is_told_to_stop_while_the_first_session_is_opened_has_nothing_in_ha
 
     assert report == RunReport(stopped=True)
     assert snapshot(queue) == before
-
-
-ENOUGH = {'MAIL': [None, None, None, Close('421 4.7.0 that is enough')]}
 
 
 def test_what_is_left_when_the_only_session_is_lost_waits_for_the_one_that_is_being_opened(

@@ -135,6 +135,16 @@ def test_a_message_that_outlives_too_many_deliverers_is_given_up(url, make_queue
     assert f'died, or was cut off, {MAX_DEATHS} times' in dead.last_reply
 
 
+def test_what_has_outlived_a_deliverer_comes_behind_all_that_is_due(url, make_queue, envelope, run_out):
+    queue = make_queue(url)
+    first, second = queue.put(envelope), queue.put(envelope)
+    queue.claim(first)
+    run_out(url)
+    queue.recover(LATER)
+
+    assert [(claim.id, claim.deaths) for claim in queue.claim_due(LATER)] == [(second, 0), (first, 1)]
+
+
 @pytest.mark.parametrize(
     'make_progress',
     [lambda claim: claim.settle(Settlement((ADA,), due=1)), lambda claim: claim.keep((ADA,))],
