@@ -133,13 +133,18 @@ def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) 
     total = runner.queue.count_due(time.time()) if sys.stderr and sys.stderr.isatty() else None
     if total and arguments.max_messages is not None:
         total = min(total, arguments.max_messages)
-    with open_progress(sys.stderr, total=total) as progress:
-        report = runner.run(
-            signals.stop,
-            max_messages=arguments.max_messages,
-            max_seconds=arguments.max_time,
-            on_progress=lambda so_far: progress.update(so_far.done, so_far.sent, so_far.deferred, so_far.refused),
-        )
+    try:
+        with open_progress(sys.stderr, total=total) as progress:
+            report = runner.run(
+                signals.stop,
+                max_messages=arguments.max_messages,
+                max_seconds=arguments.max_time,
+                on_progress=lambda so_far: progress.update(so_far.done, so_far.sent, so_far.deferred, so_far.refused),
+            )
+    except QueueError:
+        # What was done before is done.
+        _summarize(runner.report, runner, verbose=False)
+        raise
     tell_of(report, runner, verbose=arguments.verbose)
     return EX_TEMPFAIL if report.trouble or report.stopped else EX_OK
 
@@ -151,16 +156,13 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
     notify_systemd('READY=1')
     while not signals.stop.requested and left != 0 and (rest := end - time.monotonic()) > 0:
         try:
-            report = runner.round(
-                signals.stop, max_messages=left, max_seconds=None if arguments.max_time is None else rest
-            )
+            runner.round(signals.stop, max_messages=left, max_seconds=None if arguments.max_time is None else rest)
+            trouble: Exception | None = runner.report.trouble
         except QueueError as error:
-            trouble: Exception | None = error
-        else:
-            trouble = report.trouble
-            left = None if left is None else max(0, left - report.done)
-            if report.done or report.recovery != Recovery():
-                _summarize(report, runner, verbose=False)
+            trouble = error
+        left = None if left is None else max(0, left - runner.report.done)
+        if runner.report.done or runner.report.recovery != Recovery():
+            _summarize(runner.report, runner, verbose=False)
         if trouble is not None and str(trouble) != told:
             _complain_of(trouble)
         told = '' if trouble is None else str(trouble)

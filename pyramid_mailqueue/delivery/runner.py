@@ -123,12 +123,14 @@ class Runner:
     :param queue: what to work on
     :param handler: who delivers
     :param clock: seconds since the epoch
+    :ivar report: of the last round, also if that has raised
     """
 
     def __init__(self, queue: IMailQueue, handler: MessageHandler, *, clock: Callable[[], float] = time.time) -> None:
         self.queue = queue
         self.handler = handler
         self._clock = clock
+        self.report = RunReport()
         self._told_in_doubt: frozenset[str] = frozenset()
 
     def run(
@@ -162,7 +164,7 @@ class Runner:
         :param on_progress: called after each message
         :raises QueueError: the queue cannot be read
         """
-        report = RunReport()
+        self.report = report = RunReport()
         supply = None
         stop = stop or Stop()
         try:

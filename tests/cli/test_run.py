@@ -1195,6 +1195,32 @@ def test_a_queue_that_cannot_be_read_is_told_of_once_and_tried_again(watch, app_
     assert ended(process) == (0, '', f'mq-run: {error}\n' * 2)
 
 
+QUEUE_THAT_BREAKS = """
+from itertools import islice
+from pyramid_mailqueue import QueueError
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+
+class Queue(MaildirQueue):
+    def __init__(self, settings):
+        super().__init__(settings.queue_dir)
+    def claim_due(self, now):
+        yield from islice(super().claim_due(now), 2)
+        raise QueueError('The queue has broken')
+"""
+
+
+@pytest.mark.parametrize('watches', [False, True])
+def test_what_was_done_before_a_queue_broke_is_told_too(start, watch, app_ini, put_many, server, tmp_path, watches):
+    put_many(3)
+    (tmp_path / 'broken_queue.py').write_text(QUEUE_THAT_BREAKS)
+    ini = app_ini(server, queue='broken_queue.Queue')
+    process = watch(ini, *OFTEN, '--max-messages', '3') if watches else start(ini)
+    out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, err) == (0 if watches else 75, 'mq-run: The queue has broken\n')
+    assert out == 'mq-run: 2 sent; 1 waiting\n' + 'mq-run: 1 sent; 0 waiting\n' * watches
+
+
 QUEUE_THAT_IS_AWAY_ONCE = """
 from pyramid_mailqueue import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
