@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from zope.interface import implementer
@@ -15,7 +16,10 @@ from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.redirect import original_recipients
 
-__all__ = ['RedirectingStream', 'RedirectingTransport', 'redirecting']
+__all__ = ['RedirectingTransport', 'redirecting']
+
+#: What a transport may have or not, and sends nothing.
+_PASSED_ON = frozenset({'abort', 'abort_opening', 'bury', 'leads_to'})
 
 
 def redirecting(transport: Any, to: str) -> ITransport:
@@ -28,7 +32,9 @@ def redirecting(transport: Any, to: str) -> ITransport:
     """
     if isinstance(transport, RedirectingTransport):
         return transport
-    kind = RedirectingStream if hasattr(transport, 'stream') else RedirectingTransport
+    kind = RedirectingTransport
+    if hasattr(transport, 'stream'):
+        kind = _OpeningStream if hasattr(transport, 'open_stream') else _Stream
     return kind(transport, to)
 
 
@@ -46,8 +52,8 @@ class RedirectingTransport:
         self.name = self._named(getattr(transport, 'name', None) or type(transport).__name__)
 
     def __getattr__(self, name: str) -> Any:
-        # What a transport may have or not, such as abort().
-        if name.startswith('_'):
+        # Nothing that is not known here: it might be one more way to send.
+        if name not in _PASSED_ON:
             raise AttributeError(name)
         return getattr(self._transport, name)
 
@@ -78,13 +84,18 @@ class RedirectingTransport:
         return f'{name} (redirected to {self._to})'
 
 
-class RedirectingStream(RedirectingTransport):
+Stream = Generator[SendResult | bool | Wait]
+More = Callable[[], Offer | None]
+
+
+class _Stream(RedirectingTransport):
     """See `ITransport`."""
 
-    def stream(self, first: Offer, more: Callable[[], Offer | None]) -> Generator[SendResult | bool | Wait]:
+    def stream(self, first: Offer, more: More) -> Stream:
         """See `ITransport`."""
-        under_way = deque([first])
+        return self._for_each(deque([first]), more, partial(self._transport.stream, self._redirected(first)))
 
+    def _for_each(self, under_way: deque[Offer], more: More, stream: Callable[[More], Stream]) -> Stream:
         def next_offer() -> Offer | None:
             offer = more()
             if offer is None:
@@ -92,9 +103,17 @@ class RedirectingStream(RedirectingTransport):
             under_way.append(offer)
             return self._redirected(offer)
 
-        with closing(self._transport.stream(self._redirected(first), next_offer)) as answers:
+        with closing(stream(next_offer)) as answers:
             for answer in answers:
                 if isinstance(answer, Wait):
                     yield answer
                 else:
                     yield self._for_all(under_way.popleft().recipients, answer)
+
+
+class _OpeningStream(_Stream):
+    """See `ITransport`."""
+
+    def open_stream(self, more: More) -> Stream:
+        """See `ITransport`."""
+        return self._for_each(deque(), more, self._transport.open_stream)

@@ -14,7 +14,6 @@ from pyramid.csrf import CookieCSRFStoragePolicy, SessionCSRFStoragePolicy
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.session import SignedCookieSessionFactory
 
-import tests.dashboard
 from pyramid_mailqueue.dashboard.permissions import VIEW
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
@@ -174,13 +173,17 @@ def test_who_has_no_dashboard_does_not_load_jinja2(kind):
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=False).returncode == 0
 
 
-def test_what_an_application_does_to_its_templates_changes_nothing(make_dashboard, monkeypatch):
-    # It looks for templates beside the application, and the folder of the tests is no package.
-    monkeypatch.setattr(tests.dashboard, '__file__', __file__, raising=False)
+def test_what_an_application_does_to_its_templates_changes_nothing(make_dashboard, tmp_path, monkeypatch):
+    # Jinja2 looks for templates beside the application, and the folder of the tests is no package.
+    (tmp_path / 'shop_with_templates').mkdir()
+    (tmp_path / 'shop_with_templates/__init__.py').write_text(
+        'def includeme(config):\n    config.include("pyramid_jinja2")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     settings = {'jinja2.autoescape': 'false', 'jinja2.undefined': '', 'jinja2.filters': 'token = builtins.repr'}
 
     def configure(config):
-        config.include('pyramid_jinja2')
+        config.include('shop_with_templates')
         set_up(config)
 
     dashboard = make_dashboard(configure, **settings)
