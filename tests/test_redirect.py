@@ -22,6 +22,7 @@ from pyramid_mailqueue.queue_runner import one_shot_queue_run
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.redirect import MOST_IN_A_FIELD, original_recipients, redirected
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.wiring import build_mailer, build_runner
 
 ME = 'me@site.example'
@@ -263,3 +264,21 @@ def test_a_run_with_a_handler_of_the_programs_own_redirects(smtp_server, queue_d
 
     (received,) = smtp_server.received
     assert (received.rcpt_tos, original(received.content)) == ([ME], ['ada@x.example'])
+
+
+def test_what_is_not_known_to_send_nothing_is_not_passed_on():
+    class Transport:
+        def send(self, sender, recipients, content):
+            return True
+
+        def send_in_some_new_way(self, *args):
+            raise AssertionError('past the redirection')
+
+        def abort(self):
+            return 'aborted'
+
+    transport = redirecting(Transport(), 'me@site.example')
+
+    assert transport.abort() == 'aborted'
+    assert not hasattr(transport, 'send_in_some_new_way')
+    assert not hasattr(transport, 'open_stream')
