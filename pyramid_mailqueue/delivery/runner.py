@@ -262,7 +262,8 @@ class _Crew:
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
-            if not (self._is_anybody_busy or self._supply.has_more()):
+            if not self._is_anybody_busy and (self._supply.is_over or not self._supply.has_more()):
+                # Nobody needs a session any more.
                 break
             self._stop.wait(_until(deadline))
         self._end()

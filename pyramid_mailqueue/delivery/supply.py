@@ -172,13 +172,15 @@ class Supply:
             return None
         if self._returned:
             return self._returned.popleft()
-        if self._left == 0:
-            return None
         try:
-            claim = next(self._claims, None)
+            return self._claimed()
         except Exception as error:  # noqa: BLE001 - it is raised again where the run was started
             self._fail(error)
             return None
+
+    def _claimed(self) -> IClaim | None:
+        """Claim one more, if that is allowed; called with the lock held.  Raises what the queue raises."""
+        claim = next(self._claims, None) if self._left != 0 else None
         if claim is not None and self._left is not None:
             self._left -= 1
         return claim
@@ -237,10 +239,10 @@ class Supply:
     # --- the end ---
 
     def has_more(self) -> bool:
-        """Whether there is something that was not settled; asked when no more is handed out."""
+        """Whether there is something that was not settled."""
         with self._changed:
             if not self._returned and not any(share.has_claims for share in self._shares):
-                claim = next(self._claims, None) if self._left != 0 else None
+                claim = self._claimed()
                 if claim is None:
                     return False
                 self._returned.append(claim)

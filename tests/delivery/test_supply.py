@@ -422,6 +422,15 @@ def test_whether_there_is_more(due, put):
     assert not rest.has_more()
 
 
+def test_who_looks_whether_there_is_more_does_not_exceed_the_limit(due, put):
+    names = put(3)
+    supply = Supply(due, limit=2)
+    share = supply.share()
+
+    assert supply.has_more()
+    assert ids([share.take(), share.take(), share.take()]) == [*names[:2], None]
+
+
 def test_beyond_the_limit_there_is_no_more(due, put):
     put(2)
     supply = Supply(due, limit=1)
