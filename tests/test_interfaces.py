@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from types import SimpleNamespace
 
 import pytest
 from zope.interface import implementedBy
@@ -85,6 +86,7 @@ def objects(queue_dir, tmp_path):
         (ITransport, AcceptingTransport()),
         (ITransport, SMTPTransport(hostname='localhost')),
         (ITransport, redirecting(SMTPTransport(hostname='localhost'), 'me@site.example')),
+        (ITransport, redirecting(SimpleNamespace(stream=None), 'me@site.example')),
         (ITransport, redirecting(DebugInbox(tmp_path / 'inbox'), 'me@site.example')),
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),

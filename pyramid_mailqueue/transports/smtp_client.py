@@ -46,7 +46,10 @@ def shut_down(sock: socket.socket) -> None:
     Not with the method of SSLSocket: what the other thread sends in that moment would go out in clear text.
     """
     with suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        if isinstance(sock, ssl.SSLSocket):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        else:
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 class Connector:

@@ -99,7 +99,8 @@ def test_a_transport_has_what_it_has_and_nothing_more(tmp_path):
 
     assert [hasattr(inbox, name) for name in ('stream', 'abort', 'leads_to')] == [False] * 3
     assert queue.leads_to(MaildirBackend(tmp_path / 'queue')._queue)
-    assert copy.copy(inbox).path == inbox.path
+    assert copy.copy(inbox).name == inbox.name
+    assert not hasattr(inbox, 'path')
     inbox.close()
     redirecting(Answering(answer=True), ME).close()
 
