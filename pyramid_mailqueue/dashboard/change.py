@@ -14,8 +14,8 @@ from pyramid_mailqueue.dashboard.names import find, id_of, token_of
 from pyramid_mailqueue.dashboard.pages import Page, Unusable, address, admin_of, answering, wrong_token
 from pyramid_mailqueue.dashboard.permissions import CHANGE
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
-from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
-from pyramid_mailqueue.queues.entries import POSSIBLE, QueueEntry
+from pyramid_mailqueue.exceptions import MailqueueError, NoSuchMessage, WrongState
+from pyramid_mailqueue.queues.entries import POSSIBLE, ExactId, QueueEntry
 
 if TYPE_CHECKING:
     from pyramid.response import Response
@@ -44,7 +44,7 @@ def _address_of(request: Any, id_: str, **parts: Any) -> str:
     return address(request, 'message', id=token_of(id_), **parts)
 
 
-def _action(request: Any) -> tuple[str, Callable[[str], QueueEntry]]:
+def _action(request: Any) -> tuple[str, Callable[[ExactId], QueueEntry]]:
     """Return what somebody wants to be done, and how: a function of the id of a message."""
     action = request.POST.get('action')
     if action not in POSSIBLE:
@@ -52,7 +52,7 @@ def _action(request: Any) -> tuple[str, Callable[[str], QueueEntry]]:
     admin, user = admin_of(request), request.authenticated_userid
     method = getattr(admin, action)
 
-    def do(id_: str) -> QueueEntry:
+    def do(id_: ExactId) -> QueueEntry:
         find(admin, id_)
         entry: QueueEntry = method(id_)
         log_event(queue_log, logging.INFO, status='by_hand', id=id_, action=action, user=user)
@@ -91,13 +91,15 @@ def change_messages(request: Any) -> Page:
         raise Unusable('No message was selected. Go back, and check the boxes of those that you mean.')
     if action == 'delete' and not _is_confirmed(request):
         return _confirmation(request, list(tokens))
+    # Before anything is done: the address may be unreadable.
+    back = _back(request)
     outcomes, trouble = _do_each(list(tokens), do)
     values = {
         'action': action,
         'outcomes': outcomes,
         'trouble': trouble,
         'left': len(tokens) - len(outcomes),
-        'back': _back(request),
+        'back': back,
     }
     return Page('result.jinja2', values, 503 if trouble else 200)
 
@@ -107,7 +109,7 @@ def _back(request: Any) -> str:
     return address(request, 'list', _query=request.GET)
 
 
-def _do_each(tokens: list[str], do: Callable[[str], QueueEntry]) -> tuple[list[Outcome], str]:
+def _do_each(tokens: list[str], do: Callable[[ExactId], QueueEntry]) -> tuple[list[Outcome], str]:
     """Those with which it cannot be done do not stop the others; a queue that cannot be used does."""
     outcomes: list[Outcome] = []
     for token in tokens:
@@ -116,7 +118,7 @@ def _do_each(tokens: list[str], do: Callable[[str], QueueEntry]) -> tuple[list[O
             outcomes.append(Outcome(id_, do(id_)))
         except (NoSuchMessage, WrongState) as error:
             outcomes.append(Outcome(token, problem=str(error)))
-        except QueueError as error:
+        except MailqueueError as error:
             return outcomes, str(error)
     return outcomes, ''
 

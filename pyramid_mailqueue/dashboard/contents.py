@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 
-from pyramid_mailqueue.queues.entries import decoded, header_lines
+from pyramid_mailqueue.queues.entries import SLOW_CODECS, decoded, header_lines
 
 __all__ = ['Contents', 'Part', 'read_contents']
 
@@ -25,14 +25,18 @@ MOST_TEXT = 100_000
 #: So many parts are named.
 MOST_PARTS = 100
 
-#: What is larger is not taken apart: that would need its size in memory several times.
+#: What is larger is not taken apart: that would need its size in memory several times, and each line many times.
 MOST_OCTETS = 25 * 1024 * 1024
+MOST_LINES = 400_000
+
+#: Each line is compared with the boundary of each part that it is in: so much of that is done, at most.
+MOST_COMPARED = 10_000_000
 
 # The library needs a time that grows with the square of their length to understand such fields.
 _ENDLESS = re.compile(rb'(?im)^content-(?:type|disposition)[ \t]*:(?:[^\r\n]|\r?\n[ \t]){5000}')
 
-# The time to decode these grows with the square of the length, too.
-_SLOW_CODECS = frozenset(('idna', 'punycode'))
+
+_BOUNDARY = re.compile(rb'(?i)boundary')
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Contents:
 def read_contents(content: bytes) -> Contents:
     """Return what can be shown of *content*, whatever it is."""
     header = tuple(map(_field, header_lines(content[:MOST_HEADER])))
-    if len(content) > MOST_OCTETS:
+    lines = content.count(b'\n')
+    boundaries = len(_BOUNDARY.findall(content))
+    if len(content) > MOST_OCTETS or lines > MOST_LINES or lines * boundaries > MOST_COMPARED:
         return Contents(header, problem='This message is too large to be taken apart here.')
     if _ENDLESS.search(content):
         return Contents(header, problem='This message has parts that nobody can make sense of.')
@@ -123,7 +129,7 @@ def _text(part: Message) -> str:
     octets = _octets(part)[: 4 * MOST_TEXT + 1]
     try:
         codec = codecs.lookup(part.get_content_charset('utf-8')).name
-        if codec not in _SLOW_CODECS:
+        if codec not in SLOW_CODECS:
             return octets.decode(codec, 'replace')
     except (LookupError, ValueError):
         # Nobody knows this character set.

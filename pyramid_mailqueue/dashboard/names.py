@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 
-from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError
+from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import QueueEntry
+from pyramid_mailqueue.queues.entries import ExactId, QueueEntry
 
 __all__ = ['find', 'id_of', 'token_of']
 
@@ -26,32 +26,27 @@ def token_of(id: str) -> str:
     return '~' + urlsafe_b64encode(id.encode('utf-8', 'surrogatepass')).decode('ascii').rstrip('=')
 
 
-def id_of(token: str) -> str:
-    """Return the id for which *token* stands.  Raises NoSuchMessage."""
+def id_of(token: str) -> ExactId:
+    """
+    Return the id for which *token* stands.  Raises NoSuchMessage.
+
+    Exactly that: a page was made some time ago, and if its message is gone now its dead letter may be the only one
+    whose id begins so, which is not the one somebody has pressed a button for.
+    """
     if not token.startswith('~'):
-        return token
+        return ExactId(token)
     encoded = token[1:]
     try:
-        return urlsafe_b64decode(encoded + '=' * (-len(encoded) % 4)).decode('utf-8', 'surrogatepass')
+        return ExactId(urlsafe_b64decode(encoded + '=' * (-len(encoded) % 4)).decode('utf-8', 'surrogatepass'))
     except ValueError as error:
         raise NoSuchMessage(f'{token!a} is not the id of a message.') from error
 
 
-def find(admin: IQueueAdmin, id: str) -> QueueEntry:
-    """
-    Return the message of this very id.  Raises NoSuchMessage.
-
-    For a queue the beginning of an id is enough.  But a page was made some time ago: if its message is gone now, its
-    dead letter may be the only one whose id begins so, and that is not the one somebody has pressed a button for.
-    """
+def find(admin: IQueueAdmin, id: ExactId) -> QueueEntry:
+    """Return the message of this very id.  Raises NoSuchMessage, in words for who has pressed a button."""
     try:
-        entry = admin.find(id)
+        return admin.find(id)
     except NoSuchMessage as error:
-        raise _gone(id) from error
-    if entry.id != id:
-        raise _gone(id)
-    return entry
-
-
-def _gone(id: str) -> QueueError:
-    return NoSuchMessage(f'There is no message {id!a} in the queue: it was delivered or deleted, or has a new id.')
+        raise NoSuchMessage(
+            f'There is no message {str(id)!a} in the queue: it was delivered or deleted, or has a new id.'
+        ) from error

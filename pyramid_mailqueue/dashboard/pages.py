@@ -19,8 +19,9 @@ from pyramid.response import Response
 
 from pyramid_mailqueue.dashboard.names import token_of
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT
-from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
+from pyramid_mailqueue.exceptions import MailqueueError, NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IMailer, IQueueAdmin
+from pyramid_mailqueue.queues.entries import QueueEntry
 from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
 
 __all__ = ['Page', 'Pages', 'Unusable', 'address', 'admin_of', 'answering', 'wrong_token']
@@ -94,8 +95,16 @@ class Pages:
             csrf_token=lambda: get_csrf_token(request),
             may_change=lambda: bool(request.has_permission(CHANGE)),
             may_read=lambda: bool(request.has_permission(CONTENT)),
+            reply_of=lambda entry: _reply_of(request, entry),
         )
         return with_headers(Response(text, status=page.status, content_type='text/html', charset='utf-8'))
+
+
+def _reply_of(request: Any, entry: QueueEntry) -> str:
+    """Return what a server has said; of a corrupt file, what is wrong with it, which may quote its content."""
+    if entry.state == 'corrupt' and not request.has_permission(CONTENT):
+        return 'It cannot be read. Why, only those are told who may read contents.'
+    return entry.last_reply
 
 
 def _shown(value: object) -> object:
@@ -110,7 +119,10 @@ def with_headers(response: Response) -> Response:
 
 
 def address(request: Any, name: str, **parts: Any) -> str:
-    """Return the path to a page of the dashboard; ``_query`` is the search."""
+    """Return the path to a page of the dashboard; ``_query`` is the search, without what cannot be in an address."""
+    if '_query' in parts:
+        query = parts['_query'].items()
+        parts['_query'] = [(key, str(value).encode('utf-8', 'replace').decode()) for key, value in query]
     path: str = request.route_path(f'mailqueue.{name}', **parts)
     return path
 
@@ -126,8 +138,8 @@ def admin_of(request: Any) -> IQueueAdmin:
 _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (NoSuchMessage, 404, 'There is no such message'),
     (WrongState, 409, 'That cannot be done now'),
-    (QueueError, 503, 'The queue cannot be used now'),
     (Unusable, 400, 'That cannot be understood'),
+    (MailqueueError, 503, 'The queue cannot be used now'),
 )
 
 
@@ -142,7 +154,7 @@ def answering(view: Callable[[Any], Page | Response]) -> Callable[[Any], Respons
         except UnicodeDecodeError:
             # Of WebOb, which reads what stands behind the "?" when it is asked for.
             return pages.response(request, _error(Unusable('The address of this page is not in UTF-8.')))
-        except (QueueError, Unusable) as error:
+        except (MailqueueError, Unusable) as error:
             return pages.response(request, _error(error))
 
     return answer

@@ -31,7 +31,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, tally, tell_from_header
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
@@ -209,7 +209,7 @@ class MaildirAdmin:
             _id_of(file.name): (folder, file.name)
             for folder in STATE_OF
             for file in self._folders.files(folder)
-            if id and file.name.startswith(id)
+            if id and not isinstance(id, ExactId) and file.name.startswith(id)
         }
         if id in found:
             return found[id]

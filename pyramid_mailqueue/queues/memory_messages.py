@@ -12,6 +12,7 @@ from pyramid_mailqueue.delivery.logs import log_queued
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.queues.entries import ExactId
 
 __all__ = ['MemoryMessage', 'MemoryMessages']
 
@@ -90,7 +91,8 @@ class MemoryMessages:
         """Return the message of this id, or the only one whose id begins so.  Raises NoSuchMessage."""
         with self.lock:
             found = [self.by_id[id]] if id in self.by_id else []
-            found = found or [message for message in self.by_id.values() if id and message.id.startswith(id)]
+            if not found and id and not isinstance(id, ExactId):
+                found = [message for message in self.by_id.values() if message.id.startswith(id)]
         if not found:
             raise NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
         if len(found) > 1:

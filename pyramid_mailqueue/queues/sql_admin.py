@@ -30,7 +30,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, QueueEntry, QueueStats, Tally
+from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, ExactId, QueueEntry, QueueStats, Tally
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, IS_UNKNOWN, UNCLAIMED, state_is
@@ -165,7 +165,9 @@ class SQLAdmin:
         return [*self._database.run(lambda connection: connection.execute(statement).all())]
 
     def _whole(self, id: str) -> str:
-        """Return the id that begins so."""
+        """Return the id that begins so; an exact one as it is."""
+        if isinstance(id, ExactId):
+            return str(id)
         if not id.isprintable():
             raise _nobody(id)
         # The empty one is the beginning of all, and means the one that is empty.
@@ -236,7 +238,7 @@ class SQLAdmin:
         raise self._wrong_state(whole, done)
 
     def _wrong_state(self, id: str, done: str) -> WrongState:
-        entry = self.find(id)
+        entry = self.find(ExactId(id))
         return WrongState(f'{entry.id} cannot be {done}: {_OTHER_STATE[entry.state]}.')
 
 

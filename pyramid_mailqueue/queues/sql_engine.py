@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -85,17 +85,42 @@ def make_engine(written: str | URL) -> Engine:
     return engine
 
 
+#: Shorter ones, such as numbers, stand in texts for something else.
+SHORTEST_SECRET = 4
+
+# Of libpq, of its drivers, and of SQLite.
+_HARMLESS = frozenset({
+    'application_name', 'cache', 'channel_binding', 'client_encoding', 'connect_timeout', 'dbname', 'gssencmode',
+    'fallback_application_name', 'host', 'hostaddr', 'immutable', 'keepalives', 'keepalives_count', 'keepalives_idle',
+    'keepalives_interval', 'load_balance_hosts', 'mode', 'nolock', 'options', 'passfile', 'port', 'prepare_threshold',
+    'service', 'sslcert', 'sslcrl', 'sslkey', 'sslmode', 'sslnegotiation', 'sslrootcert', 'target_session_attrs',
+    'tcp_user_timeout', 'timeout', 'uri', 'user', 'vfs',
+})  # fmt: skip
+
+
 def shown(url: URL) -> str:
-    """Return *url* for people, without its passwords."""
-    return url.difference_update_query(['password', 'sslpassword']).render_as_string(hide_password=True)
+    """Return *url* for people, without its passwords, and without options that may hold one."""
+    return url.difference_update_query([*_secrets(url)]).render_as_string(hide_password=True)
 
 
 def without_passwords(text: str, url: URL) -> str:
     """Return *text*, in which somebody may have quoted from *url*, without its passwords."""
     passwords = [url.password, *(url.normalized_query.get(key, ('',))[0] for key in ('password', 'sslpassword'))]
-    for password in filter(None, passwords):
-        text = re.sub(rf'(?<!\w){re.escape(password)}(?!\w)', '***', text)
-    return text
+    others = [value for values in _secrets(url).values() for value in values if len(value) >= SHORTEST_SECRET]
+    for secret in filter(None, [*passwords, *others]):
+        text = re.sub(rf'(?<!\w){re.escape(secret)}(?!\w)', '***', text)
+    # In what is a string of parameters, or a URL, of its own.
+    text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|\S+)", r'\1***', text)
+    return re.sub(r'(?<=://)([^\s:/@]*):[^\s@]*@', r'\1:***@', text)
+
+
+def _secrets(url: URL) -> Mapping[str, Sequence[str]]:
+    """Return the options in *url* that are not known to be without secrets."""
+    return {
+        key: values
+        for key, values in url.normalized_query.items()
+        if key not in _HARMLESS or (key == 'dbname' and any('=' in value or '://' in value for value in values))
+    }
 
 
 def is_same_database(one: str, other: str) -> bool:
