@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import create_engine, text
 
+from pyramid_mailqueue.exceptions import ConfigurationError
 from tests.dashboard.kinds import in_a_database, in_a_maildir
 from tests.queues.states import make_waiting
 
@@ -17,6 +18,34 @@ def test_an_id_that_nobody_has_is_not_found(operator, path):
 
     assert answer.html.h1.get_text() == 'There is no such message'
     assert answer.click('To the overview').status_int == 200
+
+
+def test_a_mistake_in_the_configuration_that_comes_to_light_is_told_as_a_page(operator, queue, monkeypatch):
+    """As when the tables of a database have gone, or its user may no longer change them."""
+    name = make_waiting(queue)
+    forms = [operator.get(f'/mailqueue/messages/{name}').form, operator.get('/mailqueue/messages').forms[1]]
+    forms[1]['id'] = [name]
+
+    def refuse(*_):
+        raise ConfigurationError('There are no tables: run init')
+
+    for method in ('hold', 'find', 'entries', 'flush'):
+        monkeypatch.setattr(type(queue.admin), method, refuse)
+
+    answers = [operator.get('/mailqueue/messages', status=503)]
+    answers += [form.submit('action', value='hold', status=503) for form in forms]
+    for answer in answers:
+        assert 'There are no tables: run init' in answer
+
+
+def test_an_address_that_cannot_be_read_changes_nothing(operator, queue):
+    name = make_waiting(queue)
+    form = operator.get('/mailqueue/messages').forms[1]
+    form.action = '/mailqueue/messages?x=%ff'
+    form['id'] = [name]
+    form.submit('action', value='hold', status=400)
+
+    assert queue.admin.find(name).state == 'waiting'
 
 
 def test_the_beginning_of_an_id_is_not_enough(operator, queue):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pyramid_mailqueue.dashboard.contents import MOST_OCTETS, MOST_TEXT, read_co
 from pyramid_mailqueue.dashboard.names import id_of, token_of
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage
+from pyramid_mailqueue.queues.entries import decoded
 from tests.dashboard.kinds import in_a_maildir, in_memory
 from tests.queues.states import make_dead
 
@@ -157,6 +159,50 @@ def test_html_is_never_shown():
 
     assert contents.text is None
     assert contents.parts[0].kind == 'text/html'
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b''.join(b'Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n' % (n, n) for n in range(200))
+        + b'\r\n' * 200_000,
+        b'Subject: lines\r\n\r\n' + b'a\r\n' * 1_000_000,
+    ],
+    ids=['nested', 'lines'],
+)
+def test_what_would_take_long_to_take_apart_is_not_taken_apart(content):
+    assert read_contents(content).problem == 'This message is too large to be taken apart here.'
+
+
+@pytest.mark.parametrize('codec', ['punycode', 'IDNA', 'idna*en'])
+def test_encoded_words_that_would_take_long_are_left_as_they_are(operator, queue, codec):
+    word = f'=?{codec}?q?{"a" * 5000}-b?='
+    queue.put(Envelope('', ('ada@x.example',), f'Subject: {word}\r\n\r\n'.encode()))
+
+    assert word[:100] in operator.get('/mailqueue/messages')
+    assert decoded('=?utf-8?q?=41?= ' * 5000).startswith('=?utf-8')
+
+
+@in_memory
+def test_a_domain_that_no_address_can_hold_breaks_no_page(operator, queue, monkeypatch):
+    queue.put(Envelope('', ('ada@x.example',), b'\r\n'))
+    stats = queue.admin.stats(('waiting',))
+    odd = replace(stats, by_domain={'x\ud800.example': stats.by_domain['x.example']})
+    monkeypatch.setattr(type(queue.admin), 'stats', lambda *_: odd)
+
+    assert 'x\\ud800.example' in operator.get('/mailqueue')
+
+
+@in_a_maildir
+def test_what_a_corrupt_file_says_is_for_those_who_may_read_contents(dashboard, queue):
+    path = Path(queue.path) / 'new' / '1795448044.M09'
+    path.write_bytes(b'Return-path: <>\r\nEnvelope-to: a@x.example\r\nSubject: token=SECRET\r\n\r\n')
+    list(queue.claim_due(4_000_000_000))
+    assert 'SECRET' in queue.admin.find('1795448044.M09').last_reply
+
+    for user, sees in (('viewer', False), ('mover', False), ('reader', True)):
+        for page in pages_of(dashboard.visitor(user), '1795448044.M09')[1:]:
+            assert ('SECRET' in page) is sees
 
 
 def test_what_is_very_large_is_not_taken_apart():

@@ -19,7 +19,7 @@ from pyramid_mailqueue.delivery.results import Burial, Recovery, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
-from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, QueueEntry
+from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, ExactId, QueueEntry
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
@@ -670,6 +670,18 @@ def test_the_beginning_of_a_name_is_enough_where_no_other_begins_so(queue, admin
     for nobody in ('', 'nobody', '../new', f'{name}x'):
         with pytest.raises(NoSuchMessage, match='no message'):
             admin.find(nobody)
+
+
+@pytest.mark.parametrize('method', ['find', 'content', *POSSIBLE])
+def test_of_an_exact_id_the_whole_is_meant(queue, admin, method):
+    name = queue.put(ENVELOPE)
+    before = entries(queue)
+
+    for beginning in (name[:-1], ''):
+        with pytest.raises(NoSuchMessage):
+            getattr(admin, method)(ExactId(beginning))
+    assert entries(queue) == before
+    assert admin.find(ExactId(name)).id == name
 
 
 def test_looking_changes_nothing(queue, admin, makes):

@@ -18,6 +18,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.queues import sql_trouble
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql_engine import shown, without_passwords
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_mailer, build_queue
 from tests.sql.databases import create_queue_tables
@@ -396,6 +397,26 @@ def test_a_url_that_cannot_be_used_says_why_and_which_settings_it_may_be_from(ur
     assert problem in str(info.value)
     assert 'mailqueue.sql_url, or sqlalchemy.url where that is not set' in str(info.value)
     assert 'secret' not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'dsn=host=x password=hush4711',
+        'conninfo=postgresql://u:hush4711@h/db',
+        'dbname=postgresql://u:hush4711@h/db',
+        'oauth_client_secret=hush4711',
+        'passwd=hush4711',
+    ],
+)
+def test_an_option_that_may_hold_a_secret_is_not_shown(option):
+    key, _, value = option.partition('=')
+    url = make_url('postgresql+psycopg://shop@localhost/app').update_query_dict({key: value, 'sslmode': 'prefer'})
+
+    assert 'hush4711' not in shown(url)
+    assert 'sslmode=prefer' in shown(url)
+    for quote in (value, f'invalid "{value}"', 'host=y password=hush4711 port=1', "password='hush4711'"):
+        assert 'hush4711' not in without_passwords(quote, url)
 
 
 def test_a_password_is_not_shown_wherever_it_stands_in_the_url():
