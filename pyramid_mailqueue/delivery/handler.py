@@ -580,10 +580,13 @@ class _Shift:
 
     def leave_to_others(self) -> None:
         """Nobody goes on with this shift: let others deliver what is in hand, if there are any."""
-        untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
-        if self._claims.hand_over([it.claim for it in untouched]):
-            self._next = deque(it for it in (*self._under_way, *self._next) if it.has_outcome)
+        in_hand = (*self._under_way, *self._next)
+        if self._claims.hand_over([it.claim for it in in_hand if not it.has_outcome]):
+            self._next.clear()
             self._under_way.clear()
+        for attempt in in_hand:
+            if attempt.has_outcome:
+                deque(self._conclude(attempt), maxlen=0)
 
     def release(self) -> None:
         """Give back what is in hand."""

@@ -262,10 +262,11 @@ class _Crew:
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
-            if not self._is_anybody_busy and (self._supply.is_over or not self._supply.has_more()):
-                # Nobody needs a session any more.
+            if not self._is_anybody_busy and not self._supply.needs_sessions:
                 break
             self._stop.wait(_until(deadline))
+        if _has_passed(deadline) and self._at_work and not (self._report.done or self._is_anybody_busy):
+            self._report.trouble = ServerTrouble(f'No session was opened in the {max_seconds:g} seconds of this run.')
         self._end()
 
     @property

@@ -238,6 +238,11 @@ class Supply:
 
     # --- the end ---
 
+    @property
+    def needs_sessions(self) -> bool:
+        """Whether there is something to do for those who are opening one."""
+        return not (self.is_over or self.is_rate_reached) and self.has_more()
+
     def has_more(self) -> bool:
         """Whether there is something that was not settled."""
         with self._changed:

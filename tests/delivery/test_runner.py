@@ -1238,6 +1238,27 @@ def test_what_is_left_when_the_only_session_is_lost_waits_for_the_one_that_is_be
     assert sorted(brought(server)) == sorted(m(*range(10)))
 
 
+@pytest.mark.parametrize('step', ['connect', 'EHLO'])
+def test_a_run_whose_time_is_over_before_a_session_was_opened_tells_of_trouble(run_over, queue, wait_all, step):
+    wait_all(3)
+    before = snapshot(queue)
+    with ScriptedSMTPServer({step: Silence()}) as server:
+        report = run_over(server, 4, max_seconds=0.2)
+
+    assert str(report.trouble) == 'No session was opened in the 0.2 seconds of this run.'
+    assert snapshot(queue) == before
+
+
+def test_a_run_that_has_reached_its_rate_does_not_wait_for_sessions(run_over, queue, wait_all, in_background, tmp_path):
+    wait_all(10)
+    rate = RateFile(tmp_path / 'rate', Rate(3, 86400)).take
+    with ScriptedSMTPServer(by_session={number: {'connect': Silence()} for number in (1, 2, 3)}) as server:
+        report = in_background(lambda: run_over(server, 4, rate=rate))()
+
+    assert report == RunReport(sent=3, rate_reached=True)
+    assert queue.state == {'waiting': 7}
+
+
 def test_nobody_connects_if_the_rate_allows_nothing(run_over, queue, wait_all, tmp_path):
     wait_all(3)
     rate = RateFile(tmp_path / 'rate', Rate(1, 86400)).take
