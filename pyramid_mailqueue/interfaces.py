@@ -357,6 +357,10 @@ class ITransport(Interface):
     ``abort_opening()``
         Break off what gets ready in other threads, in ``open_stream``.
 
+    ``make_room()``
+        Let go of connections that nobody uses if another thread waits for one: called when one who delivers has nothing
+        more to do.
+
     ``abort()``
         Break off what is under way in other threads.
 

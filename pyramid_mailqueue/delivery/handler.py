@@ -290,6 +290,11 @@ class MessageHandler:
         if self._has_loaded_plugins:
             load_plugins_module().registry.terminate()
 
+    def make_room(self) -> None:
+        """Called by one who delivers beside others, and has nothing more to do."""
+        for route in self.routes:
+            route.make_room()
+
     def abort_opening(self) -> None:
         """Break off the opening of sessions: there is nothing to do for them."""
         for route in self.routes:

@@ -185,6 +185,10 @@ class Route:
         """See `ITransport`."""
         self._call('abort')
 
+    def make_room(self) -> None:
+        """See `ITransport`."""
+        self._call('make_room')
+
     def abort_opening(self) -> None:
         """See `ITransport`."""
         self._call('abort_opening')

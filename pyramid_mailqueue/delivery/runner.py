@@ -333,6 +333,7 @@ class _Crew:
                     claim, result = step
                     share.done_with(claim)
                     self._note(share, claim, result)
+            self._handler.make_room()
         except GeneratorExit:
             # Nobody goes on with it; what it had in hand is released by now.
             share.lost()

@@ -180,6 +180,10 @@ class SMTPTransport:
         """See `ITransport`."""
         self._pool.abort_opening()
 
+    def make_room(self) -> None:
+        """See `ITransport`."""
+        self._pool.make_room()
+
     def abort(self) -> None:
         """See `ITransport`.  What is under way ends as if the server had closed the connection."""
         self._pool.abort()

@@ -150,6 +150,16 @@ class Pool:
                     if opening.socket is not None:
                         shut_down(opening.socket)
 
+    def make_room(self) -> None:
+        """Close idle sessions if a message waits for one that is opened: perhaps until the server has one less."""
+        with self._lock:
+            if all(opening.is_ahead for opening in self._openings):
+                return
+            idle, self._idle = self._idle, []
+        for session in idle:
+            session.say_quit()
+            self.discard(session)
+
     def close(self) -> None:
         """Close all idle sessions."""
         with self._lock:

@@ -1238,6 +1238,23 @@ def test_what_is_left_when_the_only_session_is_lost_waits_for_the_one_that_is_be
     assert sorted(brought(server)) == sorted(m(*range(10)))
 
 
+def test_who_needs_another_session_does_not_wait_for_that_of_one_who_has_nothing_more_to_do(
+    run_over, queue, wait_all, in_background, make_event
+):
+    wait_all(100)
+    greet = make_event()
+    enough = {'MAIL': [None, Close('421 4.7.0 that is enough')]}
+    with ScriptedSMTPServer(by_session={1: enough, 2: {'connect': Wait(greet)}}) as server:
+        run = in_background(lambda: run_over(server, 2))
+        # The server has room for two sessions, and the third is greeted when one of them is over.
+        server.wait_for(lambda: len(server.sessions) == 3 and server.sessions[0].is_over)
+        greet.set()
+        report = run()
+
+    assert report == RunReport(sent=100)
+    assert sorted(brought(server)) == sorted(m(*range(100)))
+
+
 @pytest.mark.parametrize('step', ['connect', 'EHLO'])
 def test_a_run_whose_time_is_over_before_a_session_was_opened_tells_of_trouble(run_over, queue, wait_all, step):
     wait_all(3)
