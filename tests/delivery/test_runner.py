@@ -624,26 +624,28 @@ def test_if_there_is_room_for_two_sessions_the_run_goes_on_with_two_and_brings_e
 
 def test_who_has_nothing_more_waits_for_what_a_session_in_vain_had_in_hand(run_over, queue, wait_all, until):
     wait_all(4)
-    calls = []
+    announced = []
 
-    def connect(address, timeout):
+    def second_message_is_taken_when_another_was_announced_on_the_second_session(command):
+        server.wait_for(lambda: announced or not server.messages)
+
+    def too_many(command):
         with server.recording():
-            calls.append(address)
-        if len(calls) > 1:
-            # By then the first thread has nothing more to do, but to wait for this one.
-            until(lambda: queue.state == {'in progress': 1})
-            raise ConnectionRefusedError(111, 'Connection refused')
-        return socket.create_connection(address, timeout)
+            announced.append(command)
+        # By then the first one has nothing more to do, but to wait for this one.
+        until(lambda: queue.state == {'in progress': 1})
+        return Close('421 4.7.0 too many connections')
 
-    def second_message_is_taken_after_second_call(command):
-        server.wait_for(lambda: len(calls) > 1 or not server.messages)
-
-    with ScriptedSMTPServer({'.': second_message_is_taken_after_second_call}) as server:
-        report = run_over(server, 2, smtp={'connect': connect})
+    script = {
+        0: {'.': second_message_is_taken_when_another_was_announced_on_the_second_session},
+        1: {'MAIL': too_many},
+    }
+    with ScriptedSMTPServer(by_session=script) as server:
+        report = run_over(server, 2)
 
     assert report == RunReport(sent=4)
     assert sorted(brought(server)) == m(*range(4))
-    assert (len(server.sessions), len(calls), queue.state) == (1, 2, {})
+    assert (len(server.sessions), len(announced), queue.state) == (2, 1, {})
 
 
 @WITH_AND_WITHOUT_PIPELINING
