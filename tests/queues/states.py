@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
+from tests.crash.queue_parts import stage
 
 ENVELOPE = Envelope(
     'shop@site.example',
@@ -15,15 +16,6 @@ ENVELOPE = Envelope(
 
 def entries(queue, *states):
     return list(queue.admin.entries(states or STATES))
-
-
-def stage(queue, *messages):
-    """A staging that has said "yes" to pairs of an envelope and whether it is claimed."""
-    staging = queue.staging()
-    for envelope, claimed in messages:
-        staging.add(envelope, claimed)
-    staging.prepare()
-    return staging
 
 
 def make_waiting(queue, envelope=ENVELOPE):

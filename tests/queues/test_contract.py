@@ -23,7 +23,8 @@ from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, ExactId, QueueEnt
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
-from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held, make_waiting, stage
+from tests.crash.queue_parts import stage
+from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held, make_waiting
 from tests.sql.databases import create_queue_tables
 from tests.sql.queue_parts import QueueWithSession
 
