@@ -172,8 +172,8 @@ class IQueueAdmin(Interface):
 
     Every method may be called from any thread, while others deliver.  A message that somebody is delivering is never
     touched.  *id* is the id of a message, or a beginning of it that no other message has; of an
-    :class:`~.queues.entries.ExactId` the whole is meant.  What can be done in which
-    state is in :data:`~.queues.entries.POSSIBLE`; of what is in doubt, a move that was broken off can only be moved.
+    :class:`~.queues.entries.ExactId` the whole is meant.  What can be done in which state is in
+    :data:`~.queues.entries.POSSIBLE`; of what is in doubt, a move that was broken off can only be moved.
 
     What changes a message returns it as it is then, and the change is durable.  It raises
     :class:`~.exceptions.NoSuchMessage` if there is no message of this id, or more than one,

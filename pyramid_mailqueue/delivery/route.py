@@ -59,8 +59,8 @@ class Route:
 
         :param more: must not wait, and must not raise
         """
-        under_way = deque([first] if first else [])
-        is_open = bool(first)
+        under_way = deque() if first is None else deque([first])
+        is_open = first is not None
         may_go_on = hasattr(self.transport, 'stream')
         try:
             with closing(self._answers(first, _noting(more, under_way))) as answers:
@@ -73,7 +73,7 @@ class Route:
                     yield result
                     if result.trouble is not None:
                         return
-            if first and under_way and under_way[0] is first:
+            if under_way and under_way[0] is first:
                 # Else it would be offered again, for ever.
                 yield self._deferred(first.recipients, 'the transport said nothing of this message')
         except ServerTrouble as trouble:

@@ -249,7 +249,7 @@ class _Crew:
     def _wait_for_all(self, max_seconds: float | None) -> None:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
         # Nobody connects for nothing.
-        if self._supply.ready(1) or self._supply.has_more():
+        if self._supply.has_more():
             try:
                 self._start_one(self._supply.share())
             except RuntimeError as error:
@@ -262,7 +262,7 @@ class _Crew:
             if self._server_works and not has_started_others:
                 has_started_others = True
                 self._start_others(self._handler.connections - 1)
-            if not self._is_anybody_busy and not self._supply.needs_sessions:
+            if not self._is_anybody_busy and not self._supply.needs_sessions():
                 break
             self._stop.wait(_until(deadline))
         if _has_passed(deadline) and self._at_work and not (self._report.done or self._is_anybody_busy):

@@ -238,7 +238,6 @@ class Supply:
 
     # --- the end ---
 
-    @property
     def needs_sessions(self) -> bool:
         """Whether there is something to do for those who are opening one."""
         return not (self.is_over or self.is_rate_reached) and self.has_more()

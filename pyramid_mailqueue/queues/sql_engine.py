@@ -105,9 +105,13 @@ def shown(url: URL) -> str:
 
 def without_passwords(text: str, url: URL) -> str:
     """Return *text*, in which somebody may have quoted from *url*, without its passwords."""
-    passwords = [url.password, *(url.normalized_query.get(key, ('',))[0] for key in ('password', 'sslpassword'))]
-    others = [value for values in _secrets(url).values() for value in values if len(value) >= SHORTEST_SECRET]
-    for secret in filter(None, [*passwords, *others]):
+    options = [
+        value
+        for key, values in _secrets(url).items()
+        for value in values
+        if 'password' in key or len(value) >= SHORTEST_SECRET
+    ]
+    for secret in filter(None, [url.password, *options]):
         text = re.sub(rf'(?<!\w){re.escape(secret)}(?!\w)', '***', text)
     # In what is a string of parameters, or a URL, of its own.
     text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|\S+)", r'\1***', text)
