@@ -11,13 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 from pyramid_mailqueue.exceptions import AddressError, NoRecipients
 
 __all__ = [
+    'AddressGroup',
     'at_least_one',
     'check_address',
     'needs_smtputf8',
+    'parse_address_list',
     'parse_header_addresses',
     'parse_mailbox',
     'split_addresses',
@@ -180,6 +183,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+_QUOTED_PAIR = re.compile(r'\\(.)')
 _COMMENT_PIECE = re.compile(r'(?:[^()\\]|\\.)*([()])', re.DOTALL)
 _FOLD = re.compile(r'\r?\n(?=[ \t])')
 
@@ -216,14 +220,57 @@ def parse_mailbox(text: str) -> str:
     return addresses[0]
 
 
+class AddressGroup(NamedTuple):
+    """
+    A group (RFC 5322 section 3.4), or one mailbox that is in none.
+
+    :param name: of the group; None without one
+    :param mailboxes: the display name, ``''`` without one, and the address of each
+    """
+
+    name: str | None
+    mailboxes: list[tuple[str, str]]
+
+
+def parse_address_list(value: str) -> list[AddressGroup]:
+    """
+    Return what is in the *value* of a header field such as ``To``.  Encoded words in names stay encoded.
+
+    Raises :class:`~.exceptions.AddressError` as :func:`parse_header_addresses`.
+    """
+    groups: list[AddressGroup] = []
+    words: list[str] = []  # Of a phrase that is not complete yet.
+    group: AddressGroup | None = None
+    tokens = _address_tokens(value)
+    for index, (kind, text) in enumerate(tokens):
+        if kind == '@':
+            mailbox = (' '.join(words), _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value))
+            words.clear()
+            group.mailboxes.append(mailbox) if group else groups.append(AddressGroup(None, [mailbox]))
+        elif kind == ':':
+            group = AddressGroup(' '.join(words), [])
+            groups.append(group)
+            words.clear()
+        elif kind == ';':
+            group = None
+        elif kind in 'aq' and '@' not in (tokens[index - 1][0], *(kind for kind, _ in tokens[index + 1 : index + 2])):
+            words.append(_QUOTED_PAIR.sub(r'\1', text[1:-1]) if kind == 'q' else text)
+    return groups
+
+
 def _parse_value(value: str) -> Iterator[str]:
+    tokens = _address_tokens(value)
+    for index, (kind, _) in enumerate(tokens):
+        if kind == '@':
+            yield _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value)
+
+
+def _address_tokens(value: str) -> list[tuple[str, str]]:
     tokens = list(_tokens(_FOLD.sub('', value), value))
     shape = ''.join(kind for kind, _ in tokens)
     if not _ADDRESS_LIST.fullmatch(shape):
         raise _unreadable(value)
-    for index, (kind, _) in enumerate(tokens):
-        if kind == '@':
-            yield _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value)
+    return tokens
 
 
 def _check_token_pair(local_part: str, domain: str, value: str) -> str:
