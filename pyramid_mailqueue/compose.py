@@ -21,7 +21,7 @@ from email.message import Message
 from typing import Any
 
 from pyramid_mailqueue.encoded_words import LINE_MUST
-from pyramid_mailqueue.exceptions import MailqueueError, MessageError
+from pyramid_mailqueue.exceptions import MailqueueError, MessageError, described
 from pyramid_mailqueue.fields import boundary_of, field_bytes, needs_utf8, with_boundary
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
@@ -52,7 +52,7 @@ def composed(message: Message) -> bytes:
         raise
     except Exception as exc:
         # Whatever an odd message makes the library raise: UnicodeError, LookupError, TypeError, AttributeError, ...
-        raise MessageError(f'The message cannot be turned into bytes: {type(exc).__name__}: {exc}') from exc
+        raise MessageError(f'The message cannot be turned into bytes: {described(exc)}') from exc
 
 
 def _check_counts(names: list[str]) -> None:

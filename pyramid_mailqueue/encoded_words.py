@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 from pyramid_mailqueue.exceptions import MessageError
 
-__all__ = ['LINE_MUST', 'SLOW_CODECS', 'FieldLines', 'chunks', 'decoded', 'is_text', 'looks_encoded']
+__all__ = ['LINE_MUST', 'SLOW_CODECS', 'FieldLines', 'chunks', 'decoded', 'encoded_words', 'is_text', 'looks_encoded']
 
 # RFC 5322 section 2.1.1; without the CRLF.
 LINE_SHOULD, LINE_MUST = 78, 998
@@ -141,7 +141,7 @@ def chunks(units: Iterable[_T], first: int, most: int) -> Iterator[list[_T]]:
         yield chunk
 
 
-def _encoded_words(text: str, first: int) -> Iterator[str]:
+def encoded_words(text: str, first: int = _ENCODED_WORD) -> Iterator[str]:
     """Yield *text* as encoded words, the first one with at most *first* characters."""
     characters = [char.encode() for char in _SURROGATE.sub('\ufffd', text)]
     in_q = [''.join(map(_Q.__getitem__, octets)) for octets in characters]
@@ -175,10 +175,10 @@ class FieldLines:
     def add_encoded(self, text: str, blank: str = ' ') -> None:
         """Add *text* as encoded words, behind the white space *blank*."""
         room = min(_ENCODED_LINE - len(self._lines[-1]) - len(blank), _ENCODED_WORD)
-        words = [*_encoded_words(text, _ENCODED_WORD)]
+        words = [*encoded_words(text)]
         if len(words) > 1 or not self._has_text():
             # One word that fits on a line of its own is not split: not every reader puts it together again.
-            words = [*_encoded_words(text, room if room >= _LEAST_ROOM else _ENCODED_WORD)]
+            words = [*encoded_words(text, room if room >= _LEAST_ROOM else _ENCODED_WORD)]
         for word in words:
             self._add(blank + word, _ENCODED_LINE, _ENCODED_LINE)
             blank = ' '
