@@ -82,7 +82,7 @@ def field_bytes(name: str, value: object, *, utf8: bool = False, is_signed: bool
 
 def _written(name: str, value: object, *, utf8: bool, is_signed: bool) -> str:
     if isinstance(value, Header):
-        return _write(name, value, _checked(name, str(value)), utf8=utf8)
+        return _write(name, value, _LINE_END.sub('', _checked(name, str(value))), utf8=utf8)
     if not isinstance(value, str):
         raise MessageError(f'The value of the header field {name} must be text, not {type(value).__name__}.')
     _checked(name, value)

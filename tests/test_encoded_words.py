@@ -102,6 +102,12 @@ def test_what_the_process_has_done_to_the_charsets_of_email_does_not_matter(valu
     assert message_bytes(older('Subject', value)) == b'Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n\r\n'
 
 
+def test_a_header_object_with_folds_is_unfolded():
+    assert message_bytes(older('Subject', Header('one\r\n two ü\n\tthree', 'utf-8'))) == (
+        b'Subject: one two =?utf-8?q?=C3=BC?=\tthree\r\n\r\n'
+    )
+
+
 # Fields that machines read.
 URL = f'<https://site.example/{"a" * 60}?b=?c&d=?=>'
 MACHINE_FIELDS = {
