@@ -179,4 +179,4 @@ def includeme(config: Any) -> None:
 
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
-    config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')
+    config.add_subscriber('pyramid_mailqueue.transactions.watch_request', 'pyramid.events.NewRequest')

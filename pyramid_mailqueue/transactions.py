@@ -2,12 +2,14 @@
 Which transaction does mail join here?  And will anybody commit it?
 
 The second question is the reason for this module.  A manager that is not explicit begins a transaction for whoever
-asks for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request it
-is not enough that there is a transaction; somebody must have taken it upon himself to commit it:
+asks for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request that
+is being served it is not enough that there is a transaction; somebody must have begun it on purpose:
 
 * ``tm.active`` or ``repoze.tm.active`` is in the environ, or
-* the transaction carries our mark.  It gets it when the request begins, for pyramid_tm takes ``tm.active`` away before
-  it commits, and mail may still come from a before-commit hook, or
+* the transaction carries our mark, put there for this request or for one around it.  It gets it when the request
+  begins, for pyramid_tm takes ``tm.active`` away before it commits, and mail may still come from a before-commit hook;
+  and when anybody calls ``begin()`` while the request is served: managers tell their synchronizers of that, but not of
+  a transaction that ``get()`` has made; or
 * the manager is explicit, so that there is no transaction unless somebody began it.
 
 And nobody must have decided already that it will not be committed:
@@ -16,12 +18,16 @@ And nobody must have decided already that it will not be committed:
   say nobody knows yet, so mail is refused in either case.
 * If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
   it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.
+* A transaction that another request began and left behind in this thread has the mark of that one.
 
-Without a request (scripts, other frameworks) there is nobody to ask: the manager's transaction is taken as it is.
+Elsewhere there is nobody to ask: in scripts (with a request of ``bootstrap()``, ``prepare()`` or pshell, too) and under
+other frameworks.  There code begins and commits as it likes, often with no more than a ``commit()`` at the end, so the
+manager's transaction is taken as it is.  The data manager tells of mail whose transaction was never ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -30,16 +36,20 @@ from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 
-__all__ = ['ITransactionSource', 'ManagerTransaction', 'RequestTransaction', 'ThreadTransaction', 'mark_transaction']
+__all__ = ['ITransactionSource', 'ManagerTransaction', 'RequestTransaction', 'ThreadTransaction', 'watch_request']
 
 _INSTEAD = (
     'Call send_immediately(), which tries to deliver now and queues the message if that fails, or enqueue(), which '
     'leaves it to mq-run.'
 )
+_NOT_BEGUN = (
+    'send() needs a transaction, and nobody has begun one: this transaction manager is explicit. Write '
+    f'"with manager:" around it ("with request.tm:" for request.mailer). {_INSTEAD}'
+)
 _NOBODY_COMMITS = (
     'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
-    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request; if you begin '
-    'transactions yourself, use an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
+    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request; where it is not, '
+    'write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send().'
 )
 _WILL_ABORT = (
     'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
@@ -73,10 +83,7 @@ class ManagerTransaction:
 
     def current(self) -> Any:
         """Return the transaction of the manager.  Raises NoActiveTransaction if it is explicit and has none."""
-        try:
-            return self.manager.get()
-        except NoTransaction:
-            raise NoActiveTransaction(_NOBODY_COMMITS) from None
+        return _get(self.manager, _NOT_BEGUN)
 
     def of_request(self, name: str) -> None:
         """See `ITransactionSource`."""
@@ -97,15 +104,16 @@ class RequestTransaction:
 
     def current(self) -> Any:
         """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
-        manager = self.manager
-        txn = ManagerTransaction(manager).current()
         environ = self._request.environ
+        requests = [self._request, *_requests_in_hand()]
+        is_served = any(hasattr(request, _BY_ROUTER) for request in requests)
+        txn = _get(self.manager, _NOBODY_COMMITS if is_served else _NOT_BEGUN)
         if environ.get('tm.active'):
             if self._is_given_up():
                 raise NoActiveTransaction(_WILL_ABORT)
             # The view may have begun another one than that of the beginning.
-            _mark(txn)
-        elif not (environ.get('repoze.tm.active') or _will_be_committed(txn, manager)):
+            _mark(txn, self._request)
+        elif is_served and not (environ.get('repoze.tm.active') or _will_be_committed(txn, self.manager, requests)):
             raise NoActiveTransaction(_NOBODY_COMMITS)
         return txn
 
@@ -146,37 +154,86 @@ class ThreadTransaction:
         return ManagerTransaction() if request is None else RequestTransaction(request)
 
 
-def mark_transaction(event: Any) -> None:
-    """At the begin of a request: remember of its transaction that pyramid_tm will commit it."""
-    if 'tm.active' in event.request.environ:
+def watch_request(event: Any) -> None:
+    """At the begin of a request: remember which transaction pyramid_tm will commit, and watch for others that begin."""
+    request = event.request
+    # Before the request has its token: what is there already was begun by somebody else, or by nobody.
+    transaction.manager.registerSynch(_MARK)
+    request.environ[_TOKEN] = object()
+    if 'tm.active' in request.environ:
+        manager = RequestTransaction(request).manager
+        manager.registerSynch(_MARK)
         # An explicit manager has none if a tween has ended it, for reasons of its own.
         with suppress(NoTransaction):
-            _mark(RequestTransaction(event.request).manager.get())
+            _mark(manager.get(), request)
+
+
+#: What a request has that comes from Pyramid's router: it is served, and no script's.
+_BY_ROUTER = 'invoke_subrequest'
+
+#: The key of the environ for what the marks of a request are known by.
+_TOKEN = 'pyramid_mailqueue.token'
 
 
 class _Mark:
-    """Added to a transaction twice: as data, which it keeps, and as a before-commit hook, which a commit uses up."""
+    """
+    Added to a transaction twice: as data, which it keeps, and as a before-commit hook, which a commit uses up.
+
+    As a synchronizer (see `transaction.interfaces.ISynchronizer`) it adds itself where a transaction is begun.
+    """
 
     def __call__(self) -> None:
         """Do nothing: to be there is all."""
+
+    def newTransaction(self, txn: Any) -> None:
+        """Called by ``begin()``, but not by the ``get()`` of a manager that is not explicit."""
+        for request in _requests_in_hand()[-1:]:
+            if _token_of(request) is not None:
+                _mark(txn, request)
+
+    def beforeCompletion(self, txn: Any) -> None:
+        """Do nothing."""
+
+    def afterCompletion(self, txn: Any) -> None:
+        """Do nothing."""
 
 
 _MARK = _Mark()
 
 
-def _mark(txn: Any) -> None:
-    txn.set_data(_MARK, _MARK)
+def _mark(txn: Any, request: Any) -> None:
+    txn.set_data(_MARK, _token_of(request))
     if not _has_hook(txn):
         txn.addBeforeCommitHook(_MARK)
+
+
+def _token_of(request: Any) -> object:
+    # Tests of an application put whatever they like in the place of a request.
+    return getattr(request, 'environ', {}).get(_TOKEN)
 
 
 def _has_hook(txn: Any) -> bool:
     return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
 
 
-def _will_be_committed(txn: Any, manager: Any) -> bool:
+def _will_be_committed(txn: Any, manager: Any, requests: Sequence[Any]) -> bool:
     try:
-        txn.data(_MARK)
+        token = txn.data(_MARK)
     except KeyError:
         return bool(manager.explicit)
-    return _has_hook(txn)
+    return _has_hook(txn) and any(_token_of(request) is token for request in requests)
+
+
+def _get(manager: Any, otherwise: str) -> Any:
+    """Return the transaction of *manager*.  Raises NoActiveTransaction if it is explicit and has none."""
+    try:
+        return manager.get()
+    except NoTransaction:
+        raise NoActiveTransaction(otherwise) from None
+
+
+def _requests_in_hand() -> list[Any]:
+    """Return the requests that this thread works on, the innermost last; who asks for them has Pyramid."""
+    from pyramid.threadlocal import manager
+
+    return [known['request'] for known in manager.stack if known['request'] is not None]
