@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from inspect import currentframe
+from itertools import islice
+from traceback import walk_stack
 from typing import Any, NamedTuple
 
 import transaction
@@ -50,8 +52,8 @@ __all__ = ['MailDataManager']
 log = logging.getLogger('mailqueue.queue_log')
 
 _NEVER_ENDED = (
-    'send() made it part of a transaction that was never committed: call commit(), or write "with '
-    'transaction.manager:" around send(); or call send_immediately() or enqueue()'
+    "its transaction was never committed: write 'with transaction.manager:' around send() (in Pyramid 'with "
+    "request.tm:'), or call commit(), or use send_immediately() or enqueue()"
 )
 
 
@@ -276,13 +278,9 @@ def _is_begun_over() -> bool:
 
     Nothing but the stack tells: ``TransactionManager.begin`` calls the same ``abort`` as everybody.
     """
-    frame = sys._getframe(2)
-    caller = frame.f_back
-    return (
-        frame.f_code is transaction.Transaction.abort.__code__
-        and caller is not None
-        and caller.f_code is transaction.TransactionManager.begin.__code__
-    )
+    # This function, the ``abort`` of the data manager, and who has called it.
+    _, _, *callers = [frame.f_code for frame, _ in islice(walk_stack(currentframe()), 4)]
+    return callers == [transaction.Transaction.abort.__code__, transaction.TransactionManager.begin.__code__]
 
 
 def _log_discarded(envelopes: Sequence[Envelope]) -> None:

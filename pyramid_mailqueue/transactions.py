@@ -27,8 +27,8 @@ manager's transaction is taken as it is.  The data manager tells of mail whose t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
+from threading import get_ident
 from typing import Any, Protocol
 
 import transaction
@@ -43,13 +43,13 @@ _INSTEAD = (
     'leaves it to mq-run.'
 )
 _NOT_BEGUN = (
-    'send() needs a transaction, and nobody has begun one: this transaction manager is explicit. Write '
-    f'"with manager:" around it ("with request.tm:" for request.mailer). {_INSTEAD}'
+    'send() needs a transaction, and its manager has none: it is explicit, and nobody has called begin(). Write "with '
+    f'manager:" around send(), for request.mailer "with request.tm:". Or use what needs no transaction. {_INSTEAD}'
 )
 _NOBODY_COMMITS = (
     'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
-    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request; where it is not, '
-    'write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send().'
+    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request. Where it is '
+    'not, write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send().'
 )
 _WILL_ABORT = (
     'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
@@ -105,15 +105,14 @@ class RequestTransaction:
     def current(self) -> Any:
         """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
         environ = self._request.environ
-        requests = [self._request, *_requests_in_hand()]
-        is_served = any(hasattr(request, _BY_ROUTER) for request in requests)
+        is_served = self._is_served()
         txn = _get(self.manager, _NOBODY_COMMITS if is_served else _NOT_BEGUN)
         if environ.get('tm.active'):
             if self._is_given_up():
                 raise NoActiveTransaction(_WILL_ABORT)
             # The view may have begun another one than that of the beginning.
-            _mark(txn, self._request)
-        elif is_served and not (environ.get('repoze.tm.active') or _will_be_committed(txn, self.manager, requests)):
+            _mark(txn, _service_of(self._request))
+        elif is_served and not (environ.get('repoze.tm.active') or self._will_be_committed(txn)):
             raise NoActiveTransaction(_NOBODY_COMMITS)
         return txn
 
@@ -124,6 +123,24 @@ class RequestTransaction:
     def _is_given_up(self) -> bool:
         """Whether an exception view has answered, or is about to."""
         return getattr(self._request, 'exc_info', None) is not None
+
+    def _is_served(self) -> bool:
+        """Whether this thread serves a request that came over Pyramid's router: this one, or one around it."""
+        service = _service_of(self._request)
+        is_elsewhere = service is not None and service.thread != get_ident()
+        requests = _requests_in_hand() if is_elsewhere else [self._request, *_requests_in_hand()]
+        return any(hasattr(request, 'invoke_subrequest') for request in requests)
+
+    def _will_be_committed(self, txn: Any) -> bool:
+        try:
+            service = txn.data(_MARK)
+        except KeyError:
+            return bool(self.manager.explicit)
+        in_hand = _requests_in_hand()
+        if service is None:
+            # What makes the body of a response runs when the request is not in hand any more.
+            return _has_hook(txn) and not in_hand
+        return _has_hook(txn) and any(_service_of(request) is service for request in [self._request, *in_hand])
 
 
 class ThreadTransaction:
@@ -157,22 +174,27 @@ class ThreadTransaction:
 def watch_request(event: Any) -> None:
     """At the begin of a request: remember which transaction pyramid_tm will commit, and watch for others that begin."""
     request = event.request
-    # Before the request has its token: what is there already was begun by somebody else, or by nobody.
-    transaction.manager.registerSynch(_MARK)
-    request.environ[_TOKEN] = object()
+    if not any(map(_service_of, _requests_in_hand())):
+        # Told of what is there already, our mark leaves it alone: nothing is served yet.
+        transaction.manager.registerSynch(_MARK)
+    request.environ[_SERVICE] = service = _Service()
     if 'tm.active' in request.environ:
         manager = RequestTransaction(request).manager
         manager.registerSynch(_MARK)
         # An explicit manager has none if a tween has ended it, for reasons of its own.
         with suppress(NoTransaction):
-            _mark(manager.get(), request)
+            _mark(manager.get(), service)
 
 
-#: What a request has that comes from Pyramid's router: it is served, and no script's.
-_BY_ROUTER = 'invoke_subrequest'
+class _Service:
+    """That a request is served, and by which thread; marks are known by its identity."""
 
-#: The key of the environ for what the marks of a request are known by.
-_TOKEN = 'pyramid_mailqueue.token'
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+
+#: The key of the environ for the service of a request.
+_SERVICE = 'pyramid_mailqueue.service'
 
 
 class _Mark:
@@ -187,9 +209,10 @@ class _Mark:
 
     def newTransaction(self, txn: Any) -> None:
         """Called by ``begin()``, but not by the ``get()`` of a manager that is not explicit."""
-        for request in _requests_in_hand()[-1:]:
-            if _token_of(request) is not None:
-                _mark(txn, request)
+        requests = _requests_in_hand()
+        services = [service for service in map(_service_of, requests) if service is not None]
+        if services or not requests:
+            _mark(txn, services[-1] if services else None)
 
     def beforeCompletion(self, txn: Any) -> None:
         """Do nothing."""
@@ -201,27 +224,20 @@ class _Mark:
 _MARK = _Mark()
 
 
-def _mark(txn: Any, request: Any) -> None:
-    txn.set_data(_MARK, _token_of(request))
+def _mark(txn: Any, service: _Service | None) -> None:
+    txn.set_data(_MARK, service)
     if not _has_hook(txn):
         txn.addBeforeCommitHook(_MARK)
 
 
-def _token_of(request: Any) -> object:
+def _service_of(request: Any) -> _Service | None:
     # Tests of an application put whatever they like in the place of a request.
-    return getattr(request, 'environ', {}).get(_TOKEN)
+    service: _Service | None = getattr(request, 'environ', {}).get(_SERVICE)
+    return service
 
 
 def _has_hook(txn: Any) -> bool:
     return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
-
-
-def _will_be_committed(txn: Any, manager: Any, requests: Sequence[Any]) -> bool:
-    try:
-        token = txn.data(_MARK)
-    except KeyError:
-        return bool(manager.explicit)
-    return _has_hook(txn) and any(_token_of(request) is token for request in requests)
 
 
 def _get(manager: Any, otherwise: str) -> Any:
