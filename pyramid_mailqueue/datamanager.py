@@ -95,7 +95,7 @@ class MailDataManager:
         self._tell_queued = tell_queued
         # Always the same list, and without a way back from it to this object.
         self._added: list[_Added] = []
-        weakref.finalize(self, _log_left, self._added)
+        self._end = weakref.finalize(self, _log_left, self._added)
         self._queued: list[tuple[str, Envelope]] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
@@ -141,6 +141,8 @@ class MailDataManager:
     def tpc_begin(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
         self._committing = True
+        # From here on the mail is not left: an interpreter that exits leaves it in doubt, if anything.
+        self._end.detach()
 
     def commit(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""

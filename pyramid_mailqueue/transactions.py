@@ -252,4 +252,4 @@ def _requests_in_hand() -> list[Any]:
     """Return the requests that this thread works on, the innermost last; who asks for them has Pyramid."""
     from pyramid.threadlocal import manager
 
-    return [known['request'] for known in manager.stack if known['request'] is not None]
+    return [known['request'] for known in manager.stack if known.get('request') is not None]

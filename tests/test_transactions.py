@@ -359,29 +359,41 @@ def test_an_explicit_manager_after_a_commit_without_a_begin(app_of, recorder, me
     assert recorder.subjects == ['first']
 
 
+@pytest.fixture
+def call_late(app_of):
+    """Have a request call something that it is given, with itself, when its transaction is over."""
+
+    def call_late(when, late, kind):
+        def view(request):
+            if when == 'a response callback':
+                request.add_response_callback(lambda request, response: late(request))
+            if when == 'a finished callback':
+                request.add_finished_callback(late)
+            if when == 'the body':
+                # Made when the server asks for it.
+                return Response(app_iter=(b'' for _ in [1] if not late(request)))
+            return None
+
+        def configure(config):
+            if when == 'a NewResponse subscriber':
+                config.add_subscriber(lambda event: late(event.request), NewResponse)
+
+        app_of(view, kind, configure).get('/')
+
+    return call_late
+
+
+every_late_moment = pytest.mark.parametrize(
+    'when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body']
+)
+
+
 @both_kinds
-@pytest.mark.parametrize('when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body'])
-def test_after_the_commit(app_of, refused, kind, when):
+@every_late_moment
+def test_after_the_commit(call_late, refused, kind, when):
     told = []
 
-    def late(request):
-        told.append(refused(request.mailer))
-
-    def view(request):
-        if when == 'a response callback':
-            request.add_response_callback(lambda request, response: late(request))
-        if when == 'a finished callback':
-            request.add_finished_callback(late)
-        if when == 'the body':
-            # Made when the server asks for it.
-            return Response(app_iter=(b'' for _ in [1] if not late(request)))
-        return None
-
-    def configure(config):
-        if when == 'a NewResponse subscriber':
-            config.add_subscriber(lambda event: late(event.request), NewResponse)
-
-    app_of(view, kind, configure).get('/')
+    call_late(when, lambda request: told.append(refused(request.mailer)), kind)
 
     assert told
 
@@ -687,26 +699,13 @@ def test_who_begins_a_transaction_of_the_thread_can_send_without_pyramid_tm(
 
 
 @both_kinds
-@pytest.mark.parametrize('when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body'])
-def test_who_begins_a_transaction_after_the_commit_can_send(app_of, recorder, message, kind, when):
+@every_late_moment
+def test_who_begins_a_transaction_after_the_commit_can_send(call_late, recorder, message, kind, when):
     def late(request):
         with request.tm:
             request.mailer.send(message('late'))
 
-    def view(request):
-        if when == 'a response callback':
-            request.add_response_callback(lambda request, response: late(request))
-        if when == 'a finished callback':
-            request.add_finished_callback(late)
-        if when == 'the body':
-            return Response(app_iter=(b'' for _ in [1] if not late(request)))
-        return None
-
-    def configure(config):
-        if when == 'a NewResponse subscriber':
-            config.add_subscriber(lambda event: late(event.request), NewResponse)
-
-    app_of(view, kind, configure).get('/')
+    call_late(when, late, kind)
 
     assert recorder.subjects == ['late']
 

@@ -306,11 +306,14 @@ def test_who_closes_during_a_pause_does_not_wait_for_its_end(make_resting, claim
     assert queue.state == {'waiting': 1}
 
 
-def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
-    class Defect:
-        def decide(self, recipients, attempts, queued_at, result, now):
-            raise ZeroDivisionError('a defect')
+class Defect:
+    """A policy for retries that has one."""
 
+    def decide(self, recipients, attempts, queued_at, result, now):
+        raise ZeroDivisionError('a defect')
+
+
+def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
     background = make_background(MessageHandler([says(YES)], retry_policy=Defect()))
 
     background.dispatch(claims(2))
@@ -486,10 +489,6 @@ def test_what_is_left_counts_what_a_transport_does_not_let_go_of(
 
 
 def test_what_is_left_counts_what_a_defect_has_given_back(make_background, claims, queue, says, until, close):
-    class Defect:
-        def decide(self, recipients, attempts, queued_at, result, now):
-            raise ZeroDivisionError('a defect')
-
     background = make_background(MessageHandler([says(YES)], retry_policy=Defect()))
     background.dispatch(claims(2))
     until(lambda: queue.state == {'waiting': 2})
