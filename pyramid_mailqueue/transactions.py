@@ -49,7 +49,8 @@ _NOT_BEGUN = (
 _NOBODY_COMMITS = (
     'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
     f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request. Where it is '
-    'not, write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send().'
+    'not, write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send(); in a tween this '
+    'needs an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
 )
 _WILL_ABORT = (
     'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
