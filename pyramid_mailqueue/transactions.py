@@ -27,6 +27,7 @@ manager's transaction is taken as it is.  The data manager tells of mail whose t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from threading import get_ident
 from typing import Any, Protocol
@@ -174,17 +175,21 @@ class ThreadTransaction:
 
 def watch_request(event: Any) -> None:
     """At the begin of a request: remember which transaction pyramid_tm will commit, and watch for others that begin."""
-    request = event.request
-    if not any(map(_service_of, _requests_in_hand())):
-        # Told of what is there already, our mark leaves it alone: nothing is served yet.
+    request, environ = event.request, event.request.environ
+    around = _services([other for other in _requests_in_hand() if other is not request])
+    if not around:
+        # It is told of what is there already, which it leaves alone, for nothing is served yet.
+        environ.pop(_SERVICE, None)
         transaction.manager.registerSynch(_MARK)
-    request.environ[_SERVICE] = service = _Service()
-    if 'tm.active' in request.environ:
+    # An application in an application has the same environ, or a copy of it.
+    if environ.get(_SERVICE) not in around:
+        environ[_SERVICE] = _Service()
+    if 'tm.active' in environ:
         manager = RequestTransaction(request).manager
         manager.registerSynch(_MARK)
         # An explicit manager has none if a tween has ended it, for reasons of its own.
         with suppress(NoTransaction):
-            _mark(manager.get(), service)
+            _mark(manager.get(), _service_of(request))
 
 
 class _Service:
@@ -211,7 +216,7 @@ class _Mark:
     def newTransaction(self, txn: Any) -> None:
         """Called by ``begin()``, but not by the ``get()`` of a manager that is not explicit."""
         requests = _requests_in_hand()
-        services = [service for service in map(_service_of, requests) if service is not None]
+        services = _services(requests)
         if services or not requests:
             _mark(txn, services[-1] if services else None)
 
@@ -235,6 +240,10 @@ def _service_of(request: Any) -> _Service | None:
     # Tests of an application put whatever they like in the place of a request.
     service: _Service | None = getattr(request, 'environ', {}).get(_SERVICE)
     return service
+
+
+def _services(requests: Sequence[Any]) -> list[_Service]:
+    return [service for service in map(_service_of, requests) if service is not None]
 
 
 def _has_hook(txn: Any) -> bool:

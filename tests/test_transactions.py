@@ -767,6 +767,41 @@ def test_a_subrequest_without_tweens_shares_the_transaction_that_a_view_has_begu
     assert (in_the_view, recorder.subjects) == ([], ['inner'])
 
 
+@pytest.mark.parametrize('environ_for', [dict, lambda environ: environ], ids=['a copy', 'the same'])
+def test_an_application_in_an_application_leaves_the_transaction_of_the_outer_one_alone(
+    app_of, recorder, message, environ_for
+):
+    inner = app_of(lambda request: request.mailer.send(message('inner')), 'thread', **inactive)
+
+    def view(request):
+        with request.tm:
+            request.mailer.send(message('before'))
+            Request(environ_for(request.environ)).get_response(inner.app)
+            request.mailer.send(message('after'))
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert sorted(recorder.subjects) == ['after', 'before', 'inner']
+
+
+def test_a_request_that_is_copied_into_a_thread_is_watched_there(app_of, recorder, message, refused):
+    def inner_view(request):
+        refused(request.mailer)
+        with request.tm:
+            request.mailer.send(message('from the thread'))
+
+    inner = app_of(inner_view, 'thread', **inactive)
+
+    def view(request):
+        thread = threading.Thread(target=request.copy().get_response, args=[inner.app])
+        thread.start()
+        thread.join()
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert recorder.subjects == ['from the thread']
+
+
 def test_what_somebody_has_only_asked_for_is_not_begun(app_of, refused):
     told = []
 
