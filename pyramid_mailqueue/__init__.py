@@ -126,7 +126,7 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
 
     :param settings: a mapping with ``mailqueue.*`` keys
     :param manager: the transaction manager that ``send()`` joins; None is the one of the thread
-        (``transaction.manager``)
+        (``transaction.manager``), which is not explicit: mail that nobody commits is only told in the log
     :raises ConfigurationError: a setting is missing, unknown, malformed, or contradicts another one
     """
     from pyramid_mailqueue.settings import Settings
@@ -141,7 +141,8 @@ def get_mailer(request: Any) -> Mailer:
     Return the mailer of *request*, bound to its transaction; the same as ``request.mailer``.
 
     It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
-    if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit.
+    if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit; unless you
+    have begun a transaction yourself (``with request.tm:``).  In a script it is up to you to commit.
     """
     from pyramid_mailqueue.transactions import RequestTransaction
 
@@ -179,4 +180,4 @@ def includeme(config: Any) -> None:
 
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
-    config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')
+    config.add_subscriber('pyramid_mailqueue.transactions.watch_request', 'pyramid.events.NewRequest')

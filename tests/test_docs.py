@@ -148,19 +148,48 @@ def test_the_application_in_the_docs_of_the_dashboard_lets_in_whom_it_says(tmp_p
     visitor('eve').get('/mailqueue', status=403)
 
 
-def test_the_script_in_the_readme_works(tmp_path, waiting):
-    message = EmailMessage()
-    message['From'] = 'shop@site.example'
-    message['To'] = 'reader@site.example'
-    message.set_content('Hello.')
-    text = example(1, 'python', tmp_path)
-    server = "'mailqueue.smtp_hostname': 'mail.site.example',"
-    assert server in text
-    script = tmp_path / 'script.py'
-    # No test of ours talks to a mail server that it did not start.
-    script.write_text(text.replace(server, f"{server} 'mailqueue.delivery': 'queue',"))
+@pytest.fixture
+def run_script(tmp_path, smtp_server, monkeypatch):
+    """Run a script of the docs, with a queue and a mail server of this test in it; return for whom it has sent mail."""
 
-    runpy.run_path(str(script), {'message': message})
+    def run_script(text):
+        message = EmailMessage()
+        message['From'] = 'shop@site.example'
+        message['To'] = 'reader@site.example'
+        message.set_content('Hello.')
+        monkeypatch.chdir(tmp_path)
+        Path('script.py').write_text(
+            text.replace('/var/spool/shop', str(tmp_path / 'queue')).replace(
+                "'mail.site.example',", f"'127.0.0.1', 'mailqueue.smtp_port': {smtp_server.port},"
+            )
+        )
+        runpy.run_path('script.py', {'message': message})
+        return [recipient for envelope in smtp_server.received for recipient in envelope.rcpt_tos]
 
-    (mail,) = waiting()
-    assert 'Envelope-to: reader@site.example\n' in mail
+    return run_script
+
+
+def scripts_of(path):
+    """Return the examples of a document that are no part of an application."""
+    blocks = parse(path).findall(docutils.nodes.literal_block)
+    texts = [block.astext() for block in blocks if 'python' in block['classes']]
+    return [text for text in texts if 'import' in text and 'def ' not in text]
+
+
+@pytest.mark.parametrize('path', [ROOT / 'README.rst', ROOT / 'docs/transactions.rst'], ids=name_of)
+def test_a_script_without_pyramid_has_delivered_when_it_ends(path, run_script):
+    (text,) = [text for text in scripts_of(path) if 'mailer_from_settings' in text]
+
+    assert run_script(text) == ['reader@site.example']
+
+
+def test_a_script_with_pyramid_has_delivered_when_it_ends(
+    run_script, tmp_path, make_settings, smtp_server, monkeypatch
+):
+    (text,) = [text for text in scripts_of(ROOT / 'docs/transactions.rst') if 'bootstrap' in text]
+    (tmp_path / 'docs_application.py').write_text(example(0, 'python', tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = '\n'.join(f'{key} = {value}' for key, value in make_settings(smtp_server).items())
+    (tmp_path / 'production.ini').write_text(f'[app:main]\nuse = call:docs_application:main\n{settings}\n')
+
+    assert run_script(text) == ['reader@site.example']
