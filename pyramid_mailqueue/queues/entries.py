@@ -36,6 +36,7 @@ __all__ = [
     'subject_of',
     'tally',
     'tell_from_header',
+    'without_surrogates',
 ]
 
 #: What a message can be in.  A message in doubt was prepared by a process that died before it could publish it.
@@ -172,10 +173,15 @@ def decoded(text: str) -> str:
     if not SLOW_CODECS.isdisjoint(_codec(name) for name in _ENCODED_IN.findall(text)):
         return text
     try:
-        return str(make_header(decode_header(text)))
+        return without_surrogates(str(make_header(decode_header(text))))
     except (HeaderParseError, LookupError, ValueError):
         # Not encoded as RFC 2047 has it, or in a character set that nobody knows.
         return text
+
+
+def without_surrogates(text: str) -> str:
+    """Return *text* with what is no character, and cannot be written anywhere, escaped; UTF-7 can spell it."""
+    return text.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _codec(name: str) -> str:
