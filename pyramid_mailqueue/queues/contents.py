@@ -22,6 +22,9 @@ __all__ = ['Contents', 'Part', 'body_of', 'read_contents']
 MOST_HEADER = 64 * 1024
 MOST_TEXT = 100_000
 
+# They are in so many octets, in any character set.
+MOST_TEXT_OCTETS = 4 * MOST_TEXT + 4
+
 #: So many parts are named.
 MOST_PARTS = 100
 
@@ -109,7 +112,8 @@ def _taken_apart(header: tuple[tuple[str, str], ...], content: bytes) -> Content
     others = tuple(_described(part) for part in parts[: MOST_PARTS + 1] if part is not shown)
     if shown is None:
         return Contents(header, parts=others)
-    text = _decoded(shown, _octets(shown)[: 4 * MOST_TEXT + 1])
+    octets = _octets(shown)
+    text = _decoded(shown, octets[:MOST_TEXT_OCTETS], is_whole=len(octets) <= MOST_TEXT_OCTETS)
     lines = (line.expandtabs() for line in text[:MOST_TEXT].splitlines())
     return Contents(header, tuple(lines), len(text) > MOST_TEXT, others)
 
@@ -132,19 +136,27 @@ def _is_body(part: Message, kind: str) -> bool:
 
 
 def _is_text(part: Message) -> bool:
-    return _is_body(part, 'text/plain') and part.get_filename() is None
+    return _is_body(part, 'text/plain') and not _filename(part)
 
 
-def _decoded(part: Message, octets: bytes) -> str:
+def _filename(part: Message) -> str:
     try:
-        codec = codecs.lookup(part.get_content_charset('utf-8')).name
+        return decoded(part.get_filename() or '')
+    except (TypeError, ValueError):
+        # The library stumbles over what stands there.
+        return ''
+
+
+def _decoded(part: Message, octets: bytes, *, is_whole: bool = True) -> str:
+    try:
+        codec = codecs.lookup(part.get_content_charset('')).name
         if codec not in SLOW_CODECS:
             return without_surrogates(octets.decode(codec, 'replace'))
     except (LookupError, TypeError, ValueError):
-        # Nobody knows this character set, or the library stumbles over another parameter on its way to it.
+        # There is no character set, nobody knows it, or the library stumbles over another parameter on its way to it.
         pass
     try:
-        return octets.decode('utf-8')
+        return codecs.utf_8_decode(octets, 'strict', is_whole)[0]
     except UnicodeDecodeError:
         return octets.decode('latin-1')
 
@@ -156,4 +168,4 @@ def _octets(part: Message) -> bytes:
 
 def _described(part: Message) -> Part:
     size = None if part.is_multipart() else len(_octets(part))
-    return Part(decoded(part.get_filename() or ''), part.get_content_type(), size)
+    return Part(_filename(part), part.get_content_type(), size)

@@ -102,12 +102,16 @@ class CapturedMail:
     @property
     def text(self) -> str:
         """The body in plain text; ``''`` if there is none."""
-        return body_of(self._content, 'plain')
+        return self._body('plain')
 
     @property
     def html(self) -> str:
         """The body in HTML; ``''`` if there is none."""
-        return body_of(self._content, 'html')
+        return self._body('html')
+
+    def _body(self, kind: str) -> str:
+        # Those of a part in base64 are decoded only here.
+        return body_of(self._content, kind).replace('\r\n', '\n')
 
     @property
     def _content(self) -> bytes:
