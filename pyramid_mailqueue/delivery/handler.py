@@ -625,7 +625,7 @@ def _is_for_others(own: Envelope, sender: str | None, recipients: Iterable[str] 
 
 
 def _completed(result: SendResult, recipients: Sequence[str]) -> SendResult:
-    """Return *result* with a reply for each of *recipients* that was not tried: nobody else knows of them."""
+    """Return *result* with a reply for each of *recipients*: one that was not tried is deferred, with the reason."""
     untried = Reply(451, str(result.trouble or 'no transport has tried this recipient'), '4.3.0', from_server=False)
     return replace(result, replies={recipient: result.replies.get(recipient, untried) for recipient in recipients})
 

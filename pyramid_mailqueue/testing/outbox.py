@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email import message_from_bytes
-from email.headerregistry import HeaderRegistry
 from email.message import EmailMessage
 from email.policy import default
 from functools import cached_property
@@ -47,15 +46,12 @@ __all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_d
 _NOT_NEEDED = {'mailqueue.queue_dir': '/nowhere', 'mailqueue.smtp_hostname': 'localhost'}
 
 
-_FIELDS = HeaderRegistry()
-
-
 def _field(name: str, value: str) -> Any:
-    """Return a field of a message, without any value if the library stumbles over it."""
+    """Return a field of a message as the library reads it; with an empty value if that raises an exception."""
     try:
-        return _FIELDS(name, value)
-    except Exception:  # noqa: BLE001 - whatever an odd field makes it raise, the others can be read
-        return _FIELDS(name, '')
+        return default.header_factory(name, value)
+    except Exception:  # noqa: BLE001 - whatever an odd field makes the library raise, the others can be read
+        return default.header_factory(name, '')
 
 
 _TOLERANT = default.clone(header_factory=_field)
