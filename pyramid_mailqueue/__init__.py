@@ -41,6 +41,7 @@ from pyramid_mailqueue.exceptions import (
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
+    from pyramid_mailqueue.addresses import check_address
     from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, registry
     from pyramid_mailqueue.delivery.results import Reply, SendResult
@@ -77,6 +78,7 @@ __all__ = [
     'ServerTrouble',
     'TooManyRecipients',
     'WrongState',
+    'check_address',
     'enqueue_message',
     'get_mailer',
     'includeme',
@@ -98,6 +100,7 @@ _LATER = {
     'MessageHandler': 'delivery.handler',
     'Reply': 'delivery.results',
     'SendResult': 'delivery.results',
+    'check_address': 'addresses',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',

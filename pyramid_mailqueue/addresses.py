@@ -36,6 +36,8 @@ _ORDINARY_ADDRESS = re.compile(rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~.-]+@{_DOMAIN.pa
 _CONTROL_OR_SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 _QUOTED_LOCAL_PART = re.compile(r'"(?:[^"\\]|\\[ -~])+"(?=@)')
 _NEEDS_QUOTES = re.compile(r'[ ()<>\[\]:;,\\"]')
+# What may be one is enough: readers differ in how liberal they are.
+_ENCODED_WORD = re.compile(r'\A"?=\?|=\?.*\?=')
 _LITERAL = re.compile(r'\[(?:([0-9.]+)|IPv6:([0-9A-F:.]+))\]', re.IGNORECASE)
 
 
@@ -54,7 +56,7 @@ def check_address(address: str) -> str:
 # On its way a message has its addresses checked wherever they could have come in.
 @lru_cache(maxsize=1024)
 def _check(address: str) -> str:
-    if len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address):
+    if len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address) and '=?' not in address:
         return address
     return _check_unusual(address)
 
@@ -94,6 +96,10 @@ def _split(address: str) -> tuple[str, str]:
             f'The address {_shown(address)} holds a character that is only allowed between double quotes. '
             'Pass one address for each recipient, and nothing but the address.'
         )
+    if _ENCODED_WORD.search(local_part):
+        # RFC 2047 section 5: in an address there is none.  The email package decodes it all the same, so that one
+        # address in a header field becomes several.
+        raise AddressError(f'The address {_shown(address)} holds an encoded word (RFC 2047), or begins like one.')
     if not local_part.isprintable():
         raise AddressError(f'The address {_shown(address)} holds an invisible character before the "@"; remove it.')
     return local_part, domain

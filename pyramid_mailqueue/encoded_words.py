@@ -23,7 +23,17 @@ from typing import NamedTuple, TypeVar
 
 from pyramid_mailqueue.exceptions import MessageError
 
-__all__ = ['LINE_MUST', 'SLOW_CODECS', 'FieldLines', 'chunks', 'decoded', 'encoded_words', 'is_text', 'looks_encoded']
+__all__ = [
+    'LINE_MUST',
+    'SLOW_CODECS',
+    'FieldLines',
+    'chunks',
+    'decoded',
+    'encoded_words',
+    'is_text',
+    'looks_encoded',
+    'without_surrogates',
+]
 
 # RFC 5322 section 2.1.1; without the CRLF.
 LINE_SHOULD, LINE_MUST = 78, 998
@@ -88,9 +98,14 @@ class _Run(NamedTuple):
 
 def _run_text(run: _Run) -> str:
     try:
-        return b''.join(run.data).decode(run.codec)
+        return without_surrogates(b''.join(run.data).decode(run.codec))
     except (LookupError, ValueError):
         return ' '.join(run.words)
+
+
+def without_surrogates(text: str) -> str:
+    """Return *text* with what is no character, and cannot be written anywhere, escaped; UTF-7 can spell it."""
+    return text.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _codec(charset: str) -> str | None:

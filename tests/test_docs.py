@@ -6,6 +6,8 @@ import configparser
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -103,6 +105,12 @@ def test_the_architecture_names_every_module_and_no_other():
     assert named == modules - rooms
 
 
+def blocks_of(name, language='python'):
+    """Return the code blocks of a document, in their order."""
+    blocks = parse(ROOT / name).findall(docutils.nodes.literal_block)
+    return [block.astext() for block in blocks if language in block['classes']]
+
+
 @pytest.fixture
 def waiting(tmp_path):
     """Return the contents of the queue that the README's examples use here."""
@@ -111,9 +119,7 @@ def waiting(tmp_path):
 
 def example(number, language, tmp_path):
     """Return an example of the README, with a queue of this test in it."""
-    blocks = parse(ROOT / 'README.rst').findall(docutils.nodes.literal_block)
-    texts = [block.astext() for block in blocks if language in block['classes']]
-    return texts[number].replace('/var/spool/shop', str(tmp_path / 'queue'))
+    return blocks_of('README.rst', language)[number].replace('/var/spool/shop', str(tmp_path / 'queue'))
 
 
 def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
@@ -129,6 +135,25 @@ def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
     (mail,) = waiting()
     assert 'Envelope-to: reader@site.example\n' in mail
     assert f'Message-ID: {answer.json["message_id"]}\n' in mail
+    for several in ('ada@x.example, eve@x.example', 'x: ada@x.example, eve@x.example;', 'Ada <ada@x.example>', ''):
+        assert '400 Bad Request' in app.post('/order', {'email': several}, status=400)
+    app.post('/order', status=400)
+    assert waiting() == [mail]
+
+
+CONFTEST, *TESTS = sorted(blocks_of('docs/testing.rst'), key=lambda block: not block.startswith('# conftest.py'))
+
+
+@pytest.mark.parametrize('tests', TESTS, ids=lambda tests: re.search('def (test_[a-z_]+)', tests)[1])
+def test_the_tests_in_the_docs_pass_for_the_application_in_the_readme(tmp_path, tests):
+    files = {'shop.py': example(0, 'python', tmp_path), 'conftest.py': CONFTEST, 'test_shop.py': tests}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--rootdir={tmp_path}', tmp_path]
+
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    assert f'{tests.count("def test_")} passed' in run.stdout, run.stdout
 
 
 def test_the_application_in_the_docs_of_the_dashboard_lets_in_whom_it_says(tmp_path, make_settings):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pyramid_mailqueue.dashboard.contents import MOST_OCTETS, MOST_TEXT, read_contents
 from pyramid_mailqueue.dashboard.names import id_of, token_of
 from pyramid_mailqueue.encoded_words import decoded
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage
+from pyramid_mailqueue.queues.contents import MOST_OCTETS, MOST_TEXT, read_contents
 from tests.dashboard.kinds import in_a_maildir, in_memory
 from tests.queues.states import make_dead
 
