@@ -38,6 +38,7 @@ from pyramid_mailqueue.exceptions import (
     TooManyRecipients,
     WrongState,
 )
+from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def includeme(config: Any) -> None:
         )
         registry.registerUtility(mailer, IMailer)
 
+    name_place(config)
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
     config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')
