@@ -38,7 +38,6 @@ from pyramid_mailqueue.exceptions import (
     TooManyRecipients,
     WrongState,
 )
-from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
@@ -159,6 +158,7 @@ def includeme(config: Any) -> None:
     them after this call; a setting that cannot be used raises :class:`ConfigurationError` then.  A transport that
     ``mailqueue.transports`` names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
     """
+    from pyramid_mailqueue.including import name_place
 
     def register() -> None:
         from pyramid_mailqueue.events import notify
