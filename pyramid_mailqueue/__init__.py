@@ -162,6 +162,7 @@ def includeme(config: Any) -> None:
     them after this call; a setting that cannot be used raises :class:`ConfigurationError` then.  A transport that
     ``mailqueue.transports`` names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
     """
+    from pyramid_mailqueue.including import name_place
 
     def register() -> None:
         from pyramid_mailqueue.events import notify
@@ -181,6 +182,7 @@ def includeme(config: Any) -> None:
         )
         registry.registerUtility(mailer, IMailer)
 
+    name_place(config)
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
     config.add_subscriber('pyramid_mailqueue.transactions.watch_request', 'pyramid.events.NewRequest')
