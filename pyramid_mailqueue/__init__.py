@@ -38,22 +38,31 @@ from pyramid_mailqueue.exceptions import (
     TooManyRecipients,
     WrongState,
 )
-from pyramid_mailqueue.interfaces import IMailer, ITransport
+from pyramid_mailqueue.interfaces import IBindableMailer, IMailer, ITransport
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.handler import MessageHandler
-    from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, registry
-    from pyramid_mailqueue.delivery.results import Reply, SendResult
+    from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, PluginMessage, PluginRegistry, registry
+    from pyramid_mailqueue.delivery.results import Burial, Dropped, Offer, Recovery, Reply, SendResult, Settlement
+    from pyramid_mailqueue.delivery.runner import RunReport
+    from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
     from pyramid_mailqueue.mailer import Mailer
-    from pyramid_mailqueue.queue_runner import enqueue_message, one_shot_queue_run
+    from pyramid_mailqueue.queue_runner import QueuedMessage, enqueue_message, one_shot_queue_run
+    from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
+    from pyramid_mailqueue.settings import Rate, Settings
+    from pyramid_mailqueue.transactions import ITransactionSource
     from pyramid_mailqueue.transports.maildir import MaildirBackend
     from pyramid_mailqueue.wiring import init_smtp_mailer
 
 __all__ = [
     'AddressError',
+    'Burial',
     'ConfigurationError',
+    'Dropped',
+    'Envelope',
     'IMailer',
+    'ITransactionSource',
     'ITransport',
     'MQAction',
     'MQSignal',
@@ -63,6 +72,7 @@ __all__ = [
     'MailEvent',
     'MailQueued',
     'MaildirBackend',
+    'Mailer',
     'MailqueueError',
     'MessageError',
     'MessageHandler',
@@ -70,11 +80,22 @@ __all__ = [
     'NoActiveTransaction',
     'NoRecipients',
     'NoSuchMessage',
+    'Offer',
+    'PluginMessage',
+    'PluginRegistry',
+    'QueueEntry',
     'QueueError',
     'QueueFileError',
+    'QueueStats',
+    'QueuedMessage',
+    'Rate',
+    'Recovery',
     'Reply',
+    'RunReport',
     'SendResult',
     'ServerTrouble',
+    'Settings',
+    'Settlement',
     'TooManyRecipients',
     'WrongState',
     'enqueue_message',
@@ -87,6 +108,10 @@ __all__ = [
 ]
 
 _LATER = {
+    'Burial': 'delivery.results',
+    'Dropped': 'delivery.results',
+    'Envelope': 'envelope',
+    'ITransactionSource': 'transactions',
     'MQAction': 'delivery.plugins',
     'MQSignal': 'delivery.plugins',
     'MailBuried': 'events',
@@ -95,9 +120,21 @@ _LATER = {
     'MailEvent': 'events',
     'MailQueued': 'events',
     'MaildirBackend': 'transports.maildir',
+    'Mailer': 'mailer',
     'MessageHandler': 'delivery.handler',
+    'Offer': 'delivery.results',
+    'PluginMessage': 'delivery.plugins',
+    'PluginRegistry': 'delivery.plugins',
+    'QueueEntry': 'queues.entries',
+    'QueueStats': 'queues.entries',
+    'QueuedMessage': 'queue_runner',
+    'Rate': 'settings',
+    'Recovery': 'delivery.results',
     'Reply': 'delivery.results',
+    'RunReport': 'delivery.runner',
     'SendResult': 'delivery.results',
+    'Settings': 'settings',
+    'Settlement': 'delivery.results',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',
@@ -136,17 +173,19 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
     return build_mailer(Settings.from_mapping(settings, prefix), transactions=ManagerTransaction(manager))
 
 
-def get_mailer(request: Any) -> Mailer:
+def get_mailer(request: Any) -> IMailer:
     """
     Return the mailer of *request*, bound to its transaction; the same as ``request.mailer``.
+
+    A mailer that the application has registered itself is returned as it is, unless it is an `IBindableMailer`.
 
     It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
     if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit.
     """
     from pyramid_mailqueue.transactions import RequestTransaction
 
-    mailer: Mailer = request.registry.getUtility(IMailer)
-    return mailer.bound_to(RequestTransaction(request))
+    mailer: IMailer = request.registry.getUtility(IMailer)
+    return mailer.bound_to(RequestTransaction(request)) if IBindableMailer.providedBy(mailer) else mailer
 
 
 def includeme(config: Any) -> None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import transaction.interfaces
 from zope.interface import implementer
@@ -92,7 +92,7 @@ class MailDataManager:
         if not self._joined:
             self._join()
         if session is not None:
-            ISessionStaging(self._staging).join(session)
+            cast('ISessionStaging', self._staging).join(session)
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
         self._added.append((delivery, envelope))
 

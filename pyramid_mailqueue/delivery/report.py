@@ -91,7 +91,7 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
 
 
 def _message(account: Account, *, failed: bool) -> object:
-    return plugins().Message(account.id, account.envelope, account.attempts + failed, account.queued_at)
+    return plugins().PluginMessage(account.id, account.envelope, account.attempts + failed, account.queued_at)
 
 
 def tell(
