@@ -19,9 +19,9 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import (
+    IBindableMailer,
     IClaim,
     IDispatcher,
-    IMailer,
     IMailQueue,
     IQueueAdmin,
     IRetryPolicy,
@@ -66,7 +66,7 @@ def objects(queue_dir, tmp_path):
     in_database = SQLQueue(f'sqlite:///{tmp_path}/queue.sqlite')
     in_database.database.create_tables()
     yield [
-        (IMailer, Mailer(queue, handler, {}, Envelope.from_message)),
+        (IBindableMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
         (IQueueAdmin, queue.admin),
         (IStaging, queue.staging()),
@@ -80,7 +80,7 @@ def objects(queue_dir, tmp_path):
         (IQueueAdmin, in_database.admin),
         (ISessionStaging, in_database.staging()),
         (IClaim, in_database.put_claimed(envelope)),
-        (IMailer, capturing),
+        (IBindableMailer, capturing),
         (IMailQueue, capturing.queue),
         (IStaging, capturing.queue.staging()),
         (ITransport, AcceptingTransport()),
