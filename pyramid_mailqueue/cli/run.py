@@ -309,8 +309,8 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
         return Runner(mailer.queue, mailer.handler)
     except AttributeError as error:
         raise ConfigurationError(
-            f'the application has a mailer of its own, {type(mailer).__name__}, and mq-run --app needs the queue and the '
-            f'handler of one: {error}.'
+            f'the application has a mailer of its own, {type(mailer).__name__}, and mq-run --app needs the queue and '
+            f'the handler of one: {error}.'
         ) from error
 
 
