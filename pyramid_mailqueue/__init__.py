@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pyramid_mailqueue import interfaces
 from pyramid_mailqueue.exceptions import (
     AddressError,
     ConfigurationError,
@@ -38,7 +39,6 @@ from pyramid_mailqueue.exceptions import (
     TooManyRecipients,
     WrongState,
 )
-from pyramid_mailqueue.interfaces import IBindableMailer, IMailer, ITransport
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.handler import MessageHandler
@@ -141,6 +141,10 @@ _LATER = {
     'registry': 'delivery.plugins',
 }
 
+# Aliases: mypy's plugin for zope.interface would refuse a class after @implementer that it does not know for an interface.
+IMailer: TypeAlias = interfaces.IMailer
+ITransport: TypeAlias = interfaces.ITransport
+
 # The order of an action that comes after those of the application, which may register transports and change settings.
 _LAST = 1000
 
@@ -185,7 +189,7 @@ def get_mailer(request: Any) -> IMailer:
     from pyramid_mailqueue.transactions import RequestTransaction
 
     mailer: IMailer = request.registry.getUtility(IMailer)
-    return mailer.bound_to(RequestTransaction(request)) if IBindableMailer.providedBy(mailer) else mailer
+    return mailer.bound_to(RequestTransaction(request)) if interfaces.IBindableMailer.providedBy(mailer) else mailer
 
 
 def includeme(config: Any) -> None:
