@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
     from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.queue_runner import QueuedMessage, enqueue_message, one_shot_queue_run
-    from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
+    from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats, Tally
     from pyramid_mailqueue.settings import Rate, Settings
     from pyramid_mailqueue.transactions import ITransactionSource
     from pyramid_mailqueue.transports.maildir import MaildirBackend
@@ -96,6 +96,7 @@ __all__ = [
     'ServerTrouble',
     'Settings',
     'Settlement',
+    'Tally',
     'TooManyRecipients',
     'WrongState',
     'enqueue_message',
@@ -135,13 +136,15 @@ _LATER = {
     'SendResult': 'delivery.results',
     'Settings': 'settings',
     'Settlement': 'delivery.results',
+    'Tally': 'queues.entries',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',
     'registry': 'delivery.plugins',
 }
 
-# Aliases: mypy's plugin for zope.interface would refuse a class after @implementer that it does not know for an interface.
+# Aliases, which mypy's plugin for zope.interface lets pass after @implementer; a class that it does not know for an
+# interface it would refuse.
 IMailer: TypeAlias = interfaces.IMailer
 ITransport: TypeAlias = interfaces.ITransport
 

@@ -167,6 +167,9 @@ class IMailQueue(Contract, Protocol):
 class ISessionQueue(IMailQueue, Contract, Protocol):
     """A queue in the application's own database, whose messages commit with the application's data."""
 
+    def staging(self) -> ISessionStaging:
+        """Return a new, empty :class:`ISessionStaging`; as in :class:`IMailQueue`."""
+
     @property
     def session_name(self) -> str:
         """The attribute of a request that is the application's database session."""

@@ -29,6 +29,7 @@ from pyramid_mailqueue.testing.outbox import (
 )
 from pyramid_mailqueue.testing.smtp_server import (
     EXTENSIONS,
+    Answer,
     Close,
     Drip,
     ReceivedMessage,
@@ -41,6 +42,7 @@ from pyramid_mailqueue.transactions import ThreadTransaction
 
 __all__ = [
     'EXTENSIONS',
+    'Answer',
     'CapturedMail',
     'CapturingMailer',
     'Close',
