@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from email.message import EmailMessage
 from pathlib import Path
 
 from pyramid.config import Configurator
 from pyramid.request import Request as PyramidRequest
 from pyramid.router import Router
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from webtest import TestApp
 
 from pyramid_mailqueue import IMailer, Mailer, MessageHandler, mailer_from_settings
-from pyramid_mailqueue.testing import Outbox, captured_mail
+from pyramid_mailqueue.testing import captured_mail
 
 __all__ = [
     'AsyncSession',
     'Base',
-    'Callable',
-    'Connection',
-    'DBAPIConnection',
     'IMailer',
     'Mailer',
     'MessageHandler',
-    'Outbox',
     'Request',
     'Session',
     'TestApp',
@@ -37,7 +31,6 @@ __all__ = [
     'captured_mail',
     'config',
     'engine',
-    'event',
     'first',
     'mailer',
     'mailer_from_settings',
