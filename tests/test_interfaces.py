@@ -125,6 +125,23 @@ def test_every_contract_is_prose(contract):
         assert contract[name].__doc__, f'{contract.__name__}.{name} says nothing'
 
 
+def test_a_contract_counts_the_arguments_that_a_caller_gives():
+    assert IMailer['enqueue'].getSignatureString() == '(message, sender=None, recipients=None)'
+    assert ITransport['send'].getSignatureString() == '(sender, recipients, content)'
+    assert ITransport['name'].__doc__ == 'A short name for logs; the name of the class where there is none.'
+
+
+def test_an_interface_that_a_user_derives_is_written_as_any_other_without_self():
+    def sign(message, key=None):
+        """Sign it."""
+
+    # What a class statement does.
+    derived = type(IMailer)('ISigningMailer', (IMailer,), {'sign': sign})
+
+    assert derived['sign'].getSignatureString() == '(message, key=None)'
+    assert derived.extends(IMailer)
+
+
 # --- nothing is asked for that is not declared ------------------------------
 
 
