@@ -20,6 +20,7 @@ from typing import Any
 from pyramid_mailqueue.events import notify
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.testing.outbox import (
+    CAPTURING,
     CapturedMail,
     CapturingMailer,
     Outbox,
@@ -74,6 +75,7 @@ def includeme(config: Any) -> None:
         registry = config.registry
         mailer = make_mailer(registry.settings, ThreadTransaction(), partial(notify, registry))
         registry.registerUtility(mailer, IMailer)
+        registry.registerUtility(mailer, IMailer, CAPTURING)
 
     config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)
     config.include('pyramid_mailqueue')
