@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pyramid_mailqueue import interfaces
 from pyramid_mailqueue.exceptions import (
     AddressError,
     ConfigurationError,
@@ -38,23 +39,31 @@ from pyramid_mailqueue.exceptions import (
     TooManyRecipients,
     WrongState,
 )
-from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.addresses import check_address
     from pyramid_mailqueue.delivery.handler import MessageHandler
-    from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, registry
-    from pyramid_mailqueue.delivery.results import Reply, SendResult
+    from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, PluginMessage, PluginRegistry, registry
+    from pyramid_mailqueue.delivery.results import Burial, Dropped, Offer, Recovery, Reply, SendResult, Settlement
+    from pyramid_mailqueue.delivery.runner import RunReport
+    from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
     from pyramid_mailqueue.mailer import Mailer
-    from pyramid_mailqueue.queue_runner import enqueue_message, one_shot_queue_run
+    from pyramid_mailqueue.queue_runner import QueuedMessage, enqueue_message, one_shot_queue_run
+    from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats, Tally
+    from pyramid_mailqueue.settings import Rate, Settings
+    from pyramid_mailqueue.transactions import ITransactionSource
     from pyramid_mailqueue.transports.maildir import MaildirBackend
     from pyramid_mailqueue.wiring import init_smtp_mailer
 
 __all__ = [
     'AddressError',
+    'Burial',
     'ConfigurationError',
+    'Dropped',
+    'Envelope',
     'IMailer',
+    'ITransactionSource',
     'ITransport',
     'MQAction',
     'MQSignal',
@@ -64,6 +73,7 @@ __all__ = [
     'MailEvent',
     'MailQueued',
     'MaildirBackend',
+    'Mailer',
     'MailqueueError',
     'MessageError',
     'MessageHandler',
@@ -71,11 +81,23 @@ __all__ = [
     'NoActiveTransaction',
     'NoRecipients',
     'NoSuchMessage',
+    'Offer',
+    'PluginMessage',
+    'PluginRegistry',
+    'QueueEntry',
     'QueueError',
     'QueueFileError',
+    'QueueStats',
+    'QueuedMessage',
+    'Rate',
+    'Recovery',
     'Reply',
+    'RunReport',
     'SendResult',
     'ServerTrouble',
+    'Settings',
+    'Settlement',
+    'Tally',
     'TooManyRecipients',
     'WrongState',
     'check_address',
@@ -89,6 +111,10 @@ __all__ = [
 ]
 
 _LATER = {
+    'Burial': 'delivery.results',
+    'Dropped': 'delivery.results',
+    'Envelope': 'envelope',
+    'ITransactionSource': 'transactions',
     'MQAction': 'delivery.plugins',
     'MQSignal': 'delivery.plugins',
     'MailBuried': 'events',
@@ -97,15 +123,33 @@ _LATER = {
     'MailEvent': 'events',
     'MailQueued': 'events',
     'MaildirBackend': 'transports.maildir',
+    'Mailer': 'mailer',
     'MessageHandler': 'delivery.handler',
+    'Offer': 'delivery.results',
+    'PluginMessage': 'delivery.plugins',
+    'PluginRegistry': 'delivery.plugins',
+    'QueueEntry': 'queues.entries',
+    'QueueStats': 'queues.entries',
+    'QueuedMessage': 'queue_runner',
+    'Rate': 'settings',
+    'Recovery': 'delivery.results',
     'Reply': 'delivery.results',
+    'RunReport': 'delivery.runner',
     'SendResult': 'delivery.results',
+    'Settings': 'settings',
+    'Settlement': 'delivery.results',
+    'Tally': 'queues.entries',
     'check_address': 'addresses',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',
     'registry': 'delivery.plugins',
 }
+
+# Aliases, which mypy's plugin for zope.interface lets pass after @implementer; a class that it does not know for an
+# interface it would refuse.
+IMailer: TypeAlias = interfaces.IMailer
+ITransport: TypeAlias = interfaces.ITransport
 
 # The order of an action that comes after those of the application, which may register transports and change settings.
 _LAST = 1000
@@ -139,9 +183,11 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
     return build_mailer(Settings.from_mapping(settings, prefix), transactions=ManagerTransaction(manager))
 
 
-def get_mailer(request: Any) -> Mailer:
+def get_mailer(request: Any) -> IMailer:
     """
     Return the mailer of *request*, bound to its transaction; the same as ``request.mailer``.
+
+    A mailer that the application has registered itself is returned as it is, unless it is an `IBindableMailer`.
 
     It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
     if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit; unless you
@@ -149,8 +195,8 @@ def get_mailer(request: Any) -> Mailer:
     """
     from pyramid_mailqueue.transactions import RequestTransaction
 
-    mailer: Mailer = request.registry.getUtility(IMailer)
-    return mailer.bound_to(RequestTransaction(request))
+    mailer: IMailer = request.registry.getUtility(IMailer)
+    return mailer.bound_to(RequestTransaction(request)) if interfaces.IBindableMailer.providedBy(mailer) else mailer
 
 
 def includeme(config: Any) -> None:

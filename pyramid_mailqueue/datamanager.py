@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import currentframe
 from itertools import islice
 from traceback import walk_stack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import transaction
 import transaction.interfaces
@@ -115,7 +115,7 @@ class MailDataManager:
         if not self._joined:
             self._join()
         if session is not None:
-            ISessionStaging(self._staging).join(session)
+            cast('ISessionStaging', self._staging).join(session)
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
         self._added.append(_Added(delivery, envelope, os.getpid()))
 

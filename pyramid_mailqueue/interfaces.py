@@ -3,7 +3,8 @@ The contracts between the rooms of this package, as prose.
 
 Whoever writes a transport, a queue or a retry policy of their own finds here all that is needed: who calls each
 method, when, from which thread, and what may fail.  Classes say ``@implementer``; the tests hold them to it with
-``verifyObject``.
+``verifyObject``.  Each contract is also an annotation: type checkers take it for a protocol, which an object fits that
+has its members (see :mod:`~.contract`).
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zope.interface import Attribute, Interface
+from pyramid_mailqueue.contract import Contract, Protocol
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.results import Dropped, Recovery, SendResult, Settlement
     from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
+    from pyramid_mailqueue.transactions import ITransactionSource
 
 __all__ = [
+    'IBindableMailer',
     'IClaim',
     'IDispatcher',
     'IMailQueue',
     'IMailer',
     'IQueueAdmin',
     'IRetryPolicy',
+    'ISender',
     'ISessionQueue',
     'ISessionStaging',
     'IStaging',
@@ -32,9 +36,13 @@ __all__ = [
 ]
 
 
-class IMailer(Interface):
+class IMailer(Contract, Protocol):
     """
     What an application sends mail with: ``request.mailer``, or the utility of this interface.
+
+    An application may register a utility of its own.  It is ``request.mailer`` as it is, unless it also provides
+    :class:`IBindableMailer`.  The dashboard and ``mq-run --app`` need the ``queue`` and the ``handler`` of a
+    :class:`~.mailer.Mailer`.
 
     A *message* is an :class:`email.message.EmailMessage` (or the older ``Message``), bytes, a binary file, or a
     ``Message`` of pyramid_mailer.  The caller's object is never changed.  The envelope is taken from *sender* and
@@ -43,6 +51,7 @@ class IMailer(Interface):
     """
 
     def send(
+        self,
         message: Any,
         sender: str | None = None,
         recipients: Sequence[str] | str | None = None,
@@ -62,7 +71,7 @@ class IMailer(Interface):
         """
 
     def send_immediately(
-        message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None
+        self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None
     ) -> SendResult:
         """
         Try *message* now, outside of any transaction, and queue it if that fails.
@@ -71,7 +80,7 @@ class IMailer(Interface):
         that a crash cannot lose it.  Raises :class:`~.exceptions.QueueError` if the queue cannot take it.
         """
 
-    def enqueue(message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
+    def enqueue(self, message: Any, sender: str | None = None, recipients: Sequence[str] | str | None = None) -> str:
         """
         Make *message* durable in the queue now, outside of any transaction, for a later run.  Return its Message-ID.
 
@@ -79,7 +88,14 @@ class IMailer(Interface):
         """
 
 
-class IMailQueue(Interface):
+class IBindableMailer(IMailer, Contract, Protocol):
+    """A mailer that joins the transaction of a request only if it is told of it."""
+
+    def bound_to(self, transactions: ITransactionSource) -> IMailer:
+        """Return the same mailer, but for the transactions of one request.  Called when it is asked for its mailer."""
+
+
+class IMailQueue(Contract, Protocol):
     """
     Where messages are durable until they are delivered.  Every method may be called from any thread.
 
@@ -93,20 +109,20 @@ class IMailQueue(Interface):
         claimed; once more often than needed does no harm.
     """
 
-    def staging() -> IStaging:
+    def staging(self) -> IStaging:
         """Return a new, empty :class:`IStaging`.  Called once for each transaction; touches nothing yet."""
 
-    def put(envelope: Envelope) -> str:
+    def put(self, envelope: Envelope) -> str:
         """
         Make *envelope* durable, waiting, and return its name in the queue.
 
         Raises :class:`~.exceptions.QueueError`, and has then left nothing behind.
         """
 
-    def put_claimed(envelope: Envelope) -> IClaim:
+    def put_claimed(self, envelope: Envelope) -> IClaim:
         """The same, but in progress: nobody else can take the message until the returned claim is settled."""
 
-    def claim_due(now: float) -> Iterator[IClaim]:
+    def claim_due(self, now: float) -> Iterator[IClaim]:
         """
         Yield a claim for each message whose due time has come, oldest due first.
 
@@ -116,13 +132,13 @@ class IMailQueue(Interface):
         what was claimed before that is not touched by it.
         """
 
-    def count_due(now: float) -> int:
+    def count_due(self, now: float) -> int:
         """Return how many messages :meth:`claim_due` would yield now, for a person who wants to know how far it is."""
 
-    def claim(id: str) -> IClaim | None:
+    def claim(self, id: str) -> IClaim | None:
         """Return the claim of one message; None if it is not waiting, not due, or held by somebody else."""
 
-    def recover(now: float) -> Recovery:
+    def recover(self, now: float) -> Recovery:
         """
         Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.
 
@@ -130,35 +146,42 @@ class IMailQueue(Interface):
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
-    def flush() -> None:
+    def flush(self) -> None:
         """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
 
-    def counts() -> Mapping[str, int]:
+    def counts(self) -> Mapping[str, int]:
         """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
 
-    def count_waiting(most: int) -> int:
+    def count_waiting(self, most: int) -> int:
         """
         Return how many messages wait, due or not; or *most* and one, if there are more and it takes long to count them.
 
         May be missing: then they are counted with all others.
         """
 
-    admin: IQueueAdmin = Attribute('An IQueueAdmin of this queue: what a person may see and do.')
+    @property
+    def admin(self) -> IQueueAdmin:
+        """An IQueueAdmin of this queue: what a person may see and do."""
 
 
-class ISessionQueue(IMailQueue):
+class ISessionQueue(IMailQueue, Contract, Protocol):
     """A queue in the application's own database, whose messages commit with the application's data."""
 
-    session_name: str = Attribute("The attribute of a request that is the application's database session.")
+    def staging(self) -> ISessionStaging:
+        """Return a new, empty :class:`ISessionStaging`; as in :class:`IMailQueue`."""
 
-    def takes_part(session: Any, manager: Any) -> bool:
+    @property
+    def session_name(self) -> str:
+        """The attribute of a request that is the application's database session."""
+
+    def takes_part(self, session: Any, manager: Any) -> bool:
         """
         Whether *session* commits with the current transaction of *manager*; begins its part in it, if so.
 
         Raises :class:`~.exceptions.QueueError` if *session* is no session, or writes where this queue does not look.
         """
 
-    def put_in(session: Any, envelope: Envelope) -> str:
+    def put_in(self, session: Any, envelope: Envelope) -> str:
         """
         Put *envelope* into the transaction of a session that somebody else commits; return its name in the queue.
 
@@ -166,7 +189,7 @@ class ISessionQueue(IMailQueue):
         """
 
 
-class IQueueAdmin(Interface):
+class IQueueAdmin(Contract, Protocol):
     """
     What a person may see and do in a queue: the command ``mq-queue``, or a web page.
 
@@ -181,7 +204,7 @@ class IQueueAdmin(Interface):
     :class:`~.exceptions.QueueError` if the queue cannot be read or written; the message is then as it was before.
     """
 
-    def entries(states: Collection[str]) -> Iterator[QueueEntry]:
+    def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """
         Yield a :class:`~.queues.entries.QueueEntry` for each message in one of *states*, oldest first.
 
@@ -189,25 +212,25 @@ class IQueueAdmin(Interface):
         is that in which the messages came into the queue for the first time.
         """
 
-    def oldest(states: Collection[str]) -> QueueEntry | None:
+    def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """Return the message in one of *states* that has been in the queue for the longest time; None without any."""
 
-    def stats(domains_of: Collection[str]) -> QueueStats:
+    def stats(self, domains_of: Collection[str]) -> QueueStats:
         """Return how many messages there are, by state, and by the recipients' domains of those in *domains_of*."""
 
-    def find(id: str) -> QueueEntry:
+    def find(self, id: str) -> QueueEntry:
         """Return one message.  Raises :class:`~.exceptions.NoSuchMessage`."""
 
-    def content(id: str) -> bytes:
+    def content(self, id: str) -> bytes:
         """Return the content of one message, byte for byte; of a corrupt one, all of its file."""
 
-    def hold(id: str) -> QueueEntry:
+    def hold(self, id: str) -> QueueEntry:
         """Keep a waiting message from being delivered, until somebody calls :meth:`unhold`."""
 
-    def unhold(id: str) -> QueueEntry:
+    def unhold(self, id: str) -> QueueEntry:
         """Let a message that is held wait again, as it did before: with its due time, its attempts and its age."""
 
-    def retry(id: str) -> QueueEntry:
+    def retry(self, id: str) -> QueueEntry:
         """
         Let a message be tried with the next run.
 
@@ -215,17 +238,17 @@ class IQueueAdmin(Interface):
         and with its whole lifetime before it.
         """
 
-    def release(id: str) -> QueueEntry:
+    def release(self, id: str) -> QueueEntry:
         """Let a message in doubt wait, due now, as if it had come into the queue now."""
 
-    def delete(id: str) -> QueueEntry:
+    def delete(self, id: str) -> QueueEntry:
         """Remove a message that nobody is delivering, for good; return it as it was."""
 
-    def flush() -> int:
+    def flush(self) -> int:
         """Make every waiting message due now; return how many were not."""
 
 
-class IStaging(Interface):
+class IStaging(Contract, Protocol):
     """
     The mail of one transaction on its way into one queue.
 
@@ -233,20 +256,20 @@ class IStaging(Interface):
     ``prepare``, ``publish``; ``discard`` may come at any time, more than once, and after ``publish``.
     """
 
-    def add(envelope: Envelope, claimed: bool) -> None:
+    def add(self, envelope: Envelope, claimed: bool) -> None:
         """
         Add *envelope*.  If *claimed*, publish it with a claim for delivery by this process, else for a later run.
 
         Raises :class:`~.exceptions.QueueError`.
         """
 
-    def mark() -> object:
+    def mark(self) -> object:
         """Return a mark of the present contents, for :meth:`rollback`."""
 
-    def rollback(mark: object) -> Sequence[Envelope]:
+    def rollback(self, mark: object) -> Sequence[Envelope]:
         """Drop what was added since *mark*; return the dropped envelopes."""
 
-    def prepare(alone: bool = False) -> None:
+    def prepare(self, alone: bool = False) -> None:
         """
         Write every message durably but invisibly: the "yes" of the first phase.
 
@@ -257,7 +280,7 @@ class IStaging(Interface):
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
         """
 
-    def publish() -> Sequence[IClaim | Dropped | None]:
+    def publish(self) -> Sequence[IClaim | Dropped | None]:
         """
         Make the prepared messages real; return the claim of each, in their order, None for those added not *claimed*.
 
@@ -268,10 +291,10 @@ class IStaging(Interface):
         prepared, in doubt.
         """
 
-    def discard() -> Sequence[Envelope]:
+    def discard(self) -> Sequence[Envelope]:
         """Drop what is not published, if there is anything; return the dropped envelopes.  Never raises."""
 
-    def leave_in_doubt() -> None:
+    def leave_in_doubt(self) -> None:
         """
         Let go of what is prepared and not published: a person has to decide about it.  Never raises.
 
@@ -279,14 +302,14 @@ class IStaging(Interface):
         """
 
 
-class ISessionStaging(IStaging):
+class ISessionStaging(IStaging, Contract, Protocol):
     """The staging of an :class:`ISessionQueue`."""
 
-    def join(session: Any) -> None:
+    def join(self, session: Any) -> None:
         """Add what is added from now on by *session*, which takes part in the transaction."""
 
 
-class IClaim(Interface):
+class IClaim(Contract, Protocol):
     """
     One message, taken for delivery: until it is settled nobody else can take it.
 
@@ -306,21 +329,30 @@ class IClaim(Interface):
         last ``keep``: an int.  0 is none, and so is a missing attribute.  It may be what has killed them.
     """
 
-    id: str = Attribute('The name of the message in its queue: text without blanks, the same for all of its attempts.')
-    attempts: int = Attribute('How many attempts were made before this one.')
-    queued_at: float = Attribute('When the message came into the queue, in seconds since the epoch.')
-    envelope: Envelope = Attribute(
-        'The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged.'
-    )
+    @property
+    def id(self) -> str:
+        """The name of the message in its queue: text without blanks, the same for all of its attempts."""
 
-    def settle(settlement: Settlement) -> None:
+    @property
+    def attempts(self) -> int:
+        """How many attempts were made before this one."""
+
+    @property
+    def queued_at(self) -> float:
+        """When the message came into the queue, in seconds since the epoch."""
+
+    @property
+    def envelope(self) -> Envelope:
+        """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
+
+    def settle(self, settlement: Settlement) -> None:
         """
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
         If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
         """
 
-    def keep(recipients: tuple[str, ...]) -> None:
+    def keep(self, recipients: tuple[str, ...]) -> None:
         """
         Write down that only *recipients* are open, and keep the claim: the others have the message.
 
@@ -329,16 +361,33 @@ class IClaim(Interface):
         was; that is logged, not raised.
         """
 
-    def release() -> None:
+    def release(self) -> None:
         """Give the message back exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
 
 
-class ITransport(Interface):
+class ISender(Contract, Protocol):
+    """The least that can be offered a message: it can do for an :class:`ITransport` wherever one is asked for."""
+
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes, /) -> SendResult | bool:
+        """
+        Offer one message and return what became of it.
+
+        :param sender: the reverse-path without angle brackets; ``''`` is the null sender
+        :param recipients: a tuple of addresses, at least one
+        :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
+        :returns: a :class:`~.delivery.results.SendResult`, or True (sent to everybody) or False (try again later)
+        :raises ServerTrouble: the server cannot be used now; this message was neither sent nor refused
+
+        Any other exception is a defect of the transport: it is logged, and the message is tried again later.
+        """
+
+
+class ITransport(ISender, Contract, Protocol):
     """
     Anything that can be offered a message.
 
-    ``send`` is called from several threads at once.  Any object with a fitting ``send`` will do; ``name``, ``close``
-    and the following methods are used where they exist:
+    ``send`` is called from several threads at once.  Any :class:`ISender` will do; ``name``, ``close`` and the
+    following methods are used where they exist:
 
     ``stream(first, more)``
         Used instead of ``send``.  *first* is an :class:`~.delivery.results.Offer`, and each call of *more* gives
@@ -373,30 +422,19 @@ class ITransport(Interface):
         Keep dead letters of a message that is in no queue, one for each :class:`~.delivery.results.Burial`.
     """
 
-    name: str = Attribute('A short name for logs; the name of the class where there is none.')
+    @property
+    def name(self) -> str:
+        """A short name for logs; the name of the class where there is none."""
 
-    def send(sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
-        """
-        Offer one message and return what became of it.
-
-        :param sender: the reverse-path without angle brackets; ``''`` is the null sender
-        :param recipients: a tuple of addresses, at least one
-        :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
-        :returns: a :class:`~.delivery.results.SendResult`, or True (sent to everybody) or False (try again later)
-        :raises ServerTrouble: the server cannot be used now; this message was neither sent nor refused
-
-        Any other exception is a defect of the transport: it is logged, and the message is tried again later.
-        """
-
-    def close() -> None:
+    def close(self) -> None:
         """Let go of connections.  The transport may be used again afterwards."""
 
 
-class IRetryPolicy(Interface):
+class IRetryPolicy(Contract, Protocol):
     """Should it try again?  And when?  A pure decision: no clock and no files."""
 
     def decide(
-        recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
+        self, recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
     ) -> Settlement:
         """
         Return the :class:`~.delivery.results.Settlement` of one attempt.
@@ -409,15 +447,15 @@ class IRetryPolicy(Interface):
         """
 
 
-class IDispatcher(Interface):
+class IDispatcher(Contract, Protocol):
     """Who tries the claims of a transaction that has just committed."""
 
-    def dispatch(claims: Sequence[IClaim]) -> None:
+    def dispatch(self, claims: Sequence[IClaim]) -> None:
         """
         Take over *claims*.  Called after the commit, in the thread of the request; must neither raise nor wait.
 
         (``inline`` does wait: that is what it is for.)
         """
 
-    def close() -> None:
+    def close(self) -> None:
         """Stop, and release what is not delivered yet.  Called when the process ends."""

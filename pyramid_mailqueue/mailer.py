@@ -7,6 +7,7 @@ the data manager of the current transaction.  Everything else happens when that 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailEvent, MailQueued
 from pyramid_mailqueue.exceptions import QueueError
-from pyramid_mailqueue.interfaces import IDispatcher, IMailer, IMailQueue, ISessionQueue
+from pyramid_mailqueue.interfaces import IBindableMailer, IDispatcher, IMailQueue, ISessionQueue
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 
 __all__ = ['Mailer']
@@ -28,10 +29,10 @@ __all__ = ['Mailer']
 DELIVERIES = ('background', 'inline', 'queue')
 
 
-@implementer(IMailer)
+@implementer(IBindableMailer)
 class Mailer:
     """
-    See `IMailer`.
+    See `IMailer` and `IBindableMailer`.
 
     :param queue: where messages are durable
     :param handler: who delivers what is sent immediately
@@ -58,20 +59,15 @@ class Mailer:
         self.delivery = delivery
         self._dispatchers = dispatchers
         self._compose = compose
-        self._transactions = transactions or ManagerTransaction()
+        self.transactions = transactions or ManagerTransaction()
         self._notify = notify
 
     def bound_to(self, transactions: ITransactionSource) -> Mailer:
-        """Return the same mailer, but for the transactions of one request."""
-        return type(self)(
-            self.queue,
-            self.handler,
-            self._dispatchers,
-            self._compose,
-            delivery=self.delivery,
-            transactions=transactions,
-            notify=self._notify,
-        )
+        """See `IBindableMailer`."""
+        # Not made anew: a class that is derived from this one may be made in another way.
+        bound = copy.copy(self)
+        bound.transactions = transactions
+        return bound
 
     def send(
         self,
@@ -84,7 +80,7 @@ class Mailer:
         """See `IMailer`."""
         delivery = self._checked(delivery)
         if ISessionQueue.providedBy(self.queue):
-            return self._send_in_session(ISessionQueue(self.queue), (message, sender, recipients), delivery, session)
+            return self._send_in_session(self.queue, (message, sender, recipients), delivery, session)
         data_manager = self._data_manager()
         envelope = self._compose(message, sender, recipients)
         data_manager.add(envelope, delivery)
@@ -94,15 +90,15 @@ class Mailer:
         self, queue: ISessionQueue, parts: tuple[Any, str | None, Any], delivery: str, session: Any
     ) -> str:
         if session is None:
-            self._transactions.current()
-            session = self._transactions.of_request(queue.session_name)
+            self.transactions.current()
+            session = self.transactions.of_request(queue.session_name)
         if session is None:
             raise QueueError(
                 "The sql queue puts mail into the application's database session, and there is none: "
                 f'request.{queue.session_name} (mailqueue.sql_session) is missing. In a script, pass session=.'
             )
         envelope = self._compose(*parts)
-        if queue.takes_part(session, self._transactions.manager):
+        if queue.takes_part(session, self.transactions.manager):
             self._data_manager().add(envelope, delivery, session)
         else:
             queue.put_in(session, envelope)
@@ -148,11 +144,11 @@ class Mailer:
 
     def _data_manager(self) -> MailDataManager:
         """The data manager of this queue in the current transaction; a new one joins with its first message."""
-        txn = self._transactions.current()
+        txn = self.transactions.current()
         try:
             found: MailDataManager = txn.data(self.queue)
         except KeyError:
-            manager, staging = self._transactions.manager, self.queue.staging()
+            manager, staging = self.transactions.manager, self.queue.staging()
             found = MailDataManager(txn, manager, staging, self._dispatchers, self._tell_queued)
             txn.set_data(self.queue, found)
         return found

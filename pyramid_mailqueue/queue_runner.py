@@ -30,9 +30,6 @@ from pyramid_mailqueue.wiring import build_handler, build_queue
 
 __all__ = ['QueuedMessage', 'enqueue_message', 'one_shot_queue_run']
 
-# What is no setting of ours in the settings of a run.
-_FOR_THE_RUN = frozenset({'basic_logging_configured', 'mh', 'here', '__file__'})
-
 
 @overload
 def enqueue_message(
@@ -156,7 +153,8 @@ def one_shot_queue_run(
     :param options: ``verbose``: print a summary even if there was nothing to do; ``quiet``: print nothing
     :param settings: the keys of a ``[mqrunner]`` section, with ``mailqueue.`` in front or without, and two more:
         ``basic_logging_configured`` leaves logging to the program, and ``mh`` is a
-        :class:`~.delivery.handler.MessageHandler` of its own
+        :class:`~.delivery.handler.MessageHandler` of its own.  What else may be in it is said in
+        :meth:`~.settings.Settings.from_program`
     :raises ConfigurationError: a key or the directory cannot be used
     :raises QueueError: the queue cannot be read
     """
@@ -185,6 +183,6 @@ def one_shot_queue_run(
 
 
 def _read(given: Mapping[str, Any], queue_dir: Path) -> Settings:
-    own = {key: value for key, value in given.items() if key not in _FOR_THE_RUN}
+    own = dict(given)
     own['mailqueue.queue_dir' if 'mailqueue.queue_dir' in own else 'queue_dir'] = queue_dir
     return Settings.from_program(own, needs_server=given.get('mh') is None)

@@ -29,7 +29,10 @@ T = TypeVar('T')
 Parser = Callable[[object], T]
 
 IMPLICIT_TLS_PORT = 465
-PLAIN_OR_STARTTLS_PORTS = (25, 587)
+
+# What mailqueue-runner calls otherwise than we do: its name, and ours.
+_THEIR_NAMES = (('from', 'default_sender'), ('logging_config', 'logging_conf'))
+_THEIRS = frozenset({'smtp_tls_verify', *(theirs for theirs, _ in _THEIR_NAMES)})
 
 # Keys of others that people bring along, and what they need to know.
 _NOT_HERE = {
@@ -413,11 +416,7 @@ class Settings:
         :class:`~.exceptions.ConfigurationError`, which names every key that cannot be used, one a line.
         """
         own = {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
-        result = _read(own, lambda name: prefix + name, _contradictions)
-        url = settings.get('sqlalchemy.url')
-        if result.sql_url is None and isinstance(url, str):
-            return dataclasses.replace(result, sql_url=url)
-        return result
+        return _with_database_of(settings, _read(own, lambda name: prefix + name, _contradictions))
 
     @classmethod
     def from_mqrunner_section(cls, section: Mapping[str, object]) -> Settings:
@@ -437,24 +436,26 @@ class Settings:
         """
         Read what a program brings along: the keys of a ``[mqrunner]`` section, with *prefix* or without.
 
-        Those with *prefix* come first, and if there are any, what has none and is no known key is somebody else's.
+        With *prefix* every key is ours, and comes before the same one without it.  Without it those are that have the
+        name of a key, as it is here or in mailqueue-runner, and, so that a slip is told, those that begin with
+        ``smtp_`` where no key has the prefix.  All others are somebody else's: the settings of an app may be given as
+        they are.
 
         :param needs_server: whether ``smtp_hostname`` must be there
         :raises ConfigurationError: as :meth:`from_mapping` does
         """
         prefixed = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        known = known_keys()
+        names = known_keys().keys() | _THEIRS
         plain = {
-            key: value
-            for key, value in settings.items()
-            if not key.startswith(prefix) and (not prefixed or key in known)
+            key: value for key, value in settings.items() if key in names or (not prefixed and key.startswith('smtp_'))
         }
 
         def full(name: str) -> str:
             return f'{prefix}{name}' if name in prefixed else name
 
         contradictions = _smtp_contradictions if needs_server else _no_contradictions
-        return _read_as_mailqueue_runner({**plain, **prefixed}, full, contradictions)
+        result = _read_as_mailqueue_runner({**plain, **prefixed}, full, contradictions)
+        return _with_database_of(settings, result)
 
 
 def default_tls(hostname: str, port: int, *, has_ca_file: bool) -> str:
@@ -500,6 +501,8 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
             except ValueError as exc:
                 shown = repr(value) if fields[name].repr else '(not shown)'
                 problems[name] = f'{full(name)} = {shown}: {exc}.'
+    if values.get('smtp_tls') == 'implicit' and 'smtp_port' not in problems:
+        values.setdefault('smtp_port', IMPLICIT_TLS_PORT)
     settings = Settings(**values)
     texts = list(problems.values())
     # A key that could not be read stands at its default here, and that contradicts nothing which the user wrote.
@@ -509,11 +512,17 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
     return settings
 
 
+def _with_database_of(app: Mapping[str, object], read: Settings) -> Settings:
+    """The queue in the database of an app is there where its other data is, unless it was told otherwise."""
+    url = app.get('sqlalchemy.url')
+    return dataclasses.replace(read, sql_url=url) if read.sql_url is None and isinstance(url, str) else read
+
+
 def _read_as_mailqueue_runner(own: Mapping[str, object], full: FullName, contradictions: Contradictions) -> Settings:
     """Read keys as mailqueue-runner has them, beside our own."""
     ours = dict(own)
     spelled = {}
-    for theirs, name in (('from', 'default_sender'), ('logging_config', 'logging_conf')):
+    for theirs, name in _THEIR_NAMES:
         value = ours.pop(theirs, None)
         if not _is_unset(value) and _is_unset(ours.get(name)):
             ours[name] = value
@@ -610,16 +619,11 @@ def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[_Contrad
             f'{full("smtp_tls_ca_file")} is of no use with {full("smtp_tls")} = {mode}, which verifies no certificate. '
             'Remove one of them.',
         )
-    # RFC 8314 section 3.3: on port 465 TLS begins with the first byte; the others begin in clear text.
+    # RFC 8314 section 3.3: on port 465 TLS begins with the first byte, and a client that waits for a greeting waits in
+    # vain.  On any other port TLS may begin so, too; a server that begins in clear text there is found out at once.
     if port == IMPLICIT_TLS_PORT and mode not in (None, 'implicit'):
         yield _Contradiction(
             {'smtp_tls', 'smtp_port'},
             f'{full("smtp_tls")} = {mode} does not go with {full("smtp_port")} = {port}, where TLS is implicit. '
             'Set it to implicit, or remove it; for starttls the port is usually 587.',
-        )
-    if port in PLAIN_OR_STARTTLS_PORTS and mode == 'implicit':
-        yield _Contradiction(
-            {'smtp_tls', 'smtp_port'},
-            f'{full("smtp_tls")} = implicit does not go with {full("smtp_port")} = {port}, where TLS begins with '
-            f'STARTTLS. Set {full("smtp_port")} = {IMPLICIT_TLS_PORT}, or {full("smtp_tls")} = starttls.',
         )

@@ -240,14 +240,14 @@ def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:
     """
     Return a transport for the mail server that *settings* name, for a handler of one's own.
 
-    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; what else
-        is in it does not matter
+    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; what
+        begins otherwise, and is not ``max_recipients`` or ``redirect_all_to``, does not matter
     :raises ConfigurationError: a key is missing, unknown or malformed, or contradicts another one
     """
     own = {
         key: value
         for key, value in settings.items()
-        if key.removeprefix('mailqueue.').startswith(('smtp_', 'max_recipients', 'redirect_all_to'))
+        if key.startswith(('mailqueue.', 'smtp_')) or key in ('max_recipients', 'redirect_all_to')
     }
     read = Settings.from_program(own)
     return _redirecting(_smtp(read), read)

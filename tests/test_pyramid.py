@@ -18,8 +18,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 from transaction.interfaces import TransientError
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
 
-from pyramid_mailqueue import ConfigurationError, IMailer, ITransport, QueueError, get_mailer
+from pyramid_mailqueue import ConfigurationError, IMailer, ITransport, Mailer, QueueError, get_mailer
+from pyramid_mailqueue.interfaces import IBindableMailer
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 
 EXPLICIT = {'tm.manager_hook': 'pyramid_tm.explicit_manager'}
@@ -463,3 +466,129 @@ def test_an_app_in_an_app_has_its_own_mail(make_app, make_settings, smtp_server,
     outer.get('/')
 
     assert (waiting(outer), waiting(inner)) == ({}, {'waiting': 1})
+
+
+# --- a mailer of the application's own --------------------------------------
+
+
+@implementer(IMailer)
+class Wrapping:
+    """Has what `IMailer` declares, and nothing else."""
+
+    def __init__(self, wrapped):
+        self._wrapped = wrapped
+
+    def send(self, message, sender=None, recipients=None, delivery=None, session=None):
+        message.replace_header('Subject', '[shop] ' + message['Subject'])
+        return self._wrapped.send(message, sender, recipients, delivery, session)
+
+    def send_immediately(self, message, sender=None, recipients=None):
+        return self._wrapped.send_immediately(message, sender, recipients)
+
+    def enqueue(self, message, sender=None, recipients=None):
+        return self._wrapped.enqueue(message, sender, recipients)
+
+
+def wrap_the_mailer(config):
+    config.commit()
+    config.registry.registerUtility(Wrapping(config.registry.getUtility(IMailer)), IMailer)
+
+
+@both_kinds
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_mailer_that_wraps_ours_is_part_of_the_transaction(
+    make_app, make_settings, smtp_server, message, queue_dir, manager, fails
+):
+    def view(request):
+        assert isinstance(request.mailer, Wrapping)
+        request.mailer.send(message('hello'))
+        if fails:
+            raise RuntimeError('after the mail')
+        return ''
+
+    settings = {**make_settings(smtp_server, delivery='inline'), **manager}
+    app = make_app(view, settings, configure=wrap_the_mailer)
+
+    if fails:
+        with pytest.raises(RuntimeError, match='after the mail'):
+            app.get('/')
+        assert left_in(queue_dir) == []
+    else:
+        app.get('/')
+    assert subjects(smtp_server.received) == ([] if fails else ['[shop] hello'])
+
+
+def test_a_mailer_of_ones_own_is_the_mailer_of_every_request_as_it_is(make_app, sender):
+    own = Wrapping(None)
+    assert verifyObject(IMailer, own)
+    own.send = lambda message: f'sent {message["Subject"]}'
+    seen = []
+
+    def view(request):
+        seen.append((request.mailer, get_mailer(request)))
+        return sender(request)
+
+    # Settings for ours are not needed then.
+    app = make_app(view, {}, configure=lambda config: config.registry.registerUtility(own, IMailer))
+
+    assert app.get('/').text == app.get('/').text == 'sent hello'
+    assert seen == [(own, own)] * 2
+
+
+def test_a_mailer_that_has_a_bound_to_and_does_not_declare_it_is_left_alone(make_app):
+    class Own(Wrapping):
+        def bound_to(self, queue, exchange):
+            raise AssertionError
+
+    own = Own(None)
+    app = make_app(
+        lambda request: str(request.mailer is own),
+        {},
+        configure=lambda config: config.registry.registerUtility(own, IMailer),
+    )
+
+    assert app.get('/').text == 'True'
+
+
+@both_kinds
+def test_a_mailer_that_declares_it_is_told_of_the_transactions_of_the_request(make_app, message, manager):
+    @implementer(IBindableMailer)
+    class Own(Wrapping):
+        def bound_to(self, transactions):
+            bound = Own(None)
+            bound.transactions = transactions
+            return bound
+
+    own = Own(None)
+    assert verifyObject(IBindableMailer, own)
+
+    def view(request):
+        mine, its = request.mailer.transactions.current(), request.tm.get()
+        return str(request.mailer is not own and mine is its)
+
+    app = make_app(view, manager, configure=lambda config: config.registry.registerUtility(own, IMailer))
+
+    assert app.get('/').text == 'True'
+
+
+def test_a_mailer_that_is_derived_from_ours_may_be_made_in_another_way(make_app, make_settings, smtp_server, sender):
+    class Counting(Mailer):
+        def __init__(self, original, counted):
+            vars(self).update(vars(original))
+            self.counted = counted
+
+        def send(self, *args, **options):
+            self.counted.append(args)
+            return super().send(*args, **options)
+
+    counted = []
+
+    def configure(config):
+        config.commit()
+        config.registry.registerUtility(Counting(config.registry.getUtility(IMailer), counted), IMailer)
+
+    app = make_app(sender, make_settings(smtp_server, delivery='inline'), configure=configure)
+    app.get('/')
+
+    assert len(counted) == 1
+    assert subjects(smtp_server.received) == ['hello']

@@ -183,6 +183,19 @@ def test_the_keys_may_have_their_prefix(queue_dir, smtp, server):
     assert len(server.messages) == 1
 
 
+@pytest.mark.parametrize('prefix', ['', 'mailqueue.'])
+def test_a_program_may_give_all_the_settings_of_its_app(queue_dir, smtp, server, prefix):
+    enqueue_message(CONTENT, queue_dir, SHOP, [ADA])
+    settings = {f'{prefix}{key}': value for key, value in smtp.items()}
+    of_the_app = {'pyramid.reload_templates': True, 'sqlalchemy.url': 'sqlite://', 'debugtoolbar.hosts': ['x'], 'x': 1}
+
+    report = one_shot_queue_run(queue_dir, settings=settings | of_the_app | {'basic_logging_configured': True})
+
+    assert report.sent == len(server.messages) == 1
+    with pytest.raises(ConfigurationError, match=f'^{prefix}smtp_prot = 25: there is no such key'):
+        one_shot_queue_run(queue_dir, settings=settings | of_the_app | {f'{prefix}smtp_prot': 25})
+
+
 def test_a_relative_path_means_where_the_program_is(queue_dir, smtp, server, monkeypatch):
     enqueue_message(CONTENT, queue_dir, SHOP, [ADA])
     monkeypatch.chdir(queue_dir.parent)

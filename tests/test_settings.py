@@ -10,8 +10,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from pyramid_mailqueue import init_smtp_mailer, mailer_from_settings
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Rate, Settings, default_tls, known_keys
+from pyramid_mailqueue.testing import make_mailer
 
 ENOUGH = {'queue_dir': '/srv/mailqueue', 'smtp_hostname': 'mail.example.org'}
 
@@ -361,8 +363,6 @@ CONTRADICTIONS = [
         {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x'},
         'mailqueue.smtp_tls = off would send mailqueue.smtp_password in clear text to mail.example.org',
     ),
-    ({'smtp_tls': 'implicit'}, 'mailqueue.smtp_tls = implicit does not go with mailqueue.smtp_port = 25'),
-    ({'smtp_tls': 'implicit', 'smtp_port': '587'}, 'Set mailqueue.smtp_port = 465, or mailqueue.smtp_tls = starttls'),
     ({'smtp_tls': 'off', 'smtp_port': 465}, 'mailqueue.smtp_tls = off does not go with mailqueue.smtp_port = 465'),
     ({'smtp_tls': 'starttls', 'smtp_port': 465}, 'does not go with mailqueue.smtp_port = 465, where TLS is implicit'),
     ({'smtp_tls': 'opportunistic', 'smtp_port': 465}, 'for starttls the port is usually 587'),
@@ -386,7 +386,7 @@ def test_a_contradiction_names_both_keys(values, text):
         {'smtp_tls': 'off', 'smtp_username': 'me', 'smtp_password': 'x', 'smtp_hostname': '', 'transports': 'inbox'},
         {'smtp_tls': 'off'},
         {'smtp_tls': 'implicit', 'smtp_port': '465'},
-        {'smtp_tls': 'implicit', 'smtp_port': '2465'},
+        *({'smtp_tls': 'implicit', 'smtp_port': port} for port in ('1', '25', 587, '2465', 65535)),
         {'smtp_tls': 'starttls', 'smtp_port': '587'},
         {'retry_first': '4000s'},
     ],
@@ -478,6 +478,15 @@ def test_the_database_is_that_of_the_app_unless_another_is_named(own, of_the_app
     settings = {f'mailqueue.{key}': value for key, value in {**ENOUGH, **own}.items()}
 
     assert Settings.from_mapping({**settings, **of_the_app}).sql_url == url
+
+
+@pytest.mark.parametrize(('own', 'port'), [({}, 465), ({'smtp_port': ''}, 465), ({'smtp_port': '25'}, 25)])
+def test_implicit_tls_is_on_its_own_port_unless_there_is_another(own, port):
+    given = {'smtp_hostname': 'mail.example.org', 'smtp_tls': 'implicit', **own}
+
+    assert read(**given).smtp_port == port
+    assert Settings.from_program(given).smtp_port == port
+    assert Settings.from_mqrunner_section(given).smtp_port == port
 
 
 # --- [mqrunner] -------------------------------------------------------------
@@ -606,10 +615,64 @@ def test_a_key_with_the_prefix_goes_before_the_same_without_it():
     assert Settings.from_program(given) == Settings(smtp_hostname='first.example', smtp_port=26)
 
 
-def test_beside_keys_with_the_prefix_what_is_not_known_is_somebody_elses():
-    given = {'mailqueue.smtp_hostname': 'mail.example', 'pyramid.includes': 'x', 'debug': True}
+# What else is in the settings of an app.
+OF_AN_APP = {
+    'pyramid.reload_templates': True,
+    'pyramid.includes': 'pyramid_debugtoolbar',
+    'debugtoolbar.hosts': ['127.0.0.1'],
+    'session.secret': 'x',
+    'mail.host': 'localhost',
+    'smtp.host': 'localhost',
+    'retry.attempts': '3',
+    'tm.manager_hook': 'pyramid_tm.explicit_manager',
+    'jinja2.filters': {},
+    'here': '/srv/shop',
+    '__file__': '/srv/shop/production.ini',
+    'shop_name': 'Shop',
+    'debug': True,
+    'mailqueue': 'x',
+    'mailqueue_dir': '/x',
+    'Mailqueue.smtp_port': 'x',
+    ' mailqueue.smtp_port': 'x',
+    '': '',
+}
 
-    assert Settings.from_program(given) == Settings(smtp_hostname='mail.example')
+
+@pytest.mark.parametrize('prefix', ['', 'mailqueue.'])
+def test_the_settings_of_an_app_may_be_given_as_they_are(prefix):
+    own = {'smtp_hostname': 'mail.example', 'smtp_tls': 'yes', 'from': 'shop@site.example'}
+    given = {f'{prefix}{key}': value for key, value in own.items()}
+
+    assert Settings.from_program(OF_AN_APP | given) == Settings(
+        smtp_hostname='mail.example', smtp_tls='starttls', default_sender='shop@site.example'
+    )
+    with pytest.raises(ConfigurationError, match=f'^{prefix}smtp_prot = 25: there is no such key'):
+        Settings.from_program(OF_AN_APP | given | {f'{prefix}smtp_prot': 25})
+
+
+def test_the_settings_of_an_app_name_its_database():
+    given = {'mailqueue.smtp_hostname': 'mail.example', 'sqlalchemy.url': 'sqlite://'}
+
+    assert Settings.from_program(given).sql_url == 'sqlite://'
+    assert Settings.from_program(given | {'mailqueue.sql_url': 'sqlite:///x'}).sql_url == 'sqlite:///x'
+
+
+def test_an_app_that_reads_other_keys_of_its_own_about_mail_is_none_of_ours():
+    theirs = {'smtp_server': 'other.example', 'smtp_user': 'me'}
+
+    assert Settings.from_program({'mailqueue.smtp_hostname': 'mail.example', **theirs}) == Settings(
+        smtp_hostname='mail.example'
+    )
+
+
+@pytest.mark.parametrize('key', ['mailqueue.smtp_prot', 'mailqueue.lifetme', 'mailqueue.', 'mailqueue.x.y'])
+def test_a_key_with_the_prefix_that_does_not_exist_is_told_beside_those_of_an_app(key):
+    given = OF_AN_APP | {'mailqueue.queue_dir': '/srv/mail', 'mailqueue.smtp_hostname': 'mail.example', key: '1'}
+
+    for entry in (Settings.from_mapping, Settings.from_program, mailer_from_settings, make_mailer, init_smtp_mailer):
+        with pytest.raises(ConfigurationError) as caught:
+            entry(given)
+        assert str(caught.value).startswith(f"{key} = '1': there is no such key. ")
 
 
 @pytest.mark.parametrize(

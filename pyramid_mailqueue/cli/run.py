@@ -305,7 +305,13 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
-    return Runner(mailer.queue, mailer.handler)
+    try:
+        return Runner(mailer.queue, mailer.handler)
+    except AttributeError as error:
+        raise ConfigurationError(
+            f'the application has a mailer of its own, {type(mailer).__name__}, and mq-run --app needs the queue and '
+            f'the handler of one: {error}.'
+        ) from error
 
 
 def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:

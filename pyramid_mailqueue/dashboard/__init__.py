@@ -56,8 +56,8 @@ def _check(registry: Any) -> None:
     mailer = registry.queryUtility(IMailer)
     if getattr(getattr(mailer, 'queue', None), 'admin', None) is None:
         raise ConfigurationError(
-            'pyramid_mailqueue.dashboard has nothing to show: the queue of this application has no "admin" (see '
-            'IQueueAdmin).'
+            'pyramid_mailqueue.dashboard has nothing to show: the mailer of this application has no queue, or its '
+            'queue has no "admin" (see IQueueAdmin).'
         )
 
 

@@ -41,7 +41,7 @@ from pyramid_mailqueue.delivery.route import Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
-from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ITransport
+from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ISender
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent
@@ -87,7 +87,7 @@ class MessageHandler:
     """
     Deliver messages over transports, in their order: who is still open after the first is offered to the next.
 
-    :param transports: what to offer messages to; any object with a fitting ``send`` will do (see `ITransport`)
+    :param transports: what to offer messages to; see `ITransport`; any `ISender` will do
     :param retry_policy: see `IRetryPolicy`
     :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
     :param connections: how many connections a run may use at once
@@ -100,7 +100,7 @@ class MessageHandler:
 
     def __init__(
         self,
-        transports: Sequence[ITransport],
+        transports: Sequence[ISender],
         *,
         retry_policy: IRetryPolicy | None = None,
         plugins: Sequence[str] = (),

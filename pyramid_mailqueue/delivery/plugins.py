@@ -23,20 +23,33 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
-
-from schwarz.puzzle_plugins import SignalRegistry
+from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.delivery.logs import name_of
 from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.forks import call_in_children
 
-__all__ = ['MQAction', 'MQSignal', 'Message', 'PluginRegistry', 'call_receivers', 'registry']
+if TYPE_CHECKING:
+    from blinker import Signal
+
+    class SignalRegistry:
+        """What is used of the one of puzzle_plugins, which publishes no types."""
+
+        def signal(self, signal_name: str) -> Signal: ...
+        def connect(self, signal_name: str, handler: Callable[..., object]) -> None: ...
+        def disconnect(self, signal_name: str, handler: Callable[..., object]) -> None: ...
+        def has_receivers(self, signal_name: str) -> bool: ...
+
+else:
+    from schwarz.puzzle_plugins import SignalRegistry
+
+__all__ = ['MQAction', 'MQSignal', 'PluginMessage', 'PluginRegistry', 'call_receivers', 'registry']
 
 log = logging.getLogger('mailqueue.plugins')
 
@@ -47,9 +60,15 @@ GROUP = 'mailqueue.plugins'
 PATIENCE = 10
 
 
-class MQSignal:
+class _Word(str, Enum):
+    """Text with a type of its own; it is shown as the text."""
+
+    __str__ = str.__str__
+
+
+class MQSignal(_Word):
     """
-    The names of the signals; each is sent with ``msg`` (a :class:`Message`) and ``send_result``.
+    The names of the signals; each is sent with ``msg`` (a :class:`PluginMessage`) and ``send_result``.
 
     Of ``delivery_failed`` the result is false; ``send_result.settlement`` tells whether the message waits for another
     attempt or is given up.  Of ``delivery_successful`` it is true; ``send_result.queued`` tells whether a queue has
@@ -60,7 +79,7 @@ class MQSignal:
     delivery_failed = 'mq:delivery_failed'
 
 
-class MQAction:
+class MQAction(_Word):
     """
     What a receiver of ``delivery_failed`` may return.
 
@@ -72,7 +91,7 @@ class MQAction:
 
 
 @dataclass(frozen=True)
-class Message:
+class PluginMessage:
     """
     A message, as receivers are told of it.
 
@@ -118,7 +137,7 @@ class Message:
         return bool(self.id)
 
 
-class PluginRegistry(SignalRegistry):  # type: ignore[misc]  # it publishes no types
+class PluginRegistry(SignalRegistry):
     """
     Where receivers are connected, and the plugins that were asked to connect theirs.
 
@@ -223,13 +242,13 @@ class _Plugin(threading.Thread):
 registry = PluginRegistry()
 
 
-def call_receivers(signal: str, msg: Message, send_result: SendResult) -> bool:
+def call_receivers(signal: str, msg: PluginMessage, send_result: SendResult) -> bool:
     """Call every receiver of *signal*; return whether one of them wants the message to be discarded.  Never raises."""
     answers = [_call(receiver, signal, msg, send_result) for receiver in registry.signal(signal).receivers_for(None)]
     return any(isinstance(answer, str) and answer == MQAction.DISCARD for answer in answers)
 
 
-def _call(receiver: Any, signal: str, msg: Message, send_result: SendResult) -> Any:
+def _call(receiver: Any, signal: str, msg: PluginMessage, send_result: SendResult) -> Any:
     try:
         return receiver(None, msg=msg, send_result=send_result)
     except (Exception, SystemExit):

@@ -104,7 +104,7 @@ def _message(account: Account, recipients: tuple[str, ...], retries: int) -> obj
     envelope = account.envelope
     if recipients != envelope.recipients:
         envelope = replace(envelope, recipients=recipients)
-    return plugins().Message(account.id, envelope, retries, account.queued_at)
+    return plugins().PluginMessage(account.id, envelope, retries, account.queued_at)
 
 
 def tell(

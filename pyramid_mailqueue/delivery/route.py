@@ -14,7 +14,7 @@ from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble, described
-from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.interfaces import ISender
 
 __all__ = ['MAX_STUMBLES', 'Route', 'Stumbles']
 
@@ -35,7 +35,7 @@ Stumbles = dict['Route', int]
 class Route:
     """May be used by any number of threads at once."""
 
-    def __init__(self, transport: ITransport, pause: Pause) -> None:
+    def __init__(self, transport: ISender, pause: Pause) -> None:
         self.transport = transport
         self.name: str = getattr(transport, 'name', None) or type(transport).__name__
         self.pause = pause

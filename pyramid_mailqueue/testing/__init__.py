@@ -21,6 +21,7 @@ from pyramid_mailqueue.events import notify
 from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.testing.outbox import (
+    CAPTURING,
     CapturedMail,
     CapturingMailer,
     Outbox,
@@ -30,6 +31,7 @@ from pyramid_mailqueue.testing.outbox import (
 )
 from pyramid_mailqueue.testing.smtp_server import (
     EXTENSIONS,
+    Answer,
     Close,
     Drip,
     ReceivedMessage,
@@ -42,6 +44,7 @@ from pyramid_mailqueue.transactions import ThreadTransaction
 
 __all__ = [
     'EXTENSIONS',
+    'Answer',
     'CapturedMail',
     'CapturingMailer',
     'Close',
@@ -73,6 +76,7 @@ def includeme(config: Any) -> None:
         registry = config.registry
         mailer = make_mailer(registry.settings, ThreadTransaction(), partial(notify, registry))
         registry.registerUtility(mailer, IMailer)
+        registry.registerUtility(mailer, IMailer, CAPTURING)
 
     name_place(config)
     config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)

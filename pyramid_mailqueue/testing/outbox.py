@@ -42,6 +42,9 @@ from pyramid_mailqueue.wiring import build_compose
 
 __all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_discarded', 'make_mailer']
 
+#: The name under which the mailer is registered a second time: one of the application's own may wrap it.
+CAPTURING = 'pyramid_mailqueue.testing'
+
 # What is required in production, and of no use here.
 _NOT_NEEDED = {'mailqueue.queue_dir': '/nowhere', 'mailqueue.smtp_hostname': 'localhost'}
 
@@ -279,9 +282,10 @@ def captured_mail(app: Any = None) -> Outbox:
     :raises ConfigurationError: there is none
     """
     for registry in _registries(app):
-        mailer = registry.queryUtility(IMailer)
-        if isinstance(mailer, CapturingMailer):
-            return mailer.outbox
+        for name in ('', CAPTURING):
+            mailer = registry.queryUtility(IMailer, name)
+            if isinstance(mailer, CapturingMailer):
+                return mailer.outbox
     raise ConfigurationError(
         'No application here captures its mail: in tests it has to include pyramid_mailqueue.testing, for instance by '
         'the setting pyramid.includes = pyramid_mailqueue.testing.'

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import final
 
-__all__ = ['EXTENSIONS', 'Close', 'Drip', 'ReceivedMessage', 'ScriptedSMTPServer', 'ServerSession', 'Silence', 'Wait']
+__all__ = [
+    'EXTENSIONS',
+    'Answer',
+    'Close',
+    'Drip',
+    'ReceivedMessage',
+    'ScriptedSMTPServer',
+    'ServerSession',
+    'Silence',
+    'Wait',
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Wait:
 
 
 Choice = Said | Wait | None
+#: What a script may say at a step.
 Answer = Choice | Sequence[Choice] | Callable[[str], Choice]
 
 EXTENSIONS = ('PIPELINING', 'SIZE 0', '8BITMIME', 'SMTPUTF8', 'ENHANCEDSTATUSCODES')

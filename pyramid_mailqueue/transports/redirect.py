@@ -28,7 +28,7 @@ def redirecting(transport: Any, to: str) -> ITransport:
 
     New messages are redirected before they come into the queue.  This is for those that are in it already.
 
-    :param transport: any object with a fitting ``send`` (see `ITransport`)
+    :param transport: see `ITransport`; any `ISender` will do
     """
     if isinstance(transport, RedirectingTransport):
         return transport

@@ -603,7 +603,7 @@ def test_next_to_an_app_the_section_of_mailqueue_runner_is_for_a_queue_of_its_ow
 SHOP = """
 from pathlib import Path
 from pyramid.config import Configurator
-from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 class Pigeon:
     def __init__(self, path):
@@ -631,6 +631,15 @@ def without_mail(global_config, **settings):
 
 def without_pyramid(global_config, **settings):
     return print
+
+class OwnMailer:
+    pass
+
+def with_its_own_mailer(global_config, **settings):
+    with Configurator() as config:
+        config.registry.registerUtility(OwnMailer(), IMailer)
+        config.include('pyramid_mailqueue')
+        return config.make_wsgi_app()
 """
 
 
@@ -666,6 +675,18 @@ def test_an_application_without_a_mailer_is_told_what_is_missing(mq_run, shop_in
     assert status == 78
     assert err.endswith(
         f'mq-run: {path}: the application has no mailer. Does it call config.include("pyramid_mailqueue")?\n'
+    )
+
+
+def test_a_mailer_of_the_applications_own_that_has_no_queue_is_named(mq_run, shop_ini):
+    path = shop_ini('with_its_own_mailer')
+
+    status, _, err = mq_run(path, '--app')
+
+    assert status == 78
+    assert err.endswith(
+        f'mq-run: {path}: the application has a mailer of its own, OwnMailer, and mq-run --app needs the queue and the '
+        "handler of one: 'OwnMailer' object has no attribute 'queue'.\n"
     )
 
 

@@ -449,6 +449,26 @@ def test_middleware_around_an_application_is_seen_through(make_app):
     assert len(captured_mail(wrapped)) == 1
 
 
+def test_a_mailer_of_the_applications_own_that_wraps_ours_has_its_mail_captured(make_app):
+    class Wrapping:
+        def __init__(self, wrapped):
+            self.wrapped = wrapped
+
+        def send(self, message):
+            message.replace_header('Subject', 'wrapped')
+            return self.wrapped.send(message)
+
+    def order(request):
+        registry = request.registry
+        registry.registerUtility(Wrapping(registry.getUtility(IMailer)), IMailer)
+        return get_mailer(request).send(new_message())
+
+    app = make_app(order)
+    app.get('/order')
+
+    assert subjects(captured_mail(app)) == ['wrapped']
+
+
 def test_who_has_a_real_mailer_is_told_what_to_do(make_settings, smtp_server):
     app = TestApp(main({}, views=[greet], **make_settings(smtp_server)))
 

@@ -1,0 +1,7 @@
+from collections.abc import Sequence
+
+Allow: str
+Everyone: str
+
+class ACLHelper:
+    def permits(self, context: object, principals: Sequence[str], permission: str) -> object: ...

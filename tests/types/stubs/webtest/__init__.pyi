@@ -1,0 +1,6 @@
+# What the samples of the docs use of WebTest, which publishes no types.
+from collections.abc import Mapping
+
+class TestApp:
+    def __init__(self, app: object) -> None: ...
+    def post(self, url: str, params: Mapping[str, str], *, status: int = 200) -> None: ...
