@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import importlib
 import re
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import pyramid_mailqueue
+from tests.pythons import suites
+from tests.pythons.minima import minima, read_setup
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'pyramid_mailqueue'
@@ -33,9 +34,7 @@ LEFTOVERS = shutil.ignore_patterns(
 
 @pytest.fixture(scope='module')
 def setup():
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / 'setup.cfg', 'utf-8')
-    return parser
+    return read_setup()
 
 
 @pytest.fixture(scope='module')
@@ -148,6 +147,34 @@ def test_what_the_package_imports_is_required(setup):
         known = {'pyramid_mailqueue'} | sys.stdlib_module_names | provided | own.get(path, set())
         missing = imported_by(path) - known
         assert not missing, f'{path.relative_to(ROOT)} imports {missing}: add what provides it to setup.cfg'
+
+
+def test_the_oldest_versions_are_those_that_are_known_to_work(setup):
+    oldest = minima(setup)
+
+    # Before these the SQL queue could not start, errors of hooks before a commit vanished, and there was no binary.
+    assert {'SQLAlchemy==2.0.11', 'transaction==3.0.1', 'psycopg==3.1.4'} <= set(oldest)
+
+
+@pytest.mark.parametrize('wrong', ['blinker', 'blinker==1.6', 'blinker>=1.6,<2', 'idna>=3.5'])
+def test_a_requirement_without_a_lower_bound_of_its_own_is_refused(wrong):
+    setup = {'options': {'install_requires': f'\nidna>=3.4\n{wrong}'}, 'options.extras_require': {}}
+
+    with pytest.raises(ValueError, match=wrong.partition('>')[0]):
+        minima(setup)
+
+
+def test_the_tests_install_all_that_the_package_may_use(setup):
+    extras = setup['options.extras_require']
+    testing = {normalized(requirement) for requirement in extras['testing'].split()}
+
+    for name in ('sql', 'dashboard', 'cli', 'demo'):
+        missing = {normalized(requirement) for requirement in extras[name].split()} - testing
+        assert not missing, f'the bounds of {missing} are not tried'
+
+
+def test_the_classifiers_begin_with_the_oldest_python_that_is_allowed(setup):
+    assert setup['options']['python_requires'] == f'>={suites.versions(setup)[0]}'
 
 
 def modules_of(distribution_name):
