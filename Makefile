@@ -45,7 +45,8 @@ suite: $(TEST)/installed-$(VERSION)
 
 # Left out is what depends on the system more than on the versions: processes that are killed, their system calls, other
 # mail software, and a browser.
-PLAIN = tests --ignore=tests/browser --ignore=tests/crash --ignore=tests/interop --ignore=tests/mta
+PLAIN = tests --ignore=tests/browser --ignore=tests/crash --ignore=tests/interop --ignore=tests/mta \
+    --ignore=tests/sql/test_workers.py --ignore-glob='*_deaths.py'
 
 plain: $(TEST)/installed-$(VERSION)
 	$(PYTEST) $(PLAIN)

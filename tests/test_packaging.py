@@ -177,6 +177,50 @@ def test_the_classifiers_begin_with_the_oldest_python_that_is_allowed(setup):
     assert setup['options']['python_requires'] == f'>={suites.versions(setup)[0]}'
 
 
+def test_a_suite_that_fails_fails_them_all_and_a_python_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(suites, 'versions', lambda setup: ['3.10', '3.11', '3.14', '3.15'])
+    monkeypatch.setattr(suites, 'find', {'3.10': 'old', '3.11': 'broken'}.get)
+    monkeypatch.setattr(suites.debian, 'provide', {'3.14': 'made'}.get)
+    monkeypatch.setattr(suites, 'run', lambda target, python, *_, **__: python != 'broken')
+    monkeypatch.setattr(sys, 'argv', ['suites'])
+
+    assert suites.main() == 1
+
+    assert capsys.readouterr().out.split('\n')[1:-1] == [
+        'Python 3.10: passed',
+        'Python 3.11: FAILED',
+        'Python 3.14: passed',
+        'Python 3.15: MISSING: there is none here, so nothing was tried',
+    ]
+
+
+def test_the_ends_are_the_oldest_python_with_the_oldest_versions_and_the_newest_that_is_here(monkeypatch, capsys):
+    runs = []
+    monkeypatch.setattr(suites, 'versions', lambda setup: ['3.10', '3.11', '3.13', '3.15'])
+    monkeypatch.setattr(suites, 'find', {'3.11': 'old', '3.13': 'new'}.get)
+    monkeypatch.setattr(suites, 'run', lambda *arguments: runs.append(arguments) or True)
+    monkeypatch.setattr(sys, 'argv', ['suites', '--plain'])
+
+    assert suites.main() == 0
+
+    assert runs == [('plain', 'old', 'oldest', 'MINIMA=yes'), ('plain', 'new', 'newest')]
+
+
+def test_a_python_is_found_only_if_it_can_make_an_environment(monkeypatch, tmp_path):
+    version = f'{sys.version_info.major}.{sys.version_info.minor}'
+    for folder, target in (('shim', '/bin/false'), ('pyenv/versions/3.10.2/bin', '/bin/false')):
+        tmp_path.joinpath(folder).mkdir(parents=True)
+        tmp_path.joinpath(folder, f'python{version}').symlink_to(target)
+    real = tmp_path / f'pyenv/versions/{version}.9/bin' / f'python{version}'
+    real.parent.mkdir(parents=True)
+    monkeypatch.setenv('PATH', str(tmp_path / 'shim'))
+    monkeypatch.setenv('PYENV_ROOT', str(tmp_path / 'pyenv'))
+
+    assert suites.find(version) is None
+    real.symlink_to(sys.executable)
+    assert suites.find(version) == real
+
+
 def modules_of(distribution_name):
     """The first parts of the names of the modules of a distribution; none if it is not installed."""
     try:

@@ -24,6 +24,8 @@ PACKAGES = ('ca-certificates', 'chromium', 'git', 'make', 'postgresql', 'strace'
 _ENTER = """
 root=$1 here=$2
 shift 2
+# Where the root is no mount of its own, tests can mount nothing.
+mount --rbind "$root" "$root"
 for path in /proc /dev /sys /tmp /etc/ssl "$here"; do
     mkdir -p "$root$path"
     mount --rbind "$path" "$root$path"
