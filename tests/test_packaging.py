@@ -28,7 +28,17 @@ MODULES = [
 ]
 
 LEFTOVERS = shutil.ignore_patterns(
-    '.git', '.venv*', '*.egg-info', '__pycache__', '.*_cache', '.coverage*', '.hypothesis', 'build', 'dist', 'var'
+    '.git',
+    '.mta',
+    '.venv*',
+    '*.egg-info',
+    '__pycache__',
+    '.*_cache',
+    '.coverage*',
+    '.hypothesis',
+    'build',
+    'dist',
+    'var',
 )
 
 
