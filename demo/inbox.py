@@ -5,8 +5,9 @@ from __future__ import annotations
 import mailbox
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from email import message_from_bytes, policy
 from pathlib import Path
+
+from pyramid_mailqueue.queues.contents import read_contents
 
 __all__ = ['Inbox', 'Mail']
 
@@ -73,14 +74,15 @@ def _arrival(key):
 
 def _read(maildir, key):
     source = maildir.get_bytes(key)
-    message = message_from_bytes(source, policy=policy.default)
-    body = message.get_body(('plain',))
+    # Not by the email package alone: it raises an exception for some of what people send, and the page has to be shown.
+    contents = read_contents(source)
+    fields = {name.lower(): value for name, value in reversed(contents.header)}
     return Mail(
         key=key,
         arrived=datetime.fromtimestamp(_arrival(key)[0], timezone.utc).astimezone(),
-        sender=message['From'] or message['Return-Path'],
-        recipient=message['Delivered-To'],
-        subject=message['Subject'] or '(no subject)',
-        text=body.get_content() if body else '',
+        sender=fields.get('from') or fields.get('return-path', ''),
+        recipient=fields.get('delivered-to', ''),
+        subject=fields.get('subject') or '(no subject)',
+        text='\n'.join(contents.text or ()),
         source=source.decode('utf-8', 'replace').replace('\r\n', '\n'),
     )

@@ -41,6 +41,7 @@ from pyramid_mailqueue.exceptions import (
 from pyramid_mailqueue.interfaces import IMailer, ITransport
 
 if TYPE_CHECKING:
+    from pyramid_mailqueue.addresses import check_address
     from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, registry
     from pyramid_mailqueue.delivery.results import Reply, SendResult
@@ -77,6 +78,7 @@ __all__ = [
     'ServerTrouble',
     'TooManyRecipients',
     'WrongState',
+    'check_address',
     'enqueue_message',
     'get_mailer',
     'includeme',
@@ -98,6 +100,7 @@ _LATER = {
     'MessageHandler': 'delivery.handler',
     'Reply': 'delivery.results',
     'SendResult': 'delivery.results',
+    'check_address': 'addresses',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',
@@ -126,7 +129,7 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
 
     :param settings: a mapping with ``mailqueue.*`` keys
     :param manager: the transaction manager that ``send()`` joins; None is the one of the thread
-        (``transaction.manager``)
+        (``transaction.manager``), which is not explicit: mail that nobody commits is only told in the log
     :raises ConfigurationError: a setting is missing, unknown, malformed, or contradicts another one
     """
     from pyramid_mailqueue.settings import Settings
@@ -141,7 +144,8 @@ def get_mailer(request: Any) -> Mailer:
     Return the mailer of *request*, bound to its transaction; the same as ``request.mailer``.
 
     It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
-    if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit.
+    if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit; unless you
+    have begun a transaction yourself (``with request.tm:``).  In a script it is up to you to commit.
     """
     from pyramid_mailqueue.transactions import RequestTransaction
 
@@ -158,6 +162,7 @@ def includeme(config: Any) -> None:
     them after this call; a setting that cannot be used raises :class:`ConfigurationError` then.  A transport that
     ``mailqueue.transports`` names may be registered as a utility for :class:`~.interfaces.ITransport` of that name.
     """
+    from pyramid_mailqueue.including import name_place
 
     def register() -> None:
         from pyramid_mailqueue.events import notify
@@ -177,6 +182,7 @@ def includeme(config: Any) -> None:
         )
         registry.registerUtility(mailer, IMailer)
 
+    name_place(config)
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
-    config.add_subscriber('pyramid_mailqueue.transactions.mark_transaction', 'pyramid.events.NewRequest')
+    config.add_subscriber('pyramid_mailqueue.transactions.watch_request', 'pyramid.events.NewRequest')

@@ -20,6 +20,8 @@ The traps, each of which has a test:
   cannot see that by themselves; a resource that finishes before all others tells (:class:`_FirstToFinish`).
 * After-commit hooks run with ``False`` after a failed commit.  Mail can have been published nevertheless, if another
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
+* A transaction may never end at all: its thread, its manager or the interpreter does, or ``begin()`` aborts it, where
+  nobody has decided anything about it.  That is told at ERROR, which an abort is not (:func:`_log_left`).
 * After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
   transaction then hands over the claims, which nobody would settle otherwise.
 """
@@ -27,9 +29,15 @@ The traps, each of which has a test:
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from inspect import currentframe
+from itertools import islice
+from traceback import walk_stack
+from typing import Any, NamedTuple
 
+import transaction
 import transaction.interfaces
 from zope.interface import implementer
 
@@ -42,6 +50,19 @@ from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, I
 __all__ = ['MailDataManager']
 
 log = logging.getLogger('mailqueue.queue_log')
+
+_NEVER_ENDED = (
+    "its transaction was never committed: write 'with transaction.manager:' around send() (in Pyramid 'with "
+    "request.tm:'), or call commit(), or use send_immediately() or enqueue()"
+)
+
+
+class _Added(NamedTuple):
+    """A message that is part of the transaction."""
+
+    delivery: str
+    envelope: Envelope
+    pid: int
 
 
 @implementer(transaction.interfaces.ISavepointDataManager)
@@ -72,7 +93,9 @@ class MailDataManager:
         self._staging = staging
         self._dispatchers = dispatchers
         self._tell_queued = tell_queued
-        self._added: list[tuple[str, Envelope]] = []
+        # Always the same list, and without a way back from it to this object.
+        self._added: list[_Added] = []
+        self._end = weakref.finalize(self, _log_left, self._added)
         self._queued: list[tuple[str, Envelope]] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
@@ -94,7 +117,7 @@ class MailDataManager:
         if session is not None:
             ISessionStaging(self._staging).join(session)
         self._staging.add(envelope, claimed=delivery in self._dispatchers)
-        self._added.append((delivery, envelope))
+        self._added.append(_Added(delivery, envelope, os.getpid()))
 
     def _join(self) -> None:
         try:
@@ -118,6 +141,8 @@ class MailDataManager:
     def tpc_begin(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
         self._committing = True
+        # From here on the mail is not left: an interpreter that exits leaves it in doubt, if anything.
+        self._end.detach()
 
     def commit(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
@@ -141,7 +166,8 @@ class MailDataManager:
 
     def tpc_finish(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Never raises."""
-        added, self._added = self._added, []
+        added = [(delivery, envelope) for delivery, envelope, _ in self._added]
+        self._added.clear()
         try:
             published = [*zip(added, self._staging.publish(), strict=True)]
             there = [(*message, claim) for message, claim in published if claim is not DROPPED]
@@ -159,12 +185,15 @@ class MailDataManager:
 
     def abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Blind to what is published, and may be called at any time."""
+        if self._added and _is_begun_over():
+            _log_left(self._added)
+            self._staging.discard()
         self._discard()
         self._dispatch(committed=False)
 
     def _discard(self) -> None:
         self._joined = False
-        self._added = []
+        self._added.clear()
         if self._decided:
             self._staging.leave_in_doubt()
         else:
@@ -245,14 +274,41 @@ def _too_late(txn: Any) -> str:
     )
 
 
+def _is_begun_over() -> bool:
+    """
+    Whether the transaction is aborted only because its manager begins another one.
+
+    Nothing but the stack tells: ``TransactionManager.begin`` calls the same ``abort`` as everybody.
+    """
+    # This function, the ``abort`` of the data manager, and who has called it.
+    _, _, *callers = [frame.f_code for frame, _ in islice(walk_stack(currentframe()), 4)]
+    return callers == [transaction.Transaction.abort.__code__, transaction.TransactionManager.begin.__code__]
+
+
 def _log_discarded(envelopes: Sequence[Envelope]) -> None:
     """Tell of mail that does not leave: that a commit veto takes it along is a common surprise."""
     for envelope in envelopes:
-        log_event(
-            log,
-            logging.INFO,
-            status='discarded',
-            msgid=envelope.message_id,
-            to=','.join(envelope.recipients),
-            reason='its transaction, or a savepoint, was rolled back',
-        )
+        _log_drop(logging.INFO, envelope, 'its transaction, or a savepoint, was rolled back')
+
+
+def _log_left(added: Sequence[_Added]) -> None:
+    """
+    Tell of mail whose transaction nobody has ended.
+
+    Called when the data manager is gone, which may be by the garbage collector, or when the interpreter ends.
+    """
+    for _, envelope, pid in added:
+        # What a forked child inherits is its parent's, which may still commit it.
+        if pid == os.getpid():
+            _log_drop(logging.ERROR, envelope, _NEVER_ENDED)
+
+
+def _log_drop(level: int, envelope: Envelope, reason: str) -> None:
+    log_event(
+        log,
+        level,
+        status='discarded',
+        msgid=envelope.message_id,
+        to=','.join(envelope.recipients),
+        reason=reason,
+    )

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.cli.common import read_settings, refuse_root
+from pyramid_mailqueue.cli.common import read_settings, refuse_root, require_queue
 from pyramid_mailqueue.cli.config import setup_logging
 from pyramid_mailqueue.cli.run import tell_of
 from pyramid_mailqueue.delivery.handler import MessageHandler
@@ -166,6 +166,7 @@ def one_shot_queue_run(
     given = settings or {}
     read = _read(given, path) if config_path is None else read_settings(os.fspath(config_path), None, str(path), {})
     refuse_root(path, 'the program')
+    require_queue(read)
     if not given.get('basic_logging_configured'):
         setup_logging(None if config_path is None else os.fspath(config_path), {}, read)
     queue = build_queue(read)

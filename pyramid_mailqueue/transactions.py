@@ -2,12 +2,14 @@
 Which transaction does mail join here?  And will anybody commit it?
 
 The second question is the reason for this module.  A manager that is not explicit begins a transaction for whoever
-asks for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request it
-is not enough that there is a transaction; somebody must have taken it upon himself to commit it:
+asks for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request that
+is being served it is not enough that there is a transaction; somebody must have begun it on purpose:
 
 * ``tm.active`` or ``repoze.tm.active`` is in the environ, or
-* the transaction carries our mark.  It gets it when the request begins, for pyramid_tm takes ``tm.active`` away before
-  it commits, and mail may still come from a before-commit hook, or
+* the transaction carries our mark, put there for this request or for one around it.  It gets it when the request
+  begins, for pyramid_tm takes ``tm.active`` away before it commits, and mail may still come from a before-commit hook;
+  and when anybody calls ``begin()`` while the request is served: managers tell their synchronizers of that, but not of
+  a transaction that ``get()`` has made; or
 * the manager is explicit, so that there is no transaction unless somebody began it.
 
 And nobody must have decided already that it will not be committed:
@@ -16,13 +18,18 @@ And nobody must have decided already that it will not be committed:
   say nobody knows yet, so mail is refused in either case.
 * If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
   it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.
+* A transaction that another request began and left behind in this thread has the mark of that one.
 
-Without a request (scripts, other frameworks) there is nobody to ask: the manager's transaction is taken as it is.
+Elsewhere there is nobody to ask: in scripts (with a request of ``bootstrap()``, ``prepare()`` or pshell, too) and under
+other frameworks.  There code begins and commits as it likes, often with no more than a ``commit()`` at the end, so the
+manager's transaction is taken as it is.  The data manager tells of mail whose transaction was never ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from threading import get_ident
 from typing import Any, Protocol
 
 import transaction
@@ -30,16 +37,21 @@ from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 
-__all__ = ['ITransactionSource', 'ManagerTransaction', 'RequestTransaction', 'ThreadTransaction', 'mark_transaction']
+__all__ = ['ITransactionSource', 'ManagerTransaction', 'RequestTransaction', 'ThreadTransaction', 'watch_request']
 
 _INSTEAD = (
     'Call send_immediately(), which tries to deliver now and queues the message if that fails, or enqueue(), which '
     'leaves it to mq-run.'
 )
+_NOT_BEGUN = (
+    'send() needs a transaction, and its manager has none: it is explicit, and nobody has called begin(). Write "with '
+    f'manager:" around send(), for request.mailer "with request.tm:". Or use what needs no transaction. {_INSTEAD}'
+)
 _NOBODY_COMMITS = (
     'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
-    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request; if you begin '
-    'transactions yourself, use an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
+    f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request. Where it is '
+    'not, write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send(); in a tween this '
+    'needs an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
 )
 _WILL_ABORT = (
     'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
@@ -73,10 +85,7 @@ class ManagerTransaction:
 
     def current(self) -> Any:
         """Return the transaction of the manager.  Raises NoActiveTransaction if it is explicit and has none."""
-        try:
-            return self.manager.get()
-        except NoTransaction:
-            raise NoActiveTransaction(_NOBODY_COMMITS) from None
+        return _get(self.manager, _NOT_BEGUN)
 
     def of_request(self, name: str) -> None:
         """See `ITransactionSource`."""
@@ -97,15 +106,15 @@ class RequestTransaction:
 
     def current(self) -> Any:
         """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
-        manager = self.manager
-        txn = ManagerTransaction(manager).current()
         environ = self._request.environ
+        is_served = self._is_served()
+        txn = _get(self.manager, _NOBODY_COMMITS if is_served else _NOT_BEGUN)
         if environ.get('tm.active'):
             if self._is_given_up():
                 raise NoActiveTransaction(_WILL_ABORT)
             # The view may have begun another one than that of the beginning.
-            _mark(txn)
-        elif not (environ.get('repoze.tm.active') or _will_be_committed(txn, manager)):
+            _mark(txn, _service_of(self._request))
+        elif is_served and not (environ.get('repoze.tm.active') or self._will_be_committed(txn)):
             raise NoActiveTransaction(_NOBODY_COMMITS)
         return txn
 
@@ -116,6 +125,24 @@ class RequestTransaction:
     def _is_given_up(self) -> bool:
         """Whether an exception view has answered, or is about to."""
         return getattr(self._request, 'exc_info', None) is not None
+
+    def _is_served(self) -> bool:
+        """Whether this thread serves a request that came over Pyramid's router: this one, or one around it."""
+        service = _service_of(self._request)
+        is_elsewhere = service is not None and service.thread != get_ident()
+        requests = _requests_in_hand() if is_elsewhere else [self._request, *_requests_in_hand()]
+        return any(hasattr(request, 'invoke_subrequest') for request in requests)
+
+    def _will_be_committed(self, txn: Any) -> bool:
+        try:
+            service = txn.data(_MARK)
+        except KeyError:
+            return bool(self.manager.explicit)
+        in_hand = _requests_in_hand()
+        if service is None:
+            # What makes the body of a response runs when the request is not in hand any more.
+            return _has_hook(txn) and not in_hand
+        return _has_hook(txn) and any(_service_of(request) is service for request in [self._request, *in_hand])
 
 
 class ThreadTransaction:
@@ -146,37 +173,93 @@ class ThreadTransaction:
         return ManagerTransaction() if request is None else RequestTransaction(request)
 
 
-def mark_transaction(event: Any) -> None:
-    """At the begin of a request: remember of its transaction that pyramid_tm will commit it."""
-    if 'tm.active' in event.request.environ:
+def watch_request(event: Any) -> None:
+    """At the begin of a request: remember which transaction pyramid_tm will commit, and watch for others that begin."""
+    request, environ = event.request, event.request.environ
+    around = _services([other for other in _requests_in_hand() if other is not request])
+    if not around:
+        # It is told of what is there already, which it leaves alone, for nothing is served yet.
+        environ.pop(_SERVICE, None)
+        transaction.manager.registerSynch(_MARK)
+    # An application in an application has the same environ, or a copy of it.
+    if environ.get(_SERVICE) not in around:
+        environ[_SERVICE] = _Service()
+    if 'tm.active' in environ:
+        manager = RequestTransaction(request).manager
+        manager.registerSynch(_MARK)
         # An explicit manager has none if a tween has ended it, for reasons of its own.
         with suppress(NoTransaction):
-            _mark(RequestTransaction(event.request).manager.get())
+            _mark(manager.get(), _service_of(request))
+
+
+class _Service:
+    """That a request is served, and by which thread; marks are known by its identity."""
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+
+#: The key of the environ for the service of a request.
+_SERVICE = 'pyramid_mailqueue.service'
 
 
 class _Mark:
-    """Added to a transaction twice: as data, which it keeps, and as a before-commit hook, which a commit uses up."""
+    """
+    Added to a transaction twice: as data, which it keeps, and as a before-commit hook, which a commit uses up.
+
+    As a synchronizer (see `transaction.interfaces.ISynchronizer`) it adds itself where a transaction is begun.
+    """
 
     def __call__(self) -> None:
         """Do nothing: to be there is all."""
+
+    def newTransaction(self, txn: Any) -> None:
+        """Called by ``begin()``, but not by the ``get()`` of a manager that is not explicit."""
+        requests = _requests_in_hand()
+        services = _services(requests)
+        if services or not requests:
+            _mark(txn, services[-1] if services else None)
+
+    def beforeCompletion(self, txn: Any) -> None:
+        """Do nothing."""
+
+    def afterCompletion(self, txn: Any) -> None:
+        """Do nothing."""
 
 
 _MARK = _Mark()
 
 
-def _mark(txn: Any) -> None:
-    txn.set_data(_MARK, _MARK)
+def _mark(txn: Any, service: _Service | None) -> None:
+    txn.set_data(_MARK, service)
     if not _has_hook(txn):
         txn.addBeforeCommitHook(_MARK)
+
+
+def _service_of(request: Any) -> _Service | None:
+    # Tests of an application put whatever they like in the place of a request.
+    service: _Service | None = getattr(request, 'environ', {}).get(_SERVICE)
+    return service
+
+
+def _services(requests: Sequence[Any]) -> list[_Service]:
+    return [service for service in map(_service_of, requests) if service is not None]
 
 
 def _has_hook(txn: Any) -> bool:
     return any(hook is _MARK for hook, _, _ in txn.getBeforeCommitHooks())
 
 
-def _will_be_committed(txn: Any, manager: Any) -> bool:
+def _get(manager: Any, otherwise: str) -> Any:
+    """Return the transaction of *manager*.  Raises NoActiveTransaction if it is explicit and has none."""
     try:
-        txn.data(_MARK)
-    except KeyError:
-        return bool(manager.explicit)
-    return _has_hook(txn)
+        return manager.get()
+    except NoTransaction:
+        raise NoActiveTransaction(otherwise) from None
+
+
+def _requests_in_hand() -> list[Any]:
+    """Return the requests that this thread works on, the innermost last; who asks for them has Pyramid."""
+    from pyramid.threadlocal import manager
+
+    return [known['request'] for known in manager.stack if known.get('request') is not None]

@@ -19,7 +19,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, described
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.settings import Settings
 
@@ -68,7 +68,7 @@ def build_mailer(
     # mq-run has no transactions, and does not load what makes them.
     from pyramid_mailqueue.mailer import Mailer
 
-    queue = build_queue(settings, on_away=_warn)
+    queue = build_queue(settings, access='create', on_away=_warn)
     handler = build_handler(settings, lookup, notify)
     dispatchers = _build_dispatchers(settings, handler, queue)
     return Mailer(
@@ -124,29 +124,42 @@ def _leave_unsaid(_error: QueueError) -> None:
     """Whoever uses the queue next is told the same, or that it is back."""
 
 
-def build_queue(settings: Settings, *, on_away: Callable[[QueueError], None] = _leave_unsaid) -> IMailQueue:
+def build_queue(
+    settings: Settings, *, access: str = 'use', on_away: Callable[[QueueError], None] = _leave_unsaid
+) -> IMailQueue:
     """
     Return the queue that *settings* describe.
 
+    :param access: of one in a directory: ``'create'``, ``'use'`` or ``'look'`` (see `.MaildirFolders`).  The others
+        have to be there: nobody who only looks at a queue, or drains it, is to make one where a name is misspelt
     :param on_away: called with what a database says that is away; its tables are looked at when it is back
     :raises ConfigurationError: something that the settings name cannot be used
     """
     if settings.queue == 'maildir':
-        return build_maildir_queue(settings)
+        return build_maildir_queue(settings, access)
     if settings.queue == 'sql':
         return _checked_sql_queue(settings, on_away)
     queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
     return queue
 
 
-def build_maildir_queue(settings: Settings) -> MaildirQueue:
-    """Return the queue in a directory, which is created if it is missing.  Raises ConfigurationError."""
+def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue:
+    """Return the queue in a directory; see :func:`build_queue`."""
     from pyramid_mailqueue.queues.maildir import MaildirQueue
+    from pyramid_mailqueue.queues.maildir_inspection import NoQueue
 
     if settings.queue_dir is None:
         raise ConfigurationError('mailqueue.queue_dir is missing: name the directory in which messages are to wait.')
     try:
-        return MaildirQueue(settings.queue_dir, in_doubt=settings.in_doubt, horizon=settings.retry_max + DAY)
+        return MaildirQueue(
+            settings.queue_dir, in_doubt=settings.in_doubt, horizon=settings.retry_max + DAY, access=access
+        )
+    except NoQueue as error:
+        other = '' if settings.queue == 'maildir' else '--set mailqueue.queue=maildir '
+        raise ConfigurationError(
+            f'mailqueue.queue_dir = {settings.queue_dir}: {error.lack}. The application creates its queue there when '
+            f'it starts, and so does: mq-queue app.ini {other}init'
+        ) from error
     except QueueError as error:
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
 
@@ -189,10 +202,6 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     :raises ConfigurationError: one of them is not named, or cannot be used
     :raises QueueError: one of them cannot be used now
     """
-    if settings.queue_dir is not None and to == 'sql' and not settings.queue_dir.is_dir():
-        raise ConfigurationError(
-            f'mailqueue.queue_dir = {settings.queue_dir}: there is no such directory to move from.'
-        )
     # What is in doubt is left behind, whatever mq-run would do about it: whoever moves is told of it.
     directory = build_maildir_queue(replace(settings, in_doubt='hold'))
     database = build_sql_queue(settings)
@@ -343,4 +352,4 @@ def _call_factory(key: str, name: str, settings: Settings) -> Any:
     except ConfigurationError:
         raise
     except Exception as error:
-        raise ConfigurationError(f'{key} = {name}: this factory failed. {type(error).__name__}: {error}') from error
+        raise ConfigurationError(f'{key} = {name}: this factory failed. {described(error)}') from error

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from email.headerregistry import Address
+from email.message import EmailMessage
 from email.utils import formataddr
 
 import pytest
@@ -17,6 +19,7 @@ from pyramid_mailqueue.addresses import (
     parse_mailbox,
     split_addresses,
 )
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError
 from tests.strategies import addresses, quoted_strings
 
@@ -27,6 +30,7 @@ from tests.strategies import addresses, quoted_strings
     'address',
     [
         'ada@site.example',
+        'bounce=?ada=site.example@site.example',
         "o'hara+tag=!#$%&*/?^_`{|}~-@site.example",
         'ada@localhost',
         'ada@my_host.site.example',
@@ -111,6 +115,13 @@ def test_a_domain_in_other_scripts_becomes_a_labels(address, normalised):
         ('a\u200bda@site.example', 'invisible'),
         ('a\xa0da@site.example', 'invisible'),
         ('a\u202eda@site.example', 'invisible'),
+        # Of these the email package would make two addresses, or another one.
+        ('=?utf-8?q?ada=40site.example=2Ceve?=.x@site.example', 'encoded word'),
+        ('=?UTF-8*en?B?YWRhQHNpdGUuZXhhbXBsZSxldmU=?=.x@site.example', 'encoded word'),
+        ('=??q?=2Ceve?=@site.example', 'encoded word'),
+        ('x=?utf-8?q?ada?=@site.example', 'encoded word'),
+        ('=?utf-8?q?@site.example', 'encoded word'),
+        ('"=?utf-8?q?ada=40site.example=2C_eve?="@site.example', 'encoded word'),
         ('ada@site.example\r\nRCPT TO:<eve@site.example>', 'control character'),
         ('ada@site.example\n', 'control character'),
         ('a\rda@site.example', 'control character'),
@@ -127,6 +138,38 @@ def test_a_domain_in_other_scripts_becomes_a_labels(address, normalised):
 def test_an_address_that_must_not_reach_a_server_is_refused(address, reason):
     with pytest.raises(AddressError, match=reason):
         check_address(address)
+
+
+# Commas, display names, groups, comments, blanks, and what looks like them in other scripts.
+_TRICKS = [
+    ',', ', ', ';', '; ', ' ', ':', '(', ')', '<', '>', '"', '\\', '@', 'x', '.', '=', '?', '=?utf-8?q?', '=?utf-8?b?',
+    '?=', '=2C', '=40', '=?utf-8?q?a=40x.example=2Cb?=', '\N{FULLWIDTH COMMA}', '\N{FULLWIDTH COMMERCIAL AT}',
+    '\N{IDEOGRAPHIC COMMA}', '\N{FULLWIDTH SEMICOLON}', '\N{IDEOGRAPHIC SPACE}', '\xa0', '\t', '\r\n ', '\0',
+    'ada@x.example', 'eve@x.example', 'x.example', 'Ada',
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(_TRICKS), max_size=7).map(''.join) | addresses())
+def test_whatever_a_form_sends_one_mailbox_gets_mail_or_it_is_refused(text):
+    try:
+        mailbox = check_address(text)
+    except AddressError:
+        return
+    message = EmailMessage()
+    message['From'] = 'shop@site.example'
+    message['To'] = mailbox
+
+    (recipient,) = Envelope.from_message(message).recipients
+
+    assert unquoted(recipient) == unquoted(mailbox)
+
+
+def unquoted(address):
+    """The same for each way to write a local part: quotes and backslashes that need not be there may go on the way."""
+    local_part, _, domain = address.rpartition('@')
+    if local_part.startswith('"'):
+        local_part = re.sub(r'\\(.)', r'\1', local_part[1:-1])
+    return local_part, domain
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import configparser
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -103,6 +105,12 @@ def test_the_architecture_names_every_module_and_no_other():
     assert named == modules - rooms
 
 
+def blocks_of(name, language='python'):
+    """Return the code blocks of a document, in their order."""
+    blocks = parse(ROOT / name).findall(docutils.nodes.literal_block)
+    return [block.astext() for block in blocks if language in block['classes']]
+
+
 @pytest.fixture
 def waiting(tmp_path):
     """Return the contents of the queue that the README's examples use here."""
@@ -111,9 +119,7 @@ def waiting(tmp_path):
 
 def example(number, language, tmp_path):
     """Return an example of the README, with a queue of this test in it."""
-    blocks = parse(ROOT / 'README.rst').findall(docutils.nodes.literal_block)
-    texts = [block.astext() for block in blocks if language in block['classes']]
-    return texts[number].replace('/var/spool/shop', str(tmp_path / 'queue'))
+    return blocks_of('README.rst', language)[number].replace('/var/spool/shop', str(tmp_path / 'queue'))
 
 
 def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
@@ -129,6 +135,25 @@ def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
     (mail,) = waiting()
     assert 'Envelope-to: reader@site.example\n' in mail
     assert f'Message-ID: {answer.json["message_id"]}\n' in mail
+    for several in ('ada@x.example, eve@x.example', 'x: ada@x.example, eve@x.example;', 'Ada <ada@x.example>', ''):
+        assert '400 Bad Request' in app.post('/order', {'email': several}, status=400)
+    app.post('/order', status=400)
+    assert waiting() == [mail]
+
+
+CONFTEST, *TESTS = sorted(blocks_of('docs/testing.rst'), key=lambda block: not block.startswith('# conftest.py'))
+
+
+@pytest.mark.parametrize('tests', TESTS, ids=lambda tests: re.search('def (test_[a-z_]+)', tests)[1])
+def test_the_tests_in_the_docs_pass_for_the_application_in_the_readme(tmp_path, tests):
+    files = {'shop.py': example(0, 'python', tmp_path), 'conftest.py': CONFTEST, 'test_shop.py': tests}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--rootdir={tmp_path}', tmp_path]
+
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    assert f'{tests.count("def test_")} passed' in run.stdout, run.stdout
 
 
 def test_the_application_in_the_docs_of_the_dashboard_lets_in_whom_it_says(tmp_path, make_settings):
@@ -148,19 +173,48 @@ def test_the_application_in_the_docs_of_the_dashboard_lets_in_whom_it_says(tmp_p
     visitor('eve').get('/mailqueue', status=403)
 
 
-def test_the_script_in_the_readme_works(tmp_path, waiting):
-    message = EmailMessage()
-    message['From'] = 'shop@site.example'
-    message['To'] = 'reader@site.example'
-    message.set_content('Hello.')
-    text = example(1, 'python', tmp_path)
-    server = "'mailqueue.smtp_hostname': 'mail.site.example',"
-    assert server in text
-    script = tmp_path / 'script.py'
-    # No test of ours talks to a mail server that it did not start.
-    script.write_text(text.replace(server, f"{server} 'mailqueue.delivery': 'queue',"))
+@pytest.fixture
+def run_script(tmp_path, smtp_server, monkeypatch):
+    """Run a script of the docs, with a queue and a mail server of this test in it; return for whom it has sent mail."""
 
-    runpy.run_path(str(script), {'message': message})
+    def run_script(text):
+        message = EmailMessage()
+        message['From'] = 'shop@site.example'
+        message['To'] = 'reader@site.example'
+        message.set_content('Hello.')
+        monkeypatch.chdir(tmp_path)
+        Path('script.py').write_text(
+            text.replace('/var/spool/shop', str(tmp_path / 'queue')).replace(
+                "'mail.site.example',", f"'127.0.0.1', 'mailqueue.smtp_port': {smtp_server.port},"
+            )
+        )
+        runpy.run_path('script.py', {'message': message})
+        return [recipient for envelope in smtp_server.received for recipient in envelope.rcpt_tos]
 
-    (mail,) = waiting()
-    assert 'Envelope-to: reader@site.example\n' in mail
+    return run_script
+
+
+def scripts_of(path):
+    """Return the examples of a document that are no part of an application."""
+    blocks = parse(path).findall(docutils.nodes.literal_block)
+    texts = [block.astext() for block in blocks if 'python' in block['classes']]
+    return [text for text in texts if 'import' in text and 'def ' not in text]
+
+
+@pytest.mark.parametrize('path', [ROOT / 'README.rst', ROOT / 'docs/transactions.rst'], ids=name_of)
+def test_a_script_without_pyramid_has_delivered_when_it_ends(path, run_script):
+    (text,) = [text for text in scripts_of(path) if 'mailer_from_settings' in text]
+
+    assert run_script(text) == ['reader@site.example']
+
+
+def test_a_script_with_pyramid_has_delivered_when_it_ends(
+    run_script, tmp_path, make_settings, smtp_server, monkeypatch
+):
+    (text,) = [text for text in scripts_of(ROOT / 'docs/transactions.rst') if 'bootstrap' in text]
+    (tmp_path / 'docs_application.py').write_text(example(0, 'python', tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = '\n'.join(f'{key} = {value}' for key, value in make_settings(smtp_server).items())
+    (tmp_path / 'production.ini').write_text(f'[app:main]\nuse = call:docs_application:main\n{settings}\n')
+
+    assert run_script(text) == ['reader@site.example']

@@ -137,8 +137,19 @@ def test_conservative_sending_that_fails(run, server, state, answer):
 
     variables = run(CONSERVATIVE)
 
-    assert variables['was_sent'].queued
+    assert variables['was_sent']
+    assert (variables['was_sent'].queued, variables['was_sent'].failed) == (True, ())
     assert state() == {'waiting': 1}
+
+
+def test_conservative_sending_that_is_refused(run, server, state):
+    server.script['RCPT'] = '550 5.1.1 no such user'
+
+    variables = run(CONSERVATIVE)
+
+    assert not variables['was_sent']
+    assert (variables['was_sent'].queued, variables['was_sent'].failed) == (False, (BAR,))
+    assert state() == {'dead': 1}
 
 
 # --- a wrapper of one's own -------------------------------------------------

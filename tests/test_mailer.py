@@ -256,6 +256,18 @@ def test_send_immediately_queues_what_the_server_defers(make_mailer, message):
     assert waiting(mailer) == {'waiting': 1}
 
 
+def test_send_immediately_is_false_if_one_of_two_is_refused_and_tells_who(make_mailer, message):
+    with ScriptedSMTPServer({'RCPT TO:<eve@elsewhere.example>': '550 5.1.1 no such user'}) as server:
+        mailer = make_mailer(server)
+        result = mailer.send_immediately(
+            message('to both'), recipients=['ada@elsewhere.example', 'eve@elsewhere.example']
+        )
+
+    assert (bool(result), result.queued) == (False, False)
+    assert (result.accepted, result.failed) == (('ada@elsewhere.example',), ('eve@elsewhere.example',))
+    assert waiting(mailer) == {'dead': 1}
+
+
 def test_send_immediately_buries_what_the_server_refuses(make_mailer, message):
     with ScriptedSMTPServer({'RCPT': '550 5.1.1 no such user'}) as server:
         mailer = make_mailer(server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import threading
 from email import message_from_bytes
@@ -400,6 +401,26 @@ def test_a_setting_that_cannot_be_used_is_told_when_the_app_is_made(make_setting
     assert isinstance(caught.value.evalue, ConfigurationError)
     assert key in str(caught.value.evalue)
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize('package', ['pyramid_mailqueue', 'pyramid_mailqueue.testing', 'pyramid_mailqueue.dashboard'])
+@pytest.mark.parametrize('where', ['in the code', 'in the settings'])
+def test_an_error_of_the_configuration_names_the_line_of_the_app(package, where):
+    settings = {'mailqueue.smtp_hots': 'localhost'}
+    if where == 'in the settings':
+        settings['pyramid.includes'] = package
+    config = Configurator(settings=settings)
+    if where == 'in the code':
+        config.include(package)
+
+    with pytest.raises(ConfigurationExecutionError) as caught:
+        config.make_wsgi_app()
+
+    *_, place, line = str(caught.value).splitlines()
+    assert re.fullmatch(rf'  Line [1-9][0-9]* of file {re.escape(__file__)}:', place)
+    assert line.strip() == (
+        'config.include(package)' if where == 'in the code' else 'config = Configurator(settings=settings)'
+    )
 
 
 def test_including_twice_is_including_once(make_app, make_settings, smtp_server, sender):

@@ -143,6 +143,8 @@ def test_a_run_delivers_what_is_due_and_says_so(queue_dir, smtp, server, state, 
     [(None, ''), ({'verbose': False}, ''), ({'verbose': True}, 'mq-run: nothing to do; 0 waiting\n')],
 )
 def test_a_run_without_mail_says_so_if_it_is_told_to(queue_dir, smtp, capsys, options, out):
+    MaildirQueue(queue_dir)
+
     one_shot_queue_run(queue_dir, options=options, settings={**smtp, 'basic_logging_configured': True})
 
     assert capsys.readouterr() == (out, '')
@@ -242,6 +244,7 @@ def test_the_logs_of_the_settings_are_written(queue_dir, smtp, tmp_path):
 
 
 def test_logging_that_is_configured_is_left_alone(queue_dir, smtp):
+    MaildirQueue(queue_dir)
     before = list(logging.getLogger().handlers)
 
     one_shot_queue_run(queue_dir, settings={**smtp, 'basic_logging_configured': True})

@@ -169,8 +169,9 @@ def test_what_was_in_the_queue_before_goes_to_the_one(make_settings, smtp_server
 
 @pytest.mark.parametrize(('command', 'more'), [('run', []), ('send_test', ['--to=ada@x.example'])])
 def test_commands_say_so_and_do_so(make_settings, smtp_server, queue_dir, tmp_path, command, more):
+    queue = MaildirQueue(queue_dir)
     if command == 'run':
-        MaildirQueue(queue_dir).put(Envelope('', ('ada@x.example',), CONTENT))
+        queue.put(Envelope('', ('ada@x.example',), CONTENT))
     ini = tmp_path / 'app.ini'
     settings = make_settings(smtp_server, redirect_all_to=ME)
     ini.write_text('[app:main]\n' + '\n'.join(f'{key} = {value}' for key, value in settings.items()))

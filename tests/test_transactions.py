@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ import transaction
 from pyramid.events import NewResponse
 from pyramid.request import Request
 from pyramid.response import Response
+from pyramid.scripting import prepare
 from pyramid.threadlocal import get_current_request
 
 from pyramid_mailqueue import IMailer, ITransport, NoActiveTransaction, get_mailer
@@ -357,29 +359,41 @@ def test_an_explicit_manager_after_a_commit_without_a_begin(app_of, recorder, me
     assert recorder.subjects == ['first']
 
 
+@pytest.fixture
+def call_late(app_of):
+    """Have a request call something that it is given, with itself, when its transaction is over."""
+
+    def call_late(when, late, kind):
+        def view(request):
+            if when == 'a response callback':
+                request.add_response_callback(lambda request, response: late(request))
+            if when == 'a finished callback':
+                request.add_finished_callback(late)
+            if when == 'the body':
+                # Made when the server asks for it.
+                return Response(app_iter=(b'' for _ in [1] if not late(request)))
+            return None
+
+        def configure(config):
+            if when == 'a NewResponse subscriber':
+                config.add_subscriber(lambda event: late(event.request), NewResponse)
+
+        app_of(view, kind, configure).get('/')
+
+    return call_late
+
+
+every_late_moment = pytest.mark.parametrize(
+    'when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body']
+)
+
+
 @both_kinds
-@pytest.mark.parametrize('when', ['a response callback', 'a NewResponse subscriber', 'a finished callback', 'the body'])
-def test_after_the_commit(app_of, refused, kind, when):
+@every_late_moment
+def test_after_the_commit(call_late, refused, kind, when):
     told = []
 
-    def late(request):
-        told.append(refused(request.mailer))
-
-    def view(request):
-        if when == 'a response callback':
-            request.add_response_callback(lambda request, response: late(request))
-        if when == 'a finished callback':
-            request.add_finished_callback(late)
-        if when == 'the body':
-            # Made when the server asks for it.
-            return Response(app_iter=(b'' for _ in [1] if not late(request)))
-        return None
-
-    def configure(config):
-        if when == 'a NewResponse subscriber':
-            config.add_subscriber(lambda event: late(event.request), NewResponse)
-
-    app_of(view, kind, configure).get('/')
+    call_late(when, lambda request: told.append(refused(request.mailer)), kind)
 
     assert told
 
@@ -617,3 +631,308 @@ def test_what_one_request_left_is_not_found_by_the_next_one(app_of, recorder, me
             app.get(f'/?{query}')
 
     assert recorder.subjects == ['hello']
+
+
+# --- where a request begins its own -----------------------------------------
+
+inactive = {'tm.activate_hook': f'{__name__}.stay_inactive'}
+
+
+def with_block(manager, send):
+    with manager:
+        send()
+
+
+def begin_and_commit(manager, send):
+    manager.begin()
+    send()
+    manager.commit()
+
+
+def attempts(manager, send):
+    for attempt in manager.attempts():
+        with attempt:
+            send()
+
+
+def run(manager, send):
+    manager.run(send)
+
+
+ways_to_begin = pytest.mark.parametrize('begin', [with_block, begin_and_commit, attempts, run])
+
+
+@both_kinds
+@ways_to_begin
+def test_who_begins_a_transaction_can_send_where_pyramid_tm_is_not_active(
+    app_of, recorder, message, refused, kind, begin
+):
+    def view(request):
+        refused(request.mailer)
+        begin(request.tm, lambda: request.mailer.send(message('by the request')))
+        refused(request.mailer)
+        begin(request.tm, lambda: request.registry.getUtility(IMailer).send(message('by the mailer')))
+
+    app = app_of(view, kind, **inactive)
+    app.get('/')
+    app.get('/')
+
+    assert recorder.subjects == ['by the request', 'by the mailer'] * 2
+
+
+@ways_to_begin
+def test_who_begins_a_transaction_of_the_thread_can_send_without_pyramid_tm(
+    make_app, make_settings, recorder, message, refused, begin
+):
+    def view(request):
+        refused(request.mailer)
+        begin(transaction.manager, lambda: request.mailer.send(message('hello')))
+
+    make_app(
+        view,
+        make_settings(transports='recorder', delivery='inline'),
+        include=(),
+        configure=lambda config: config.registry.registerUtility(recorder, ITransport, 'recorder'),
+    ).get('/')
+
+    assert recorder.subjects == ['hello']
+
+
+@both_kinds
+@every_late_moment
+def test_who_begins_a_transaction_after_the_commit_can_send(call_late, recorder, message, kind, when):
+    def late(request):
+        with request.tm:
+            request.mailer.send(message('late'))
+
+    call_late(when, late, kind)
+
+    assert recorder.subjects == ['late']
+
+
+def test_a_thread_that_a_view_starts_has_a_transaction_of_its_own(app_of, recorder, message):
+    def job(request):
+        with transaction.manager:
+            request.mailer.send(message('from the job'))
+            request.registry.getUtility(IMailer).send(message('from the job, too'))
+
+    def view(request):
+        thread = threading.Thread(target=job, args=[request])
+        thread.start()
+        thread.join()
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert recorder.subjects == ['from the job', 'from the job, too']
+
+
+@both_kinds
+def test_who_begins_a_transaction_may_send_in_its_before_commit_hook(app_of, recorder, message, kind):
+    def view(request):
+        with request.tm as txn:
+            txn.addBeforeCommitHook(lambda: request.mailer.send(message('from the hook')))
+
+    app_of(view, kind, **inactive).get('/')
+
+    assert recorder.subjects == ['from the hook']
+
+
+@both_kinds
+def test_a_transaction_that_a_request_has_begun_drops_its_mail_with_its_abort(
+    app_of, recorder, message, discarded, kind
+):
+    message_ids = []
+
+    def view(request):
+        with suppress(Trouble), request.tm:
+            message_ids.append(request.mailer.send(message('dropped')))
+            raise Trouble
+
+    app_of(view, kind, **inactive).get('/')
+
+    assert (recorder.subjects, discarded()) == ([], message_ids)
+
+
+def test_a_subrequest_without_tweens_shares_the_transaction_that_a_view_has_begun(app_of, recorder, message):
+    in_the_view = []
+
+    def view(request):
+        with request.tm:
+            request.invoke_subrequest(Request.blank('/inner'))
+            in_the_view.extend(recorder.subjects)
+
+    inner = with_inner_view(lambda request: request.mailer.send(message('inner')))
+    app_of(view, 'thread', inner, **inactive).get('/')
+
+    assert (in_the_view, recorder.subjects) == ([], ['inner'])
+
+
+@pytest.mark.parametrize('environ_for', [dict, lambda environ: environ], ids=['a copy', 'the same'])
+def test_an_application_in_an_application_leaves_the_transaction_of_the_outer_one_alone(
+    app_of, recorder, message, environ_for
+):
+    inner = app_of(lambda request: request.mailer.send(message('inner')), 'thread', **inactive)
+
+    def view(request):
+        with request.tm:
+            request.mailer.send(message('before'))
+            Request(environ_for(request.environ)).get_response(inner.app)
+            request.mailer.send(message('after'))
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert sorted(recorder.subjects) == ['after', 'before', 'inner']
+
+
+def test_a_request_that_is_copied_into_a_thread_is_watched_there(app_of, recorder, message, refused):
+    def inner_view(request):
+        refused(request.mailer)
+        with request.tm:
+            request.mailer.send(message('from the thread'))
+
+    inner = app_of(inner_view, 'thread', **inactive)
+
+    def view(request):
+        thread = threading.Thread(target=request.copy().get_response, args=[inner.app])
+        thread.start()
+        thread.join()
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert recorder.subjects == ['from the thread']
+
+
+def test_what_somebody_has_only_asked_for_is_not_begun(app_of, refused):
+    told = []
+
+    def view(request):
+        request.tm.get().note('of nobody')
+        told.append(refused(request.mailer))
+
+    app = app_of(view, 'thread', **inactive)
+    app.get('/')
+    app.get('/')
+
+    assert len(told) == 2
+    assert 'with request.tm:' in told[0]
+
+
+def test_what_one_request_has_begun_and_left_is_not_found_by_the_next_one(app_of, recorder, message, refused):
+    told = []
+
+    def view(request):
+        if 'begin' in request.params:
+            request.tm.begin()
+            request.mailer.send(message('left'))
+        else:
+            told.append(refused(request.mailer))
+
+    app = app_of(view, 'thread', **inactive)
+    app.get('/?begin')
+    app.get('/')
+
+    assert told
+    assert recorder.subjects == []
+
+
+def test_a_commit_of_its_own_that_failed_leaves_no_transaction_to_a_request(app_of, recorder, message, refused):
+    told = []
+
+    def view(request):
+        with suppress(Trouble), request.tm as txn:
+            request.mailer.send(message('dropped'))
+            txn.addBeforeCommitHook(fail, [request])
+        told.append(refused(request.mailer))
+
+    app_of(view, 'thread', **inactive).get('/')
+
+    assert told
+    assert recorder.subjects == []
+
+
+def tween_that_begins(handler, registry):
+    def tween(request):
+        with transaction.manager:
+            return handler(request)
+
+    return tween
+
+
+def test_what_is_begun_around_pyramid_looks_like_what_was_left_there(app_of, refused):
+    """For the first request of a thread, and so for all of them: nobody watches the thread before."""
+    told = []
+
+    def configure(config):
+        config.add_tween(f'{__name__}.tween_that_begins', under='pyramid_tm.tm_tween_factory')
+
+    app = app_of(lambda request: told.append(refused(request.mailer)), 'thread', configure, **inactive)
+    app.get('/')
+    app.get('/')
+
+    assert ['pyramid_tm.explicit_manager' in text for text in told] == [True, True]
+
+
+def test_who_commits_around_pyramid_says_so_in_the_environ(app_of, recorder, message):
+    app = app_of(lambda request: request.mailer.send(message('hello')), 'thread', **inactive)
+    with transaction.manager:
+        app.get('/', extra_environ={'tm.active': True})
+        before = list(recorder.subjects)
+
+    assert (before, recorder.subjects) == ([], ['hello'])
+
+
+# --- requests that nobody serves --------------------------------------------
+
+
+@both_kinds
+@ways_to_begin
+def test_a_script_can_send_in_the_transaction_of_its_request(app_of, recorder, message, kind, begin):
+    registry = app_of(lambda request: None, kind).app.registry
+
+    with prepare(registry=registry) as env:
+        request = env['request']
+        begin(request.tm, lambda: request.mailer.send(message('by the request')))
+        begin(request.tm, lambda: get_mailer(request).send(message('by get_mailer')))
+        begin(request.tm, lambda: registry.getUtility(IMailer).send(message('by the mailer')))
+
+    assert recorder.subjects == ['by the request', 'by get_mailer', 'by the mailer']
+
+
+def test_a_script_can_leave_the_begin_to_the_manager_of_the_thread(app_of, recorder, message):
+    with prepare(registry=app_of(lambda request: None).app.registry) as env:
+        env['request'].mailer.send(message('hello'))
+        before = list(recorder.subjects)
+        transaction.commit()
+
+    assert (before, recorder.subjects) == ([], ['hello'])
+
+
+def test_a_script_that_has_an_explicit_manager_is_told_to_begin(app_of, refused):
+    with prepare(registry=app_of(lambda request: None, 'explicit').app.registry) as env:
+        told = refused(env['request'].mailer), refused(env['registry'].getUtility(IMailer))
+
+    assert ['with request.tm:' in text and 'pyramid_tm' not in text for text in told] == [True, True]
+
+
+def test_a_script_that_aborts_drops_its_mail(app_of, recorder, message, discarded):
+    with prepare(registry=app_of(lambda request: None).app.registry) as env:
+        message_id = env['request'].mailer.send(message('dropped'))
+        env['request'].tm.abort()
+
+    assert (recorder.subjects, discarded()) == ([], [message_id])
+
+
+@pytest.mark.parametrize('settings', [{}, inactive], ids=['active', 'inactive'])
+def test_a_request_that_a_view_prepares_is_as_served_as_the_view(app_of, recorder, message, refused, settings):
+    told = []
+
+    def view(request):
+        with prepare(registry=request.registry) as env:
+            if settings:
+                told.append(refused(env['request'].mailer))
+            else:
+                env['request'].mailer.send(message('hello'))
+
+    app_of(view, 'thread', **settings).get('/')
+
+    assert (len(told), recorder.subjects) == ((1, []) if settings else (0, ['hello']))

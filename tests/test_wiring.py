@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -66,11 +67,27 @@ def names_of(handler):
 
 
 def test_the_queue_is_a_directory(settings_of, queue_dir):
-    queue = build_queue(settings_of(transports='inbox', in_doubt='send', retry_max='2d'))
+    settings = settings_of(transports='inbox', in_doubt='send', retry_max='2d')
+    queue = build_queue(settings, access='create')
 
     assert isinstance(queue, MaildirQueue)
     assert (queue.path, queue.in_doubt, queue.horizon) == (str(queue_dir), 'send', 3 * 86400)
     assert queue_dir.is_dir()
+
+
+def test_a_directory_becomes_a_queue_only_if_that_is_wanted(settings_of, queue_dir):
+    settings = settings_of(transports='inbox')
+
+    for build in (build_queue, partial(build_queue, access='look'), build_runner):
+        with pytest.raises(ConfigurationError) as info:
+            build(settings)
+        assert str(info.value) == (
+            f'mailqueue.queue_dir = {queue_dir}: there is no such directory. The application creates its queue there '
+            'when it starts, and so does: mq-queue app.ini init'
+        )
+    assert not queue_dir.exists()
+    build_mailer(settings)
+    assert build_queue(settings).path == str(queue_dir)
 
 
 @pytest.mark.parametrize('separator', ['.', ':'])
@@ -331,7 +348,10 @@ from pathlib import Path
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_runner
 import tempfile
-build_runner(Settings(queue_dir=Path(tempfile.mkdtemp()), smtp_hostname='localhost', transports=('smtp', 'inbox')))
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+path = Path(tempfile.mkdtemp())
+MaildirQueue(path)
+build_runner(Settings(queue_dir=path, smtp_hostname='localhost', transports=('smtp', 'inbox')))
 print(sorted({name.partition('.')[0] for name in sys.modules} & {'pyramid', 'transaction', 'sqlalchemy', 'webob'}))
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, timeout=60)

@@ -13,8 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from demo.models import SignUp
 from demo.views.live import live_parts
-from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.exceptions import AddressError
+from pyramid_mailqueue import AddressError, check_address
 
 SENDER = 'Demo Club <welcome@demo.example>'
 
@@ -98,7 +97,7 @@ def welcome(request, form):
     """Return the mail to who signed up; raises AddressError."""
     message = EmailMessage()
     message['From'] = SENDER
-    # Checked first: the header parser of the standard library breaks, rather than complains, at some addresses.
+    # One mailbox: "To" is a list, and without the check a form would mail everybody whom somebody fills in.
     message['To'] = check_address(form.email)
     message['Subject'] = f'Welcome, {form.name}'
     message.set_content(render('demo:templates/welcome.txt.jinja2', {'form': form}, request))

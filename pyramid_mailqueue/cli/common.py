@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import pwd
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pyramid_mailqueue.cli.config import read_app_settings, read_mqrunner_section
+from pyramid_mailqueue.cli.config import has_app, read_app_settings, read_mqrunner_section
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.queues.words import printable
+from pyramid_mailqueue.queues.words import printable, user_name
 from pyramid_mailqueue.settings import Settings, parse_duration
 
 __all__ = [
@@ -27,12 +26,15 @@ __all__ = [
     'EX_TEMPFAIL',
     'EX_UNAVAILABLE',
     'add_ini_arguments',
+    'add_runner_arguments',
     'blaming',
     'complain',
     'duration',
     'exit_status_of',
+    'parse_runner_arguments',
     'read_settings',
     'refuse_root',
+    'require_queue',
     'silence_stdout',
 ]
 
@@ -52,11 +54,32 @@ EX_INTERRUPTED = 130
 # --- the command line -------------------------------------------------------
 
 
+#: Where mailqueue-runner looks for its configuration if no file is named.
+_CONFIGURATIONS = (Path('~/.mailqueue-runner.conf'), Path('/etc/mailqueue-runner.conf'))
+
+
 def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ini file, ``--name`` and ``--set``."""
+    """Add the ini file, ``--name``, ``--set`` and ``--queue-dir``."""
     parser.add_argument(
         'ini', metavar='INI', help="the application's ini file, as pserve takes it: app.ini or app.ini#name"
     )
+    _add_ini_options(parser)
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the same, and the two other ways in which mailqueue-runner takes them; see :func:`parse_runner_arguments`."""
+    parser.add_argument(
+        'ini',
+        nargs='?',
+        metavar='INI',
+        help="the application's ini file, as pserve takes it: app.ini or app.ini#name",
+    )
+    parser.add_argument('queue', nargs='?', metavar='QUEUE', help='the queue directory, the same as --queue-dir')
+    parser.add_argument('-C', '--config', metavar='INI', help='the ini file, as mailqueue-runner takes it')
+    _add_ini_options(parser)
+
+
+def _add_ini_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-n', '--name', help='the name of the application in the ini file (default: main)')
     parser.add_argument(
         '--set',
@@ -66,6 +89,22 @@ def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='use this value for %%(KEY)s in the ini file, and before the setting KEY; may be repeated',
     )
+    parser.add_argument('--queue-dir', metavar='DIRECTORY', help='the queue directory, before the one in the ini file')
+
+
+def parse_runner_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse what :func:`add_runner_arguments` has added: ``ini`` and ``queue_dir`` are set, however they were given."""
+    arguments = parser.parse_intermixed_args(argv)
+    places = [place for place in (arguments.config, arguments.ini, arguments.queue) if place]
+    places = places or [str(path) for path in map(Path.expanduser, _CONFIGURATIONS) if path.exists()][:1]
+    if not places:
+        parser.error('the following arguments are required: INI')
+    others = [place for place in (*places[1:], arguments.queue_dir) if place]
+    if len(others) > 1:
+        parser.error(f'name one queue directory, not several: {", ".join(others)}')
+    arguments.ini = places[0]
+    arguments.queue_dir = next(iter(others), None)
+    return arguments
 
 
 def duration(text: str) -> float:
@@ -76,20 +115,39 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def read_settings(ini: str, name: str | None, queue_dir: str | None, overrides: Mapping[str, str]) -> Settings:
+def read_settings(
+    ini: str, name: str | None, queue_dir: str | None, overrides: Mapping[str, str], *, needs_queue: bool = True
+) -> Settings:
     """
-    Return the settings of the app; if there is a [mqrunner] section and we know the queue directory, those of that.
+    Return the settings of the app, or those of the [mqrunner] section.
+
+    The latter if there is one, and we know its queue directory or the file has no app.
 
     :param name: the name of the app that was given on the command line, if it was
     :param queue_dir: the queue directory, likewise; it goes before the one in the ini file
+    :param needs_queue: whether a [mqrunner] section without a queue directory is of no use
     :raises ConfigurationError: something in it cannot be used
     """
     given = {'queue_dir': Path(queue_dir).absolute()} if queue_dir else {}
     section = read_mqrunner_section(ini, overrides) if name is None else None
-    if section is not None and (given or section.get('queue_dir')):
-        return Settings.from_mqrunner_section({**section, **given})
+    if section is not None:
+        has_queue = given or section.get('queue_dir') or section.get('queue', 'maildir') != 'maildir'
+        if has_queue or not has_app(ini, overrides):
+            if needs_queue and not has_queue:
+                raise ConfigurationError(
+                    '[mqrunner] queue_dir is missing. Set it there, or name the queue directory with --queue-dir.'
+                )
+            return Settings.from_mqrunner_section({**section, **given})
     of_app = read_app_settings(ini, name, overrides)
     return Settings.from_mapping({**of_app, **{f'mailqueue.{key}': value for key, value in given.items()}})
+
+
+def require_queue(settings: Settings) -> None:
+    """Raise ConfigurationError if there is no queue: before a log file is made, for which its directory would be."""
+    if settings.queue == 'maildir' and settings.queue_dir is not None:
+        from pyramid_mailqueue.wiring import build_maildir_queue
+
+        build_maildir_queue(settings, 'look')
 
 
 def refuse_root(queue_dir: Path | None, command: str) -> None:
@@ -101,10 +159,7 @@ def refuse_root(queue_dir: Path | None, command: str) -> None:
     owner = next(path for path in places if path.exists()).stat().st_uid
     if owner == 0:
         return
-    try:
-        user = pwd.getpwuid(owner).pw_name
-    except KeyError:
-        user = f'#{owner}'
+    user = user_name(owner)
     raise ConfigurationError(
         f'mailqueue.queue_dir = {queue_dir} belongs to the user {user}, and this is root: the application could not '
         f'open the files that root leaves there. Run {command} as {user}, for instance with: '
@@ -122,7 +177,8 @@ def blaming(ini: str) -> Iterator[None]:
         yield
     except ConfigurationError as error:
         name = Path(ini.partition('#')[0]).name
-        lines = (line if name in line else f'{ini}: {line}' for line in str(error).splitlines())
+        # What is to be done about it may name one, too, as "mq-queue app.ini init" does.
+        lines = (line if name in line.partition(':')[0] else f'{ini}: {line}' for line in str(error).splitlines())
         raise ConfigurationError('\n'.join(lines)) from error
 
 

@@ -19,10 +19,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, described
 from pyramid_mailqueue.settings import Settings, known_keys
 
-__all__ = ['parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
+__all__ = ['has_app', 'parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
 
 #: What a command also prints; it is logged for those whose logs go elsewhere.
 run_log = logging.getLogger('mailqueue.run')
@@ -69,6 +69,12 @@ def read_app_settings(uri: str, name: str | None, overrides: Mapping[str, str]) 
     if settings.get('mailqueue.queue', 'maildir') == 'maildir' and not settings.get(_QUEUE_DIR):
         _look_for_queue_dir_in_defaults(file)
     return settings
+
+
+def has_app(uri: str, overrides: Mapping[str, str]) -> bool:
+    """Whether *uri* describes an app at all, under whatever name.  Raises :class:`~.exceptions.ConfigurationError`."""
+    source = _locate(uri, overrides)
+    return source.loader is not None or bool(_IniFile(source.path, source.variables).app_sections())
 
 
 def read_mqrunner_section(uri: str, overrides: Mapping[str, str]) -> dict[str, str] | None:
@@ -157,7 +163,7 @@ def _blame(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        raise ConfigurationError(f'{source} cannot be used ({type(exc).__name__}: {exc}).') from exc
+        raise ConfigurationError(f'{source} cannot be used ({described(exc)}).') from exc
 
 
 # --- one ini file -----------------------------------------------------------

@@ -24,6 +24,7 @@ from pyramid_mailqueue.cli.common import (
     exit_status_of,
     read_settings,
     refuse_root,
+    require_queue,
 )
 from pyramid_mailqueue.cli.config import parse_override, setup_logging
 from pyramid_mailqueue.cli.monitor import UNKNOWN
@@ -67,7 +68,7 @@ exit status ("check" has its own):
   70   a defect of pyramid_mailqueue
   74   the output cannot be written
   75   the queue cannot be read or written now
-  78   the configuration cannot be used
+  78   the configuration cannot be used, or there is no queue where it says
 
 Run it as the user that the application runs as: both must be able to read and write the queue.
 """
@@ -109,14 +110,15 @@ def _with_settings(work: Callable[[Settings, argparse.Namespace], T], arguments:
         refuse_root(settings.queue_dir, NAME)
         if arguments.changes:
             # Who only looks need not be able to write the logs.
+            require_queue(settings)
             setup_logging(arguments.ini, overrides, settings)
         return work(settings, arguments)
 
 
-def _open_queue(settings: Settings, _arguments: argparse.Namespace) -> IMailQueue:
+def _open_queue(settings: Settings, arguments: argparse.Namespace) -> IMailQueue:
     from pyramid_mailqueue.wiring import build_queue
 
-    queue = build_queue(settings)
+    queue = build_queue(settings, access='use' if arguments.changes else 'look')
     if getattr(queue, 'admin', None) is None:
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
     return queue
@@ -133,11 +135,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_ini_arguments(parser)
-    parser.add_argument(
-        '--queue-dir',
-        metavar='DIRECTORY',
-        help='the queue directory, before the one in the ini file (needed for [mqrunner])',
-    )
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
     _add_looking(partial(_add, commands.add_parser))
     _add_doing(partial(_add, commands.add_parser))
@@ -281,8 +278,9 @@ def _add_setting_up(add: Add) -> None:
     parser = add(
         'init',
         queue_init.init,
-        'create the tables of a queue in a database (mailqueue.queue = sql)',
-        'What is there already is left as it is.  With another queue it creates the directory.',
+        'create the queue: its directory, or its tables in a database (mailqueue.queue = sql)',
+        'What is there already is left as it is.  The application creates the directory, too, when it starts.\n'
+        'Run this as the user that the application runs as.',
     )
     parser.add_argument('--sql', action='store_true', help='change nothing, and print the statements')
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 
-from pyramid_mailqueue.cli.common import EX_OK
+from pyramid_mailqueue.cli.common import EX_OK, complain
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_queue, build_sql_queue
@@ -19,9 +20,14 @@ def init(settings: Settings, arguments: argparse.Namespace) -> int:
         return EX_OK
     if arguments.sql:
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: --sql is for a queue in a database.')
-    queue = build_queue(settings)
+    queue = build_queue(settings, access='create')
     # One of somebody else's making is in no directory.
-    print(f'{getattr(queue, "path", queue)} is ready')
+    path = getattr(queue, 'path', None)
+    print(f'{path or queue} is ready')
+    if path is not None and os.geteuid() == 0:
+        complain(
+            arguments.prog, f'it belongs to root; for an application that runs as another user: chown -R USER: {path}'
+        )
     return EX_OK
 
 

@@ -25,13 +25,15 @@ from typing import Any, NoReturn
 from pyramid_mailqueue.cli.common import (
     EX_OK,
     EX_TEMPFAIL,
-    add_ini_arguments,
+    add_runner_arguments,
     blaming,
     complain,
     duration,
     exit_status_of,
+    parse_runner_arguments,
     read_settings,
     refuse_root,
+    require_queue,
     silence_stdout,
 )
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, run_log, setup_logging
@@ -56,7 +58,7 @@ exit status:
   0   the run is complete; messages that were deferred wait for a later one
   70  a defect of pyramid_mailqueue
   75  the mail server or the queue cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
-  78  the configuration cannot be used
+  78  the configuration cannot be used, or there is no queue where it says
   with --watch: 0 when told to stop; trouble is told of once, and tried again
 
 from cron, every minute:
@@ -69,7 +71,7 @@ Run it as the user that the application runs as: both must be able to read and w
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
     parser = _parser()
-    arguments = parser.parse_args(_with_interval(sys.argv[1:] if argv is None else argv))
+    arguments = parse_runner_arguments(parser, _with_interval(sys.argv[1:] if argv is None else argv))
     if arguments.app and arguments.queue_dir:
         parser.error('with --app the queue is that of the application: leave out the queue directory')
     sys.exit(exit_status_of('mq-run', lambda: _run(arguments)))
@@ -82,10 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_ini_arguments(parser)
-    parser.add_argument(
-        'queue_dir', nargs='?', help='the queue directory, before the one in the ini file (needed for [mqrunner])'
-    )
+    add_runner_arguments(parser)
     parser.add_argument(
         '--app',
         action='store_true',
@@ -272,6 +271,7 @@ def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
 
     settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
     refuse_root(settings.queue_dir, 'mq-run')
+    require_queue(settings)
     setup_logging(arguments.ini, overrides, settings)
     return build_runner(settings, lookup=_look_up)
 

@@ -12,7 +12,6 @@ import getpass
 import io
 import math
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -27,12 +26,15 @@ from pyramid_mailqueue.cli.common import (
     EX_OK,
     EX_TEMPFAIL,
     EX_UNAVAILABLE,
-    add_ini_arguments,
+    add_runner_arguments,
     blaming,
     complain,
     exit_status_of,
+    parse_runner_arguments,
     read_settings,
     refuse_root,
+    require_queue,
+    silence_stdout,
 )
 from pyramid_mailqueue.cli.config import parse_override, setup_logging
 from pyramid_mailqueue.cli.dialog import Dialog, advice, is_final, say, shown_dialog
@@ -40,6 +42,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError
+from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
 from pyramid_mailqueue.settings import Settings, default_tls
 
@@ -66,7 +69,7 @@ exit status:
   69  it was refused, or cannot be sent in this way at all
   70  a defect of pyramid_mailqueue
   75  it was not sent, and may be later: no connection, a temporary refusal, a rate limit
-  78  the configuration cannot be used
+  78  the configuration cannot be used, or there is no queue where it says
 
 "Taken" is not "arrived": look into the mailbox, into the folder for spam too, and then into the log of the server.
 
@@ -76,7 +79,9 @@ Run it as the user that the application runs as: both must be able to read and w
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse_runner_arguments(_parser(), argv)
+    if arguments.quiet:
+        silence_stdout()
     # Whatever a server says, and whatever the terminal can show: it can be printed.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -91,13 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_ini_arguments(parser)
-    parser.add_argument(
-        'queue_dir',
-        nargs='?',
-        metavar='QUEUE',
-        help='the queue directory, before the one in the ini file (needed for [mqrunner])',
-    )
+    add_runner_arguments(parser)
     parser.add_argument('--to', required=True, type=_address, metavar='ADDRESS', help='who is to get the message')
     parser.add_argument(
         '--from',
@@ -106,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar='ADDRESS',
         help='who sends it (default: mailqueue.default_sender, else this user at this host)',
     )
+    parser.add_argument('--quiet', action='store_true', help='print only what is wrong')
+    parser.add_argument('-v', '--verbose', action='store_true', help='show the dialog, as is done without it')
     return parser
 
 
@@ -122,8 +123,9 @@ def _address(text: str) -> str:
 def _send(arguments: argparse.Namespace) -> int:
     overrides = dict(map(parse_override, arguments.overrides))
     with blaming(arguments.ini):
-        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
+        settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides, needs_queue=False)
         refuse_root(settings.queue_dir, NAME)
+        require_queue(settings)
         setup_logging(arguments.ini, overrides, settings)
         queue, handler = _build(settings)
         envelope = _compose(settings, arguments.sender, arguments.to)
@@ -142,6 +144,11 @@ def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
     # Plugins may write down what real mail has become of.
     handler = build_handler(replace(settings, plugins=()), _look_up)
     handler.retry_policy = OneAttempt()
+    if settings.queue == 'maildir' and settings.queue_dir is None:
+        # A [mqrunner] section needs none for this.
+        from pyramid_mailqueue.queues.memory import MemoryQueue
+
+        return MemoryQueue(), handler
     return build_queue(settings), handler
 
 
@@ -157,7 +164,7 @@ def _look_up(name: str) -> None:
 def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope:
     from pyramid_mailqueue.wiring import build_compose
 
-    host = settings.smtp_local_hostname or socket.getfqdn()
+    host = settings.smtp_local_hostname or domain_of_this_host() or 'localhost'
     message = EmailMessage()
     message['Subject'] = f'Test from {host}'
     message['To'] = recipient

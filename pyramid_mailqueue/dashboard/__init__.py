@@ -19,6 +19,7 @@ from pyramid.interfaces import ICSRFStoragePolicy, IDefaultCSRFOptions, ISecurit
 
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
 from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
 
 if TYPE_CHECKING:
@@ -95,4 +96,5 @@ def includeme(config: Any) -> None:
         config.add_static_view('static', 'pyramid_mailqueue.dashboard:static')
         look.add_views(config)
         change.add_views(config)
+    name_place(config)
     config.action('pyramid_mailqueue.dashboard', lambda: _check(config.registry), order=_AFTER_THE_LAST)

@@ -10,11 +10,11 @@ from typing import Any
 
 from pyramid.response import Response
 
-from pyramid_mailqueue.dashboard.contents import read_contents
 from pyramid_mailqueue.dashboard.names import find, id_of
 from pyramid_mailqueue.dashboard.pages import Page, admin_of, answering
 from pyramid_mailqueue.dashboard.permissions import CONTENT, VIEW
 from pyramid_mailqueue.interfaces import IMailer
+from pyramid_mailqueue.queues.contents import read_contents
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, UNDELIVERED, Choice, ExactId, QueueEntry
 from pyramid_mailqueue.settings import parse_duration
 

@@ -12,6 +12,8 @@ Who tries the mail of a transaction that has just committed.
 ``queue``
     Nobody; there is no dispatcher for it.
 
+When the process ends, a line of the log says how many messages its thread leaves to mq-run.
+
 While the server is in trouble, or ``mailqueue.rate_limit`` allows no more, a message is released at once: it waits, as
 it was, where mq-run finds it.  The delivery thread comes back to it after that, if nobody else has taken it by then.
 """
@@ -105,6 +107,7 @@ class _Delivery:
         self._at_rest = at_rest
         self._is_over = is_over
         self._in_hand: dict[str, IClaim] = {}
+        self._left = 0
 
     def work(self) -> None:
         """Deliver until there is nothing more to do.  A defect ends no more than the attempts at what is in hand."""
@@ -131,13 +134,21 @@ class _Delivery:
                     log.warning('%s Mail waits in the queue.', result.trouble)
                 told = result.trouble
                 self._postpone(claim)
+            elif self.is_over and result.deferred:
+                self._left += 1
             if not self._in_hand:
                 self._at_rest()
 
     def _release(self) -> None:
         for claim in self._in_hand.values():
             claim.release()
+        self._left += len(self._in_hand)
         self._in_hand.clear()
+
+    @property
+    def left(self) -> int:
+        """How many messages were given back undelivered, or are in hand."""
+        return self._left + len(self._in_hand)
 
     # --- see `Claims` ---
 
@@ -209,6 +220,9 @@ class BackgroundDispatcher:
         self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
         self._postponed: deque[str] = deque()
         self._thread: threading.Thread | None = None
+        self._delivery: _Delivery | None = None
+        # How many messages are left to mq-run, besides those that are remembered; since the thread was idle.
+        self._left = 0
 
     def _forget_parent(self) -> None:
         """
@@ -239,16 +253,24 @@ class BackgroundDispatcher:
     def _postpone(self, claim: IClaim) -> None:
         """Have the thread come back to a released claim after the pause, if it is a pause that made it wait."""
         with self._lock:
-            if not self._closing and self._handler.rests_for and self._has_thread():
-                self._remember(claim)
-                # The thread may be waiting for something new, and for longer than the pause.
-                if self._claims.empty():
-                    self._claims.put(None)
+            if self._closing or not self._handler.rests_for or not self._has_thread():
+                self._left += 1
+                return
+            self._remember(claim)
+            # The thread may be waiting for something new, and for longer than the pause.
+            if self._claims.empty():
+                self._claims.put(None)
+
+    def _put_off(self, claim: IClaim) -> None:
+        with self._lock:
+            self._remember(claim)
 
     def _remember(self, claim: IClaim) -> None:
         # Beyond that the first ones are kept: they have waited longest.
         if len(self._postponed) < self._max_claims:
             self._postponed.append(claim.id)
+        else:
+            self._left += 1
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none; False if that cannot be."""
@@ -267,10 +289,10 @@ class BackgroundDispatcher:
         return True
 
     def _run(self) -> None:
-        delivery = _Delivery(
+        self._delivery = delivery = _Delivery(
             self._handler,
             self._next_claim,
-            postpone=self._remember,
+            postpone=self._put_off,
             at_rest=self._flush_if_idle,
             is_over=lambda: self._closing,
         )
@@ -304,7 +326,8 @@ class BackgroundDispatcher:
         with self._lock:
             if not self._claims.empty() or self._postponed:
                 return False
-            self._thread = None
+            self._thread = self._delivery = None
+            self._left = 0
             return True
 
     def _resumed_claim(self) -> IClaim | None:
@@ -338,15 +361,31 @@ class BackgroundDispatcher:
         self._mail_queue.flush()
         if thread is None or not thread.is_alive():
             self._handler.close()
+        self._tell_left()
+
+    def _tell_left(self) -> None:
+        left = self._left + len(self._postponed)
+        if self._delivery is not None:
+            left += self._delivery.left
+        if left:
+            log.warning(
+                'Messages left in the queue for mq-run, because this process stops to deliver: %d. In a script set '
+                'mailqueue.delivery = inline, which delivers them before the commit returns.',
+                left,
+            )
 
     def _release_waiting(self) -> None:
+        released = 0
         while True:
             try:
                 claim = self._claims.get_nowait()
             except queue.Empty:
-                return
+                break
             if claim is not None:
                 claim.release()
+                released += 1
+        with self._lock:
+            self._left += released
 
 
 def _close(reference: weakref.ref[BackgroundDispatcher]) -> None:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
-from pyramid_mailqueue.delivery.results import Burial, Offer, SendResult, Settlement
+from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
 from pyramid_mailqueue.delivery.route import Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
@@ -188,10 +188,11 @@ class MessageHandler:
         recipients: Iterable[str] | str | None = None,
     ) -> SendResult:
         """
-        Send a message now; return a result that is true if it was sent, or waits in a queue.
+        Send a message now; return a result that is true if every recipient was sent to, or is in a queue.
 
         A message that waits in no queue is offered to the transports in their order, and nothing is kept of what none
-        of them has taken.  A queued message is settled as any other.
+        of them has taken; ``result.failed`` has whom that concerns.  A queued message is settled as any other: where it
+        was deferred it waits in its queue, and the result is true and ``queued``.
 
         :param msg: bytes, an :class:`email.message.Message` or whatever else
             :meth:`~.envelope.Envelope.from_message` takes, or a queued message: a claim
@@ -244,11 +245,10 @@ class MessageHandler:
                 elif not route.forgives(result.trouble, self._own.stumbles):
                     self.rest(route, result.trouble)
                 attempt.note(result)
-        result, now = attempt.result, self.clock()
+        result, now = _completed(attempt.result, envelope.recipients), self.clock()
         account = Account('', envelope, attempt.answers, attempts=0, queued_at=now, now=now)
         if len(result.accepted) < len(envelope.recipients):
-            # Nobody waits, so there is nothing that they could discard.
-            heed_plugins(account, result, before=_do_nothing)
+            result = heed_plugins(account, result, before=_do_nothing)
         tell(account, result, Settlement(burials=self._bury(envelope, result)), self.notify)
         return result
 
@@ -622,6 +622,12 @@ def _is_for_others(own: Envelope, sender: str | None, recipients: Iterable[str] 
         b'', own.sender if sender is None else sender, own.recipients if recipients is None else recipients
     )
     return asked.sender != own.sender or {*asked.recipients} != {*own.recipients}
+
+
+def _completed(result: SendResult, recipients: Sequence[str]) -> SendResult:
+    """Return *result* with a reply for each of *recipients*: one that was not tried is deferred, with the reason."""
+    untried = Reply(451, str(result.trouble or 'no transport has tried this recipient'), '4.3.0', from_server=False)
+    return replace(result, replies={recipient: result.replies.get(recipient, untried) for recipient in recipients})
 
 
 def _may_have_it(recipient: str, result: SendResult) -> bool:

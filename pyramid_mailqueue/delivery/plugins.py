@@ -51,7 +51,9 @@ class MQSignal:
     """
     The names of the signals; each is sent with ``msg`` (a :class:`Message`) and ``send_result``.
 
-    ``send_result.settlement`` tells whether a failed message waits for another attempt or is given up.
+    Of ``delivery_failed`` the result is false; ``send_result.settlement`` tells whether the message waits for another
+    attempt or is given up.  Of ``delivery_successful`` it is true; ``send_result.queued`` tells whether a queue has
+    taken the message, and no server yet.
     """
 
     delivery_successful = 'mq:delivery_successful'
@@ -75,7 +77,7 @@ class Message:
     A message, as receivers are told of it.
 
     :param id: its name in the queue; ``''`` if it is in none
-    :param envelope: whom it was for in this attempt, and its content
+    :param envelope: the recipients that the signal is about, and the content
     :param retries: how many attempts have failed, with this one
     :param queued_at: when it came into the queue, in seconds since the epoch
     """
@@ -92,7 +94,7 @@ class Message:
 
     @property
     def to_addrs(self) -> tuple[str, ...]:
-        """Whom it was for in this attempt."""
+        """The recipients that the signal is about."""
         return self.envelope.recipients
 
     @property

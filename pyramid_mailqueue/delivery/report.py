@@ -53,6 +53,11 @@ class Account(NamedTuple):
         """How long the message has been in the queue, in seconds."""
         return max(self.now - self.queued_at, 0.0)
 
+    @property
+    def is_queued_elsewhere(self) -> bool:
+        """Whether a transport has put it into another queue."""
+        return any(answer.queued for answer in self.answers)
+
 
 @cache
 def plugins() -> ModuleType:
@@ -71,6 +76,8 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
     """
     Tell the receivers of ``delivery_failed``, and return *result* with what follows from their answers.
 
+    They are told what this attempt has done, so their result is false, and not queued, also if the message waits.
+
     :param result: the outcome, with the settlement that is going to be
     :param before: called before the first of them, if there is any
     """
@@ -78,7 +85,10 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
     if not room.registry.has_receivers(room.MQSignal.delivery_failed):
         return result
     before()
-    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, _message(account, failed=True), result)
+    told = replace(result, queued=False)
+    message = _message(account, told.failed, account.attempts + 1)
+    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, message, told)
+    result = replace(result, discarded=is_unwanted)
     settlement = result.settlement
     if not is_unwanted or settlement is None or not settlement.waiting:
         return result
@@ -86,12 +96,15 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
     return replace(
         result,
         settlement=Settlement(counted=settlement.counted, burials=burials),
-        queued=any(answer.queued for answer in account.answers),
+        queued=account.is_queued_elsewhere,
     )
 
 
-def _message(account: Account, *, failed: bool) -> object:
-    return plugins().Message(account.id, account.envelope, account.attempts + failed, account.queued_at)
+def _message(account: Account, recipients: tuple[str, ...], retries: int) -> object:
+    envelope = account.envelope
+    if recipients != envelope.recipients:
+        envelope = replace(envelope, recipients=recipients)
+    return plugins().Message(account.id, envelope, retries, account.queued_at)
 
 
 def tell(
@@ -111,7 +124,18 @@ def tell(
                 notify(event)
     room = plugins()
     if result.accepted and room.registry.has_receivers(room.MQSignal.delivery_successful):
-        room.call_receivers(room.MQSignal.delivery_successful, _message(account, failed=False), result)
+        message = _message(account, result.accepted, account.attempts)
+        room.call_receivers(room.MQSignal.delivery_successful, message, _success(account, result))
+
+
+def _success(account: Account, result: SendResult) -> SendResult:
+    """Return the part of *result* that is true."""
+    return replace(
+        result,
+        replies={recipient: result.replies[recipient] for recipient in result.accepted},
+        queued=account.is_queued_elsewhere,
+        settlement=result.settlement and Settlement(),
+    )
 
 
 # --- what became of each recipient ------------------------------------------

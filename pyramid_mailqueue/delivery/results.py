@@ -95,13 +95,14 @@ class Reply:
 @dataclass(frozen=True)
 class SendResult:
     """
-    The outcome of one attempt.  True if the message was sent or queued for at least one recipient.
+    The outcome of one attempt.  True if every recipient was sent to, or is in a queue; see :attr:`failed`.
 
     :param replies: recipient to reply; who is missing here was not tried
     :param transport: the name of the transport that answered
     :param queued: the message waits in a queue, at least for some recipients
     :param trouble: why the attempt broke off, if the server's trouble ended it
     :param settlement: how the claim was settled because of it; None where there was no claim
+    :param discarded: whether a receiver of ``delivery_failed`` has given up the message; None if none was asked
     """
 
     replies: Mapping[str, Reply] = field(default_factory=dict)
@@ -109,9 +110,20 @@ class SendResult:
     queued: bool = False
     trouble: ServerTrouble | None = None
     settlement: Settlement | None = None
+    discarded: bool | None = None
 
     def __bool__(self) -> bool:
-        return self.queued or bool(self.accepted)
+        return (self.queued or bool(self.replies)) and not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The recipients that were neither sent to nor are in a queue: refused, given up, or taken by no transport."""
+        settlement = self.settlement or Settlement()
+        open_or_refused = (recipient for recipient, reply in self.replies.items() if not reply.accepted)
+        given_up = (recipient for burial in settlement.burials for recipient in burial.recipients)
+        failed = dict.fromkeys((*open_or_refused, *settlement.waiting, *given_up))
+        kept = frozenset(settlement.waiting if self.queued else ())
+        return tuple(recipient for recipient in failed if recipient not in kept)
 
     @property
     def accepted(self) -> tuple[str, ...]:

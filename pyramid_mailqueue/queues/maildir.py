@@ -74,12 +74,13 @@ class MaildirQueue(MaildirFolders):
     """
     See `IMailQueue`.
 
-    :param path: the queue directory; it is created if it is missing
+    :param path: the queue directory
     :param in_doubt: what :meth:`recover` does with messages in doubt: ``'hold'``, ``'send'`` or ``'discard'``
     :param horizon: no due time can be further away than this many seconds; one that is comes from a clock that jumped,
         and is taken for due
     :param clock: seconds since the epoch
-    :raises QueueError: the directory cannot be created or used
+    :param access: ``'create'``, ``'use'`` or ``'look'`` (see `.MaildirFolders`)
+    :raises QueueError: the directory cannot be created or used, is no queue, or is somebody else's
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class MaildirQueue(MaildirFolders):
         in_doubt: str = 'hold',
         horizon: float = 4000 + 86400,
         clock: Callable[[], float] = time.time,
+        access: str = 'create',
     ) -> None:
-        super().__init__(path, clock)
+        super().__init__(path, clock, access=access)
         self.in_doubt = in_doubt
         self.horizon = horizon
 

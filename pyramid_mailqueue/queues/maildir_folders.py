@@ -7,7 +7,6 @@ What the folders mean, and when a file goes from one to another, is told in :mod
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -23,15 +22,11 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, abandon_all, sync_folder
+from pyramid_mailqueue.queues.maildir_inspection import FOLDERS, MOVING, NoQueue, check_access, lack_of_queue
 from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, standstill
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
-
-FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
-
-#: What is half-way to or from another queue (see :mod:`~.moving`); there is no such folder before the first move.
-MOVING = 'moving'
 
 #: Settled claims are made durable together: with this many changes, or with the first one that comes this many seconds
 #: after the others began.
@@ -44,32 +39,52 @@ LARGE = 64 * 1024
 
 class MaildirFolders:
     """
-    The folders at *path*; they are created if they are missing.
+    The folders at *path*.
 
     :param path: the queue directory
     :param clock: seconds since the epoch
-    :raises QueueError: the directory cannot be created or used
+    :param access: ``'create'`` creates what is missing; ``'use'`` needs a queue, and creates the folders that one of
+        mailqueue-runner has not; ``'look'`` needs a queue, and no right to write
+    :raises QueueError: the directory cannot be created or used, is no queue, or is somebody else's
     """
 
-    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time, *, access: str = 'create'
+    ) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self.clock = clock
         self._host = _in_file_name(socket.gethostname())
         self._numbers = itertools.count(1)
         self._holder = Holder()
-        self._create_folders()
+        self._absent = {MOVING}
+        self._open_folders(access)
         self._forget_changes()
         call_in_children(self._forget_changes)
 
-    def _create_folders(self) -> None:
+    def _open_folders(self, access: str) -> None:
+        lack = lack_of_queue(self.path)
+        if lack and access != 'create':
+            raise NoQueue(self.path, lack)
         try:
-            if _create_folder(self.path):
-                sync_folder(os.path.dirname(self.path))
-            created = [folder for folder in map(self.place, FOLDERS) if _create_folder(folder)]
-            if created:
-                sync_folder(self.path)
+            if access == 'look':
+                self._look_at_folders()
+            else:
+                self._create_folders()
         except OSError as error:
             raise QueueError(f'The queue directory {self.path} cannot be created or used: {why(error)}') from error
+
+    def _look_at_folders(self) -> None:
+        self._absent.update(folder for folder in FOLDERS if not os.path.isdir(self.place(folder)))
+        for folder in FOLDERS:
+            if folder not in self._absent:
+                check_access(self.place(folder), os.R_OK | os.X_OK)
+
+    def _create_folders(self) -> None:
+        if _create_folder(self.path):
+            sync_folder(os.path.dirname(self.path))
+        created = [folder for folder in map(self.place, FOLDERS) if _create_folder(folder)]
+        if created:
+            sync_folder(self.path)
 
     def place(self, folder: str, name: str = '') -> str:
         """Return the path of a folder of this queue, or of a file in it."""
@@ -83,7 +98,7 @@ class MaildirFolders:
                     if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False):
                         yield entry
         except OSError as error:
-            if folder == MOVING and isinstance(error, FileNotFoundError):
+            if folder in self._absent and isinstance(error, FileNotFoundError):
                 return
             raise QueueError(f'The folder {self.place(folder)} cannot be read: {why(error)}{cure_of(error)}') from error
 
@@ -257,8 +272,7 @@ def _create_folder(path: str) -> bool:
         os.makedirs(path, 0o700, exist_ok=True)
         os.chmod(path, 0o700)
         return True
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f'user {os.geteuid()} may not read and write {path}')
+    check_access(path, os.R_OK | os.W_OK | os.X_OK)
     return False
 
 

@@ -10,8 +10,10 @@ The queue file: six header lines for the queue, then the message, byte for byte 
     X-Retries: 1
     X-Queue-Meta-End: end
 
-Each line ends in CRLF and none is folded; mailqueue-runner reads and writes the same lines.  This module knows the
-format only: where files are, who may open them and when they reach the disk is the business of the queue.
+Each line ends in CRLF and none is folded; mailqueue-runner reads and writes the same lines.  It also reads addresses
+that are written as RFC 2047 words, so those are read, and never written.  This module knows the format only, and how to
+tell it from that of other queues: where files are, who may open them and when they reach the disk is the business of
+the queue.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from typing import BinaryIO, NamedTuple
 from pyramid_mailqueue.addresses import check_address, split_addresses
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, QueueError, QueueFileError
+from pyramid_mailqueue.queues.words import EARLIEST, LATEST
 
-__all__ = ['QueueHeader', 'read_envelope', 'read_header', 'serialize_header']
+__all__ = ['QueueHeader', 'is_queue_file', 'read_envelope', 'read_header', 'serialize_header', 'writer_of']
 
 MAX_HEADER_OCTETS = 1024 * 1024
 # What the other lines of a header can need, now or after later attempts.
@@ -33,6 +36,9 @@ ROOM_FOR_OTHER_LINES = 1024
 MAX_REPLY_CHARACTERS = 300
 # How much is read at first by who wants nothing but the header.
 READ_AHEAD = 4096
+
+# A larger number of attempts is taken for this one, which fits into every column of a database.
+MAX_RETRIES = 2_000_000_000
 
 _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
 _END = b'X-Queue-Meta-End: end'
@@ -105,6 +111,39 @@ def _clean_comment(text: str) -> str:
     return _NOT_PRINTABLE_ASCII.sub('?', text)[:MAX_REPLY_CHARACTERS].rstrip()
 
 
+# --- whose file it is -------------------------------------------------------
+
+# zope.sendmail writes it first; repoze.sendmail, which pyramid_mailer queues with, behind the fields of the message.
+_OF_ZOPE = re.compile(rb'X-Zope-(?:From|To):', re.IGNORECASE)
+_OF_REPOZE = re.compile(rb'^X-Actually-(?:From|To):', re.IGNORECASE | re.MULTILINE)
+_BLANK_LINE = re.compile(rb'^\r?\n', re.MULTILINE)
+
+
+def is_queue_file(head: bytes) -> bool | None:
+    """Tell of the beginning of a file whether it is a queue file; None if it is cut off before that shows."""
+    try:
+        _read_fields(head)
+    except _CutOffError:
+        return None
+    except QueueFileError:
+        return False
+    return True
+
+
+def writer_of(head: bytes) -> str | None:
+    """Return which other program has queued the message in a file with this beginning; None if no known one."""
+    if _OF_ZOPE.match(head):
+        return 'zope.sendmail'
+    blank = _BLANK_LINE.search(head)
+    if _OF_REPOZE.search(head, 0, blank.start() if blank else len(head)):
+        return 'repoze.sendmail (pyramid_mailer)'
+    return None
+
+
+class _CutOffError(QueueFileError):
+    """The end of the header is missing, and what there is of it is as it should be."""
+
+
 # --- reading ----------------------------------------------------------------
 
 
@@ -132,7 +171,15 @@ def read_header(fp: BinaryIO) -> QueueHeader:
 
 def _parse_header(data: bytes) -> tuple[QueueHeader, int]:
     """Return the header, and where the message begins."""
-    fields, end = _read_fields(data)
+    try:
+        fields, end = _read_fields(data)
+    except QueueFileError as exc:
+        if (writer := writer_of(data[:MAX_HEADER_OCTETS])) is None:
+            raise
+        raise QueueFileError(
+            f'This is no queue file, but a message that {writer} has queued. Move it into a directory of that program, '
+            'which has to deliver it, and let each of the two have a directory of its own.'
+        ) from exc
     last_attempt, last_reply = _parse_attempt(fields.get('X-Last-Attempt'))
     header = QueueHeader(
         sender=_parse_sender(_required(fields, 'Return-path')),
@@ -159,7 +206,7 @@ def _read_fields(data: bytes) -> tuple[dict[str, str], int]:
         if name in fields:
             raise QueueFileError(f'The line {name} is there twice.')
         fields[name] = value
-    raise QueueFileError(
+    raise _CutOffError(
         f'The line "{_END.decode()}" is missing'
         + (f' in the first {MAX_HEADER_OCTETS} octets' if len(data) >= MAX_HEADER_OCTETS else ': the file is cut off')
         + '; this is not a queue file.'
@@ -189,14 +236,33 @@ def _required(fields: dict[str, str], name: str) -> str:
 def _parse_sender(value: str) -> str:
     if not (value.startswith('<') and value.endswith('>')):
         raise QueueFileError(f'Return-path must be an address in angle brackets, not {ascii(value[:100])}.')
-    return _checked('Return-path', value[1:-1]) if value != '<>' else ''
+    return _checked('Return-path', _decoded('Return-path', value[1:-1])) if value != '<>' else ''
 
 
 def _parse_recipients(value: str) -> tuple[str, ...]:
-    recipients = tuple(dict.fromkeys([_checked('Envelope-to', address) for address in split_addresses(value)]))
+    addresses = split_addresses(_decoded('Envelope-to', value))
+    recipients = tuple(dict.fromkeys([_checked('Envelope-to', address) for address in addresses]))
     if not recipients:
         raise QueueFileError('Envelope-to is empty: there is nobody to send to.')
     return recipients
+
+
+# Nothing but words: no address and no list of addresses looks so, because the last domain would end in "?=".
+_WORDS = re.compile(r'=\?[!->@-~]+\?[bq]\?[ ->@-~]*\?=(?:[ \t]*=\?[!->@-~]+\?[bq]\?[ ->@-~]*\?=)*', re.IGNORECASE)
+
+
+def _decoded(name: str, value: str) -> str:
+    """Decode RFC 2047 words.  Where anything else stands beside them they are a part of an address."""
+    if not _WORDS.fullmatch(value):
+        return value
+    # Seldom needed.
+    from email.errors import HeaderParseError
+    from email.header import decode_header
+
+    try:
+        return ''.join(word.decode(charset or 'ascii') for word, charset in decode_header(value))
+    except (HeaderParseError, LookupError, UnicodeError) as exc:
+        raise QueueFileError(f'{name} holds RFC 2047 words that cannot be decoded: {ascii(value[:100])}.') from exc
 
 
 def _checked(name: str, address: str) -> str:
@@ -212,7 +278,7 @@ _DATE = re.compile(
     r' ([0-9]{2}):([0-9]{2}):([0-9]{2}) ([+-])([0-9]{2})([0-9]{2})'
 )
 _ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
-_RETRIES = re.compile(r'[0-9]{1,9}')
+_RETRIES = re.compile(r'[0-9]+')
 
 
 # What was queued together has the same second.
@@ -229,7 +295,7 @@ def _parse_date(name: str, value: str) -> float:
     except ValueError as exc:
         raise _bad_date(name, value) from exc
     offset = 3600 * int(offset_hours) + 60 * int(offset_minutes)
-    return local.timestamp() + (offset if sign == '-' else -offset)
+    return min(max(local.timestamp() + (offset if sign == '-' else -offset), EARLIEST), LATEST)
 
 
 def _bad_date(name: str, value: str) -> QueueFileError:
@@ -250,4 +316,6 @@ def _parse_retries(value: str | None) -> int:
         return 0
     if not _RETRIES.fullmatch(value):
         raise QueueFileError(f'X-Retries must be a number, not {ascii(value[:100])}.')
-    return int(value)
+    # int() refuses thousands of digits.
+    digits = value.lstrip('0')
+    return min(int(digits or '0'), MAX_RETRIES) if len(digits) <= 10 else MAX_RETRIES

@@ -39,6 +39,7 @@ from pyramid_mailqueue.queues.sql_trouble import (
     is_strange_to_driver,
     said,
 )
+from pyramid_mailqueue.queues.words import user_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -252,7 +253,7 @@ class Database:
         if self._file is not None and _is_closed(self._file, error):
             return self._mistake(
                 f'cannot be used: {first_line(error)}. The file {self._file} and its directory have to be writable for '
-                f'the user that this runs as ({os.geteuid()}).'
+                f'the user that this runs as ({user_name(os.geteuid())}).'
             )
         if self._is_mistake(error):
             return self._lasting_mistake(first_line(error))

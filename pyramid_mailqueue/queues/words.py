@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-__all__ = ['few', 'numbered', 'printable', 'size_in_words', 'span_in_words', 'timestamp']
+__all__ = [
+    'EARLIEST',
+    'LATEST',
+    'few',
+    'numbered',
+    'printable',
+    'size_in_words',
+    'span_in_words',
+    'timestamp',
+    'user_name',
+]
+
+#: The years 1 to 9999, of which datetime can tell, in seconds since the epoch.
+EARLIEST, LATEST = -62_135_596_800.0, 253_402_300_799.0
 
 
 def printable(text: str) -> str:
@@ -51,4 +65,14 @@ def timestamp(seconds: float | None) -> str | None:
     """Return a time in seconds since the epoch as ISO 8601 in UTC, to the second."""
     if seconds is None:
         return None
+    # A file system may keep times that no calendar has.
+    seconds = min(max(seconds, EARLIEST), LATEST)
     return datetime.fromtimestamp(int(seconds), timezone.utc).isoformat().replace('+00:00', 'Z')
+
+
+def user_name(uid: int) -> str:
+    """Return the name of the user with this number; ``#1234`` if it has none, as in many containers."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f'#{uid}'

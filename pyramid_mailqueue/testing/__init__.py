@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from pyramid_mailqueue.events import notify
+from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.testing.outbox import (
     CapturedMail,
@@ -73,5 +74,6 @@ def includeme(config: Any) -> None:
         mailer = make_mailer(registry.settings, ThreadTransaction(), partial(notify, registry))
         registry.registerUtility(mailer, IMailer)
 
+    name_place(config)
     config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)
     config.include('pyramid_mailqueue')

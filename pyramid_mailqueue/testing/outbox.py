@@ -32,6 +32,8 @@ from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IClaim, IMailer, ITransport
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.queues.contents import body_of
+from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.memory import MemoryClaim, MemoryQueue, MemoryStaging
 from pyramid_mailqueue.queues.memory_messages import MemoryMessages
 from pyramid_mailqueue.settings import Settings
@@ -42,6 +44,17 @@ __all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_d
 
 # What is required in production, and of no use here.
 _NOT_NEEDED = {'mailqueue.queue_dir': '/nowhere', 'mailqueue.smtp_hostname': 'localhost'}
+
+
+def _field(name: str, value: str) -> Any:
+    """Return a field of a message as the library reads it; with an empty value if that raises an exception."""
+    try:
+        return default.header_factory(name, value)
+    except Exception:  # noqa: BLE001 - whatever an odd field makes the library raise, the others can be read
+        return default.header_factory(name, '')
+
+
+_TOLERANT = default.clone(header_factory=_field)
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,12 +88,12 @@ class CapturedMail:
     @cached_property
     def message(self) -> EmailMessage:
         """The content, parsed: its headers are decoded, and its line ends are those of Python."""
-        return message_from_bytes(self.envelope.content.replace(b'\r\n', b'\n'), policy=default)
+        return message_from_bytes(self._content, policy=_TOLERANT)
 
     @property
     def subject(self) -> str:
         """The subject, decoded; ``''`` if there is none."""
-        return str(self.message['Subject'] or '')
+        return subject_of(self.envelope.content)
 
     @property
     def text(self) -> str:
@@ -93,8 +106,12 @@ class CapturedMail:
         return self._body('html')
 
     def _body(self, kind: str) -> str:
-        part = self.message.get_body((kind,))
-        return '' if part is None else str(part.get_content())
+        # Those of a part in base64 are decoded only here.
+        return body_of(self._content, kind).replace('\r\n', '\n')
+
+    @property
+    def _content(self) -> bytes:
+        return self.envelope.content.replace(b'\r\n', b'\n')
 
 
 class Outbox(list[CapturedMail]):

@@ -80,11 +80,14 @@ def test_everybody_else_is_left_to_the_permissions(monkeypatch):
 
 def test_each_line_of_an_error_names_the_file_once():
     with pytest.raises(ConfigurationError) as raised, blaming('/srv/app.ini#shop'):
-        raise ConfigurationError('mailqueue.queue_dir is missing\n/srv/app.ini, line 3: no section')
+        raise ConfigurationError(
+            'mailqueue.queue_dir is missing\n/srv/app.ini, line 3: no section\nNo tables: mq-queue app.ini init'
+        )
 
     assert str(raised.value).splitlines() == [
         '/srv/app.ini#shop: mailqueue.queue_dir is missing',
         '/srv/app.ini, line 3: no section',
+        '/srv/app.ini#shop: No tables: mq-queue app.ini init',
     ]
 
 

@@ -94,10 +94,12 @@ def put(queue):
 
 
 @pytest.fixture
-def ini(tmp_path):
-    """Write an ini file, and return its path: ``ini(key=value)``."""
+def ini(tmp_path, queue_dir):
+    """Write an ini file of an app, which has created its queue, and return its path: ``ini(key=value)``."""
 
-    def ini(**own):
+    def ini(has_started=True, **own):
+        if has_started:
+            MaildirQueue(queue_dir)
         own = {'queue_dir': '%(here)s/queue', 'smtp_hostname': '127.0.0.1', **own}
         keys = '\n'.join(f'mailqueue.{key} = {value}' for key, value in own.items())
         path = tmp_path / 'app.ini'
@@ -955,7 +957,7 @@ def test_a_missing_ini_file_is_named(mq_queue, tmp_path):
 
 def test_a_queue_directory_that_cannot_be_used_is_named_with_its_key(mq_queue, ini, queue_dir):
     queue_dir.write_text('a file in its place')
-    path = ini()
+    path = ini(has_started=False)
 
     assert complaint_of(mq_queue('list', path=path)).startswith(
         f'mq-queue: {path}: mailqueue.queue_dir = {queue_dir}: '

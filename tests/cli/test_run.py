@@ -64,10 +64,12 @@ def ini(tmp_path):
 
 
 @pytest.fixture
-def app_ini(ini):
-    """An ini file of an app whose queue is ``queue_dir``: ``app_ini(server, key=value)``."""
+def app_ini(ini, queue_dir):
+    """An ini file of an app, which has created its queue ``queue_dir``: ``app_ini(server, key=value)``."""
 
-    def app_ini(server=None, more='', **own):
+    def app_ini(server=None, more='', has_started=True, **own):
+        if has_started:
+            MaildirQueue(queue_dir)
         own = {'queue_dir': '%(here)s/queue', 'smtp_hostname': '127.0.0.1', **own}
         if server is not None:
             own['smtp_port'] = server.port
@@ -151,11 +153,10 @@ QUIET = (0, '', '')
 # --- a run ------------------------------------------------------------------
 
 
-def test_nothing_is_printed_when_there_is_nothing_to_do(mq_run, app_ini, queue_dir):
+def test_nothing_is_printed_when_there_is_nothing_to_do(mq_run, app_ini):
     path = app_ini()
 
     assert [mq_run(path) for _ in range(2)] == [QUIET] * 2
-    assert (queue_dir / 'new').is_dir()
 
 
 def test_who_has_nothing_to_do_imports_little(app_ini):
@@ -339,7 +340,7 @@ def test_a_file_that_is_called_by_another_one_is_named_itself(mq_run, ini):
 
 def test_a_queue_directory_that_cannot_be_used_is_named_with_its_key(mq_run, app_ini, queue_dir):
     queue_dir.write_text('a file in its place')
-    path = app_ini()
+    path = app_ini(has_started=False)
 
     complaint = complaint_of(mq_run(path))
 
@@ -378,7 +379,7 @@ def as_root(monkeypatch):
 @pytest.mark.parametrize('made', ['nothing', 'queue', 'queue/new'])
 @pytest.mark.parametrize('option', [[], ['--app']])
 def test_root_does_not_work_in_the_queue_of_another_user(app_ini, queue_dir, as_root, capsys, made, option):
-    path = app_ini()
+    path = app_ini(has_started=False)
     innermost = queue_dir.parent if made == 'nothing' else queue_dir.parent / made
     innermost.mkdir(parents=True, exist_ok=True)
     owner = as_root(innermost)
@@ -397,7 +398,7 @@ def test_an_owner_without_a_name_is_told_by_number(app_ini, queue_dir, as_root, 
     def getpwuid(uid):
         raise KeyError(uid)
 
-    path = app_ini()
+    path = app_ini(has_started=False)
     queue_dir.mkdir()
     as_root(queue_dir)
     monkeypatch.setattr(pwd, 'getpwuid', getpwuid)
@@ -535,6 +536,59 @@ def test_a_file_of_mailqueue_runner_may_hold_the_queue_directory(mq_run, ini, pu
     path = ini(f'{MQRUNNER.format(port=server.port)}queue_dir = %(here)s/queue\n')
 
     assert mq_run(path) == (0, 'mq-run: 1 sent; 0 waiting\n', '')
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [['{ini}', '--queue-dir', '{queue}'], ['--queue-dir={queue}', '{ini}'], ['-C', '{ini}', '{queue}'],
+     ['--config={ini}', '-v', '--queue-dir={queue}'], ['{ini}', '-v', '{queue}']],
+    ids=str,
+)  # fmt: skip
+def test_the_queue_directory_has_one_name_for_all_commands_and_the_place_of_mailqueue_runner(
+    mq_run, ini, put, queue_dir, server, arguments
+):
+    put()
+    path = ini(MQRUNNER.format(port=server.port))
+
+    status, out, err = mq_run(*(word.format(ini=path, queue=queue_dir) for word in arguments))
+
+    assert (status, out, err) == (0, 'mq-run: 1 sent; 0 waiting\n', '')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'told'),
+    [
+        (['{ini}', 'one', '--queue-dir=two'], 'name one queue directory, not several: one, two'),
+        (['-C', '{ini}', 'one', 'two'], 'name one queue directory, not several: one, two'),
+        (['{ini}', 'one', 'two'], 'unrecognized arguments: two'),
+        (['{ini}', '--app', '--queue-dir=one'], 'with --app the queue is that of the application'),
+        ([], 'the following arguments are required: INI'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_a_mistake_on_the_command_line(mq_run, ini, tmp_path, arguments, told):
+    words = [word.format(ini=ini('')) for word in arguments]
+
+    status, out, err = mq_run(*words, environ={'HOME': str(tmp_path)})
+
+    assert (status, out) == (2, '')
+    assert told in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('more', ['', 'queue_dir =\n', 'queue = maildir\n'])
+def test_a_file_of_mailqueue_runner_without_a_queue_directory_is_told_where_to_name_it(mq_run, ini, more):
+    path = ini(MQRUNNER.format(port=25) + more)
+
+    assert complaint_of(mq_run(path)) == (
+        f'mq-run: {path}: [mqrunner] queue_dir is missing. Set it there, or name the queue directory with '
+        '--queue-dir.\n'
+    )
+
+
+def test_a_file_of_mailqueue_runner_beside_apps_of_other_names_is_told_of_those(mq_run, ini):
+    path = ini(MQRUNNER.format(port=25) + '\n[app:shop]\nuse = egg:not_installed\n')
+
+    assert 'there is no section [app:main]; there is [app:shop]' in complaint_of(mq_run(path))
 
 
 def test_next_to_an_app_the_section_of_mailqueue_runner_is_for_a_queue_of_its_own(mq_run, app_ini, put, server):

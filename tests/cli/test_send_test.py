@@ -31,10 +31,11 @@ def server():
 
 
 @pytest.fixture
-def app_ini(tmp_path):
-    """An ini file of an app: ``app_ini(server, key=value)``."""
+def app_ini(tmp_path, queue_dir):
+    """An ini file of an app, which has created its queue: ``app_ini(server, key=value)``."""
 
     def app_ini(server=None, more='', **own):
+        MaildirQueue(queue_dir)
         own = {'queue_dir': '%(here)s/queue', 'smtp_hostname': '127.0.0.1', **own}
         if server is not None:
             own['smtp_port'] = server.port
@@ -212,15 +213,108 @@ def test_a_sender_may_be_named_before_that_of_the_settings(mq_send_test, app_ini
     assert server.messages[0].sender == 'me@x.example'
 
 
-def test_a_mqrunner_section_and_a_queue_are_used(mq_send_test, tmp_path, server):
-    ini = tmp_path / 'config.ini'
-    ini.write_text(f'[mqrunner]\nsmtp_hostname = 127.0.0.1\nsmtp_port = {server.port}\nfrom = runner@site.example\n')
+# --- as mailqueue-runner takes it ---------------------------------------------
 
-    status, _, _ = mq_send_test(ini, tmp_path / 'other', '--to', 'ada@x.example')
+
+@pytest.fixture
+def runner_ini(tmp_path, server):
+    """The configuration of mailqueue-runner: ``runner_ini('key = value')``."""
+
+    def runner_ini(more=''):
+        ini = tmp_path / 'config.ini'
+        ini.write_text(
+            f'[mqrunner]\nsmtp_hostname = 127.0.0.1\nsmtp_port = {server.port}\nfrom = runner@site.example\n{more}\n'
+        )
+        return ini
+
+    return runner_ini
+
+
+@pytest.mark.parametrize(
+    'queue',
+    [['{queue}'], ['--queue-dir', '{queue}'], ['--queue-dir={queue}']],
+    ids=['behind the file', 'an option', 'an option with ='],
+)
+def test_a_mqrunner_section_and_a_queue_are_used(mq_send_test, runner_ini, queue_dir, server, queue):
+    MaildirQueue(queue_dir)
+
+    status, _, _ = mq_send_test(
+        runner_ini(), *(word.format(queue=queue_dir) for word in queue), '--to', 'ada@x.example'
+    )
 
     assert status == 0
     assert server.messages[0].sender == 'runner@site.example'
-    assert [path for path in (tmp_path / 'other').rglob('*') if path.is_file()] == []
+    assert [path for path in queue_dir.rglob('*') if path.is_file()] == []
+
+
+@pytest.mark.parametrize('has_queue', [False, True])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['{ini}', '--to=ada@x.example'],
+        ['--to=ada@x.example', '{ini}'],
+        ['--quiet', '{ini}', '-v', '--to', 'ada@x.example', '--from=me@site.example'],
+        ['-C', '{ini}', '--to=ada@x.example'],
+        ['--verbose', '--config={ini}', '--to=ada@x.example'],
+    ],
+    ids=str,
+)
+def test_every_release_of_mailqueue_runner_takes_it_so(
+    mq_send_test, runner_ini, tmp_path, queue_dir, server, arguments, has_queue
+):
+    """0.9 and 0.10 have the file in its place, later ones behind an option; none of them looks at the queue."""
+    ini = runner_ini('queue_dir = %(here)s/queue' if has_queue else '')
+    if has_queue:
+        MaildirQueue(queue_dir)
+    before = sorted(tmp_path.rglob('*'))
+
+    status, out, err = mq_send_test(*(word.format(ini=ini) for word in arguments))
+
+    assert (status, err) == (0, '')
+    assert (out == '') == ('--quiet' in arguments)
+    (message,) = server.messages
+    sender = 'me@site.example' if '--from=me@site.example' in arguments else 'runner@site.example'
+    assert (message.sender, message.recipients) == (sender, ('ada@x.example',))
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_the_file_in_the_home_is_used_if_none_is_named(mq_send_test, runner_ini, tmp_path, server):
+    runner_ini().rename(tmp_path / '.mailqueue-runner.conf')
+
+    assert mq_send_test(TO, env={**os.environ, 'HOME': str(tmp_path)})[0] == 0
+    assert len(server.messages) == 1
+
+
+def test_what_fails_is_told_if_quiet_too(mq_send_test, runner_ini, server):
+    server.script['RCPT'] = '550 no such user'
+
+    status, out, err = mq_send_test(runner_ini(), '--quiet', TO)
+
+    assert (status, out) == (69, '')
+    assert '550 no such user' in err
+
+
+def test_two_queue_directories_are_a_mistake_on_the_command_line(mq_send_test, runner_ini, queue_dir):
+    status, _, err = mq_send_test(runner_ini(), queue_dir, '--queue-dir=other', TO)
+
+    assert status == 2
+    assert err.endswith(f'error: name one queue directory, not several: {queue_dir}, other\n')
+
+
+@pytest.mark.parametrize('make', [lambda path: None, lambda path: path.mkdir()], ids=['nothing', 'empty'])
+def test_no_queue_is_made_where_there_is_none(mq_send_test, runner_ini, queue_dir, server, make):
+    make(queue_dir)
+
+    status, out, err = mq_send_test(runner_ini(), '--queue-dir', queue_dir, TO)
+
+    assert (status, out) == (78, '')
+    assert f'mailqueue.queue_dir = {queue_dir}: the' in err
+    assert err.endswith('mq-queue app.ini init\n')
+    assert not queue_dir.exists() or not list(queue_dir.iterdir())
+    assert server.sessions == []
+
+
+# --- whatever is tried --------------------------------------------------------
 
 
 def test_a_setting_may_be_tried_on_the_command_line(mq_send_test, app_ini, server):
@@ -426,11 +520,11 @@ def test_what_it_was_started_to_ignore_it_ignores(start, app_ini, server, make_e
 
 
 def test_a_queue_that_cannot_take_it_is_told(mq_send_test, app_ini, server, queue_dir):
-    MaildirQueue(queue_dir)
+    ini = app_ini(server)
     (queue_dir / 'cur').rmdir()
     (queue_dir / 'cur').symlink_to(queue_dir / 'nowhere')
 
-    status, _, err = mq_send_test(app_ini(server), TO)
+    status, _, err = mq_send_test(ini, TO)
 
     assert status in (75, 78)
     assert str(queue_dir) in err

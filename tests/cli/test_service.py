@@ -24,6 +24,7 @@ import pytest
 from pyramid_mailqueue.cli import common
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
 from pyramid_mailqueue.delivery import runner
+from pyramid_mailqueue.queues.maildir import MaildirQueue
 
 DOCS = Path(__file__).parents[2] / 'docs'
 EXAMPLES = sorted((DOCS / 'examples').iterdir())
@@ -391,7 +392,8 @@ def test_the_units_know_the_exit_statuses():
 
 
 @pytest.mark.parametrize('systemd', ['path'], indirect=True)
-def test_the_service_does_what_its_unit_says(systemd, tmp_path):
+def test_the_service_does_what_its_unit_says(systemd, tmp_path, queue_dir):
+    MaildirQueue(queue_dir)
     unit = section(DOCS / 'examples/shop-mail.service', 'Service')
     log = tmp_path / 'queue.log'
     ini = tmp_path / 'production.ini'

@@ -79,6 +79,14 @@ def claims(queue, envelope):
     return claims
 
 
+def told_left(count):
+    """What the log says of *count* messages that are left to mq-run."""
+    return (
+        f'Messages left in the queue for mq-run, because this process stops to deliver: {count}. In a script set '
+        'mailqueue.delivery = inline, which delivers them before the commit returns.'
+    )
+
+
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == 'mailqueue-delivery']
 
@@ -298,11 +306,14 @@ def test_who_closes_during_a_pause_does_not_wait_for_its_end(make_resting, claim
     assert queue.state == {'waiting': 1}
 
 
-def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
-    class Defect:
-        def decide(self, recipients, attempts, queued_at, result, now):
-            raise ZeroDivisionError('a defect')
+class Defect:
+    """A policy for retries that has one."""
 
+    def decide(self, recipients, attempts, queued_at, result, now):
+        raise ZeroDivisionError('a defect')
+
+
+def test_a_defect_releases_the_message_and_the_thread_goes_on(make_background, claims, queue, says, until, caplog):
     background = make_background(MessageHandler([says(YES)], retry_policy=Defect()))
 
     background.dispatch(claims(2))
@@ -429,6 +440,82 @@ def test_close_leaves_a_transport_that_cannot_be_broken_off_to_the_end_of_the_pr
     assert queue.state == {'waiting': 1}
 
 
+@pytest.fixture
+def close(caplog):
+    """Close a dispatcher, twice, and return what that has logged."""
+
+    def close(background):
+        caplog.clear()
+        background.close()
+        background.close()
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    return close
+
+
+def test_what_is_left_counts_what_found_no_place_in_the_thread(
+    make_background, handler, claims, queue, server, held, close
+):
+    background = make_background(handler, max_claims=2, patience=0.01)
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.dispatch(claims(5))
+
+    assert close(background) == [('WARNING', told_left(6))]
+    assert queue.state == {'waiting': 6}
+
+
+def test_what_is_left_counts_what_waits_since_a_trouble(make_resting, claims, queue, says, trouble, until, close):
+    background = make_resting(says(trouble), Pause(first=300), max_claims=2)
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {'waiting': 1})
+    background.dispatch(claims(3))
+
+    assert close(background) == [('WARNING', told_left(4))]
+
+
+def test_what_is_left_counts_what_a_transport_does_not_let_go_of(
+    make_background, claims, says, make_event, until, close
+):
+    event = make_event()
+    transport = says(YES)
+    answer = transport.send
+    transport.send = lambda *envelope: (answer(*envelope), event.wait())[0]
+    background = make_background(MessageHandler([transport]), patience=0.01)
+    background.dispatch(claims(3))
+    until(lambda: transport.asked)
+
+    assert close(background) == [('WARNING', told_left(3))]
+
+
+def test_what_is_left_counts_what_a_defect_has_given_back(make_background, claims, queue, says, until, close):
+    background = make_background(MessageHandler([says(YES)], retry_policy=Defect()))
+    background.dispatch(claims(2))
+    until(lambda: queue.state == {'waiting': 2})
+
+    assert close(background) == [('WARNING', told_left(2))]
+
+
+def test_nothing_is_said_where_nothing_is_left(background, claims, queue, until, close):
+    background.dispatch(claims(3))
+    until(lambda: not queue.state)
+
+    assert close(background) == []
+
+
+def test_what_was_left_before_the_thread_was_idle_is_no_news(
+    make_background, handler, claims, queue, server, held, until, close
+):
+    background = make_background(handler, max_claims=1, idle=0.01)
+    background.dispatch(claims(1))
+    server.wait_for(lambda: has_begun(server))
+    background.dispatch(claims(3))
+    held.set()
+    until(lambda: queue.state == {'waiting': 2} and not threads())
+
+    assert close(background) == []
+
+
 def test_after_close_mail_waits(background, claims, queue):
     background.close()
     background.dispatch(claims(2))
@@ -442,7 +529,7 @@ def test_after_close_mail_waits(background, claims, queue):
 
 @pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
 def test_a_forked_child_delivers_its_own_mail_and_leaves_its_parents_alone(
-    background, queue, envelope, claims, server, held, until
+    background, queue, envelope, claims, server, held, until, caplog
 ):
     background.dispatch(claims(1))
     server.wait_for(lambda: has_begun(server))
@@ -455,7 +542,10 @@ def test_a_forked_child_delivers_its_own_mail_and_leaves_its_parents_alone(
             assert threads() == []
             background.dispatch([queue.claimed(envelope('child'))])
             until(lambda: queue.state == {'in progress': 3})
+            caplog.clear()
             background.close()
+            # What the parent has in hand is not left by the child.
+            assert caplog.messages == []
             status = 0
         finally:
             os._exit(status)
@@ -545,7 +635,7 @@ def test_a_process_that_ends_finishes_the_message_in_hand(leaving, queue, server
     held.set()
     _, errors = process.communicate(timeout=30)
 
-    assert (process.returncode, errors) == (0, '')
+    assert (process.returncode, errors) == (0, told_left(3) + '\n')
     assert queue.state == {'waiting': 3}
     assert len(server.messages) == 1
 
@@ -554,7 +644,7 @@ def test_a_process_ends_though_the_server_hangs(leaving, queue, server, held):
     process = leaving(patience=0.1)
     _, errors = process.communicate(timeout=30)
 
-    assert (process.returncode, errors) == (0, '')
+    assert (process.returncode, errors) == (0, told_left(4) + '\n')
     assert queue.state == {'waiting': 4}
     assert queue.recover(time.time()).orphans == ()
     assert sorted(header.attempts for header in queue.headers('new')) == [0, 0, 0, 1]

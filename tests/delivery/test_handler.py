@@ -903,14 +903,16 @@ def test_failure_is_signalled_before_the_claim_is_settled_and_all_else_told_afte
         ({ADA: NEVER, BOB: NEVER}, ['failed']),
     ],
 )
-def test_receivers_hear_of_success_and_of_failure(queue, envelope, says, listen, replies, signals):
+def test_each_receiver_hears_of_those_whom_its_signal_is_about(queue, envelope, says, listen, replies, signals):
     heard = []
 
     def successful(sender, msg, send_result):
-        heard.append(('successful', msg.id, send_result))
+        assert (bool(send_result), send_result.queued, send_result.accepted) == (True, False, msg.to_addrs)
+        heard.append(('successful', msg.id, msg.to_addrs, send_result.settlement))
 
     def failed(sender, msg, send_result):
-        heard.append(('failed', msg.id, send_result))
+        assert (bool(send_result), send_result.queued, send_result.failed) == (False, False, msg.to_addrs)
+        heard.append(('failed', msg.id, msg.to_addrs, send_result.settlement))
 
     listen(MQSignal.delivery_successful, successful)
     listen(MQSignal.delivery_failed, failed)
@@ -918,7 +920,12 @@ def test_receivers_hear_of_success_and_of_failure(queue, envelope, says, listen,
 
     result = MessageHandler([says(SendResult(replies))]).deliver(claim)
 
-    assert heard == [(signal, claim.id, result) for signal in signals]
+    told = {
+        'successful': (result.accepted, Settlement()),
+        'failed': ((*result.deferred, *result.refused), result.settlement),
+    }
+    assert heard == [(signal, claim.id, *told[signal]) for signal in signals]
+    assert result.discarded is (False if 'failed' in signals else None)
 
 
 def test_receivers_hear_nothing_of_an_outage(queue, envelope, says, trouble, listen):

@@ -451,7 +451,7 @@ def test_a_message_that_is_discarded_is_kept_as_a_dead_letter(queue, envelope, s
     assert queue.files('dead')[0].read_bytes().endswith(sent.content)
     assert queue.state == {'dead': 1}
     assert not result
-    assert not result.queued
+    assert (result.queued, result.discarded, result.failed) == (False, True, (ADA, BOB))
     assert result.settlement == Settlement(burials=(Burial((ADA, BOB), 'discarded by a plugin'),))
     assert told('status', 'to') == [('discarded', ADA), ('discarded', BOB), ('discarded', f'{ADA},{BOB}')]
     assert (caplog.records[-1].name, caplog.records[-1].levelname) == ('mailqueue.queue_log', 'ERROR')
@@ -515,8 +515,9 @@ def test_any_other_answer_discards_nothing(queue, envelope, says, listen, answer
         return answer
 
     listen(MQSignal.delivery_failed, receive)
-    MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
+    result = MessageHandler([says(NO)]).deliver(queue.claimed(envelope()))
 
+    assert (bool(result), result.queued, result.discarded) == (True, True, False)
     assert queue.state == {'waiting': 1}
 
 

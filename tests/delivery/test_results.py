@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.delivery.results import Reply, SendResult
+from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.exceptions import ServerTrouble
 
 
@@ -44,11 +44,34 @@ def test_each_code_is_one_outcome(code, outcome):
     assert [name for name in ('accepted', 'deferred', 'refused') if getattr(reply, name)] == [outcome]
 
 
-def test_a_result_is_true_if_somebody_has_the_message_or_it_waits():
-    assert SendResult({'a@x.example': Reply(250), 'b@x.example': Reply(550)})
-    assert SendResult(queued=True)
-    assert not SendResult({'a@x.example': Reply(450), 'b@x.example': Reply(550)})
+OK, LATER, NEVER = Reply(250), Reply(450), Reply(550)
+BURIED = Burial(('b',), 'no such user')
+
+
+@pytest.mark.parametrize(
+    ('result', 'failed'),
+    [
+        (SendResult({'a': OK}), ()),
+        (SendResult(queued=True), ()),
+        (SendResult({'a': OK, 'b': LATER}, queued=True, settlement=Settlement(waiting=('b',))), ()),
+        # Not tried, but it waits.
+        (SendResult({'a': OK}, queued=True, settlement=Settlement(waiting=('b',))), ()),
+        (SendResult({'a': OK, 'b': NEVER}), ('b',)),
+        (SendResult({'a': OK, 'b': LATER}), ('b',)),
+        # It waits: but this attempt has not reached them.
+        (SendResult({'a': LATER}, settlement=Settlement(waiting=('a', 'b'))), ('a', 'b')),
+        (SendResult({'a': OK, 'b': NEVER}, queued=True, settlement=Settlement(burials=(BURIED,))), ('b',)),
+        (SendResult({'a': OK}, settlement=Settlement(burials=(BURIED,))), ('b',)),
+        (SendResult({'a': LATER, 'b': NEVER}, queued=True, settlement=Settlement(('a',), burials=(BURIED,))), ('b',)),
+    ],
+)
+def test_a_result_is_true_if_everybody_was_sent_to_or_waits(result, failed):
+    assert (bool(result), result.failed) == (not failed, failed)
+
+
+def test_a_result_of_nobody_is_false():
     assert not SendResult()
+    assert not SendResult(trouble=ServerTrouble('down'))
 
 
 def test_a_result_sorts_its_recipients():

@@ -124,6 +124,32 @@ def test_never_enqueue(says, trouble, told, caplog):
     assert {record.levelname for record in caplog.records if record.name == 'mailqueue.queue_log'} == {'WARNING'}
 
 
+@pytest.mark.parametrize('answer', [SendResult({ADA: OK, BOB: NEVER}), SendResult({ADA: OK, BOB: LATER})])
+def test_never_enqueue_is_false_if_one_of_two_is_not_sent_to_and_says_who(says, answer, told):
+    result = MessageHandler([says(answer)]).send_message(CONTENT, sender=SHOP, recipients=[ADA, BOB])
+
+    assert not result
+    assert (result.accepted, result.failed, result.queued) == ((ADA,), (BOB,), False)
+    assert told('status', 'to') == [('sent', ADA), ('discarded', BOB), ('discarded', BOB)]
+
+
+def test_who_was_not_tried_is_in_the_result_with_the_reason(says, trouble):
+    broken_off = SendResult({ADA: OK}, trouble=trouble)
+
+    results = [
+        MessageHandler(transports).send_message(CONTENT, sender=SHOP, recipients=[ADA, BOB])
+        for transports in ([says(broken_off)], [says(trouble)], [])
+    ]
+
+    assert list(map(bool, results)) == [False] * 3
+    assert [result.failed for result in results] == [(BOB,), (ADA, BOB), (ADA, BOB)]
+    assert [result.replies[BOB].text for result in results] == [
+        'mail.example:25 is down',
+        'mail.example:25 is down',
+        'no transport has tried this recipient',
+    ]
+
+
 def test_without_any_transport_nothing_is_sent(told):
     assert not MessageHandler([]).send_message(CONTENT, sender=SHOP, recipient=ADA)
     assert told('status', 'to') == [('discarded', ADA), ('discarded', ADA)]
@@ -164,6 +190,7 @@ def test_what_the_rate_does_not_allow_is_queued(queue, backend, says):
     results = [handler.send_message(CONTENT, sender=SHOP, recipients=[ADA, BOB]) for handler in handlers]
 
     assert list(map(bool, results)) == [False, True]
+    assert [result.failed for result in results] == [(ADA, BOB), ()]
     assert asked == [2, 2]
     assert first.asked == []
     assert queue.state == {'waiting': 1}
@@ -180,8 +207,8 @@ def test_who_is_refused_is_in_a_dead_letter_if_there_is_a_queue_for_it(queue, ba
     (header,) = queue.headers('dead')
     assert (header.recipients, header.last_reply) == ((BOB, EVE), '550 5.1.1 no such user')
     assert queue.state == {'dead': 1}
-    assert result
-    assert result.refused == (BOB, EVE)
+    assert not result
+    assert (result.accepted, result.failed) == ((ADA,), (BOB, EVE))
     assert told('status', 'to') == [('sent', ADA), ('buried', BOB), ('buried', EVE), ('buried', f'{BOB},{EVE}')]
     assert caplog.records[-1].levelname == 'ERROR'
 
@@ -275,6 +302,25 @@ def test_a_queued_message_waits_if_it_cannot_be_sent(queue, held, says, trouble,
     assert (bool(result), result.queued) == (True, True)
     assert queue.state == {'waiting': 1}
     assert held.is_over
+
+
+@pytest.mark.parametrize(
+    ('answer', 'is_true', 'failed', 'state'),
+    [
+        (SendResult({ADA: OK, BOB: LATER}), True, (), {'waiting': 1}),
+        (SendResult({ADA: OK, BOB: NEVER}), False, (BOB,), {'dead': 1}),
+        (SendResult({ADA: LATER, BOB: NEVER}), False, (BOB,), {'waiting': 1, 'dead': 1}),
+    ],
+)
+def test_of_a_queued_message_who_was_refused_has_failed_and_who_waits_has_not(
+    queue, envelope, says, answer, is_true, failed, state
+):
+    held = QueuedMessage(queue, queue.claimed(envelope('ada', 'bob')))
+
+    result = MessageHandler([says(answer)]).send_message(held)
+
+    assert (bool(result), result.failed, result.queued) == (is_true, failed, 'waiting' in state)
+    assert queue.state == state
 
 
 def test_the_end_of_a_queued_message_is_durable_at_once(queue, held, says):
@@ -391,6 +437,38 @@ def test_receivers_hear_of_messages_that_are_in_no_queue(backend, says, listen):
         (MQSignal.delivery_successful, '', 0, False, True, False),
         (MQSignal.delivery_failed, '', 1, False, False, False),
         (MQSignal.delivery_successful, '', 0, False, True, True),
+    ]
+
+
+def test_each_signal_of_a_message_that_is_in_no_queue_is_about_its_own_recipients(backend, says, listen):
+    heard = []
+
+    def hear(signal):
+        def receive(sender, msg, send_result):
+            heard.append((signal, msg.to_addrs, bool(send_result), send_result.queued))
+            return MQAction.DISCARD
+
+        return receive
+
+    receivers = {signal: hear(signal) for signal in (MQSignal.delivery_successful, MQSignal.delivery_failed)}
+    for signal, receiver in receivers.items():
+        listen(signal, receiver)
+    everybody = SendResult({ADA: OK, BOB: LATER, EVE: NEVER})
+
+    results = [
+        MessageHandler(transports).send_message(CONTENT, sender=SHOP, recipients=[ADA, BOB, EVE])
+        for transports in ([says(everybody)], [says(everybody), backend])
+    ]
+
+    assert heard == [
+        (MQSignal.delivery_failed, (BOB, EVE), False, False),
+        (MQSignal.delivery_successful, (ADA,), True, False),
+        (MQSignal.delivery_failed, (EVE,), False, False),
+        (MQSignal.delivery_successful, (ADA, BOB), True, True),
+    ]
+    assert [(bool(it), it.queued, it.discarded, it.failed) for it in results] == [
+        (False, False, True, (BOB, EVE)),
+        (False, True, True, (EVE,)),
     ]
 
 

@@ -7,6 +7,7 @@ That is made once, in pytest's cache, and kept there for later sessions.
 from __future__ import annotations
 
 import fcntl
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-RELEASE = 'mailqueue-runner==1.0.0'
+RELEASE = 'mailqueue-runner[plugins]==1.0.0'
 
 #: So long may the package index take, in seconds.
 PATIENCE = 120
@@ -46,13 +47,13 @@ def install(folder):
 
 @pytest.fixture(scope='session')
 def _environment(request, tmp_path_factory):
-    name = f'{RELEASE.replace("==", "-")}-{sysconfig.get_python_version()}'
+    name = f'{re.sub("[^a-z0-9.]+", "-", RELEASE)}-{sysconfig.get_python_version()}'
     cache = getattr(request.config, 'cache', None)
     folder = Path(cache.mkdir(name)) if cache is not None else tmp_path_factory.mktemp(name)
     return install(folder), folder / 'venv/bin'
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def their_bin(_environment):
     """Where their commands and their Python are."""
     why_not, folder = _environment

@@ -232,6 +232,40 @@ def test_ours_drains_what_they_have_deferred(ours, theirs, put_theirs, content, 
     assert left() == {}
 
 
+READ = """
+import sys
+from schwarz.mailqueue.message_utils import parse_message_envelope
+with open(sys.argv[1], 'rb') as fp:
+    info = parse_message_envelope(fp)
+print(ascii((info.from_addr, info.to_addrs, info.retries)))
+"""
+
+
+@pytest.mark.parametrize(
+    ('sender', 'recipients', 'retries'),
+    [
+        (SHOP, '=?utf-8?q?ada=40x=2Eexample?=', '1'),
+        (SHOP, '=?utf-8?b?YWRhQHguZXhhbXBsZSxib2JAeC5leGFtcGxl?=', '1'),
+        (SHOP, '=?iso-8859-1?q?j=F6rg=40?= =?utf-8?q?x.example?=', '1'),
+        ('=?utf-8?q?j=C3=B6rg=40site=2Eexample?=', ADA, '0'),
+        (SHOP, f'{ADA},{BOB}', '1234567890'),
+    ],
+)
+def test_both_read_the_same_out_of_an_envelope(their_bin, tmp_path, sender, recipients, retries):
+    path = tmp_path / 'message'
+    path.write_text(
+        f'Return-path: <{sender}>\nEnvelope-to: {recipients}\nX-Queue-Date: Tue, 24 Nov 2026 07:28:11 +0000\n'
+        f'X-Retries: {retries}\nX-Queue-Meta-End: end\nSubject: x\n\n'
+    )
+    command = [their_bin / 'python', '-c', READ, path]
+    theirs = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    with path.open('rb') as file:
+        header = read_header(file)
+
+    assert ascii((header.sender, header.recipients, header.attempts)) == theirs.strip()
+
+
 # --- what one holds, the other one leaves alone -----------------------------
 
 

@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import pwd
 import re
 import socket
 import stat
@@ -139,7 +140,7 @@ def test_a_queue_that_is_there_is_opened_without_writing(queue):
     with intercepted(Log()) as log:
         MaildirQueue(queue.path)
 
-    assert set(log.names) == {'access'}
+    assert set(log.names) <= {'access', 'stat'}
 
 
 def test_a_path_in_which_there_is_no_room_for_a_queue_is_refused(tmp_path):
@@ -149,7 +150,9 @@ def test_a_path_in_which_there_is_no_room_for_a_queue_is_refused(tmp_path):
         QueueError, match=f'The queue directory {tmp_path}/file/queue cannot be created or used: Not a dir'
     ):
         MaildirQueue(tmp_path / 'file' / 'queue')
-    with pytest.raises(QueueError, match=f'The queue directory {tmp_path}/file cannot be created or used: File exists'):
+    with pytest.raises(
+        QueueError, match=f'The queue directory {tmp_path}/file cannot be .*: File exists, and is no dir'
+    ):
         MaildirQueue(tmp_path / 'file')
 
 
@@ -171,7 +174,11 @@ def test_the_directory_of_another_user_is_refused():
 
         text, user = run_in_child(open_it)
 
-        assert re.search(rf'user {user} may not read and write {queue.path}(/\w+)?$', text)
+        names = (re.escape(pwd.getpwuid(uid).pw_name) for uid in (user, os.getuid()))
+        me, owner = names
+        assert re.search(
+            rf': the user {me} may not read( and write)? {queue.path}(/\w+)?, which belongs to {owner}$', text
+        )
         at(queue, 'new').chmod(0o700)
 
 

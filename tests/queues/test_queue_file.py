@@ -204,12 +204,105 @@ def test_a_recipient_that_is_there_twice_is_kept_once():
         (changed(b'Retries: 1', b'Retries: 1.5'), 'X-Retries must be a number'),
         (changed(b'Retries: 1', b'Retries: '), 'X-Retries must be a number'),
         (changed(b'Retries: 1', 'Retries: \u0661'.encode()), 'X-Retries must be a number'),
-        (changed(b'Retries: 1', b'Retries: 1234567890'), 'X-Retries must be a number'),
     ],
 )
 def test_anything_else_is_not_a_queue_file(data, reason):
     with pytest.raises(QueueFileError, match=reason):
         read(data)
+
+
+@pytest.mark.parametrize(
+    ('number', 'attempts'),
+    [
+        ('0', 0),
+        ('000', 0),
+        ('999999999', 999_999_999),
+        ('1234567890', 1_234_567_890),
+        ('2000000000', 2_000_000_000),
+        # What no column of a database holds is the largest that each does, and some attempts less.
+        ('2147483648', 2_000_000_000),
+        ('9999999999', 2_000_000_000),
+        ('9' * 10_000, 2_000_000_000),
+        ('0' * 10_000 + '7', 7),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_any_number_of_attempts_is_read(number, attempts):
+    header = read(changed(b'Retries: 1', f'Retries: {number}'.encode()))
+
+    assert header.attempts == attempts
+    assert read(serialize_header(header._replace(attempts=attempts + 1))).attempts == min(attempts + 1, 2_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ('date', 'seconds'),
+    [
+        ('Mon, 01 Jan 0001 00:00:00 +0000', -62_135_596_800),
+        ('Mon, 01 Jan 0001 00:00:00 +2359', -62_135_596_800),
+        ('Fri, 31 Dec 9999 23:59:59 +0000', 253_402_300_799),
+        ('Fri, 31 Dec 9999 23:59:59 -9999', 253_402_300_799),
+        ('Wed, 31 Dec 1969 23:59:59 +0000', -1),
+    ],
+)
+def test_the_first_and_the_last_date_can_be_read_and_written(date, seconds):
+    header = read(EXAMPLE.replace(b'Tue, 24 Nov 2026 07:28:11 +0000', date.encode()))
+
+    assert header.queued_at == seconds
+    assert read(serialize_header(header)) == header
+
+
+@pytest.mark.parametrize(
+    ('sender', 'recipients', 'expected'),
+    [
+        ('=?utf-8?q?m=C3=BCller=40x=2Eexample?=', 'a@x.example', ('m\xfcller@x.example', ('a@x.example',))),
+        (
+            'a@x.example',
+            '=?utf-8?b?YUB4LmV4YW1wbGUsYkB4LmV4YW1wbGU=?=',
+            ('a@x.example', ('a@x.example', 'b@x.example')),
+        ),
+        (
+            'a@x.example',
+            '=?utf-8?q?a@x.example?= =?utf-8?q?,b@x.example?=',
+            ('a@x.example', ('a@x.example', 'b@x.example')),
+        ),
+        (
+            'a@x.example',
+            '=?iso-8859-1?Q?m=FCller=40?= =?UTF-8?Q?x.example?=',
+            ('a@x.example', ('m\xfcller@x.example',)),
+        ),
+        # An address as we write it, although it looks like a word: who names it must get its mail.
+        (
+            '=?utf-8?q?a=40evil.example?=@x.example',
+            'a@x.example',
+            ('=?utf-8?q?a=40evil.example?=@x.example', ('a@x.example',)),
+        ),
+        ('', '=?utf-8?q?a?=@x.example,b@x.example', ('', ('=?utf-8?q?a?=@x.example', 'b@x.example'))),
+    ],
+)
+def test_addresses_that_are_nothing_but_rfc_2047_words_are_decoded(sender, recipients, expected):
+    data = EXAMPLE.replace(b'<sender@site.example>', f'<{sender}>'.encode())
+
+    header = read(data.replace(b'a@site.example,b@site.example', recipients.encode()))
+
+    assert (header.sender, header.recipients) == expected
+    assert read(serialize_header(header)) == header
+
+
+@pytest.mark.parametrize(
+    ('words', 'reason'),
+    [
+        ('=?nonsense?q?a=40x=2Eexample?=', 'Envelope-to holds RFC 2047 words that cannot be decoded'),
+        ('=?us-ascii?q?m=FCller=40x=2Eexample?=', 'Envelope-to holds RFC 2047 words that cannot be decoded'),
+        ('=?utf-8?b?A?=', 'Envelope-to'),
+        ('=?utf-8?q?a=40x=2Eexample=0D=0AX-Retries:_1?=', 'Envelope-to cannot be used.*control'),
+        ('=?utf-8?q?a=00=40x=2Eexample?=', 'Envelope-to cannot be used.*control'),
+        ('=?utf-8?q?nobody?=', 'Envelope-to cannot be used.*has no domain'),
+        ('=?utf-8?q??=', 'Envelope-to is empty'),
+    ],
+)
+def test_words_that_do_not_make_an_address_are_refused(words, reason):
+    with pytest.raises(QueueFileError, match=reason):
+        read(changed(b'a@site.example,b@site.example', words.encode()))
 
 
 @pytest.mark.parametrize('data', [b'x' * 3_000_000, b'Envelope-to: ' + b'a@x.example,' * 300_000 + b'\r\n'])

@@ -19,6 +19,7 @@ from pyramid_mailqueue.cli import queue as command
 from pyramid_mailqueue.cli import queue_move
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
+from pyramid_mailqueue.queues.maildir import MaildirQueue
 from tests.sql.move_parts import Place
 
 DEADLINE = 30
@@ -129,7 +130,8 @@ def test_one_direction_has_to_be_named(mq_queue, arguments, problem):
 
 
 def test_a_setting_that_is_missing_is_named(mq_queue, tmp_path, url):
-    without_url = mq_queue('move', '--to-sql', **{'mailqueue.queue_dir': tmp_path})
+    MaildirQueue(tmp_path / 'queue')
+    without_url = mq_queue('move', '--to-sql', **{'mailqueue.queue_dir': tmp_path / 'queue'})
     without_directory = mq_queue('move', '--to-maildir', **{'mailqueue.queue': 'sql', 'sqlalchemy.url': url})
 
     assert without_url[0] == without_directory[0] == 78
@@ -137,17 +139,19 @@ def test_a_setting_that_is_missing_is_named(mq_queue, tmp_path, url):
     assert 'mailqueue.queue_dir is missing' in without_directory[2]
 
 
-def test_a_directory_that_is_not_there_is_not_made_to_move_from(mq_queue, tmp_path, url):
+@pytest.mark.parametrize('direction', ['--to-sql', '--to-maildir'])
+def test_a_directory_that_is_not_there_is_not_made_by_a_move(mq_queue, tmp_path, url, direction):
     missing = tmp_path / 'mistyped'
     settings = {'mailqueue.queue': 'sql', 'mailqueue.queue_dir': missing, 'sqlalchemy.url': url}
 
-    status, _, err = mq_queue('move', '--to-sql', **settings)
+    status, _, err = mq_queue('move', direction, **settings)
 
     assert status == 78
     assert f'mailqueue.queue_dir = {missing}: there is no such directory' in err
+    assert err.endswith('mq-queue app.ini --set mailqueue.queue=maildir init\n')
     assert not missing.exists()
-    assert mq_queue('move', '--to-maildir', **settings)[0] == 0
-    assert missing.exists()
+    assert mq_queue('--set', 'mailqueue.queue=maildir', 'init', **settings)[0] == 0
+    assert mq_queue('move', direction, **settings)[0] == 0
 
 
 def test_tables_that_are_missing_are_a_matter_of_init(mq_queue, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from email.message import EmailMessage
 
 import pytest
 import transaction
+from hypothesis import given
+from hypothesis import strategies as st
 from pyramid import testing
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
@@ -18,6 +21,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailDelivered, MailEvent, MailQueued
 from pyramid_mailqueue.testing import CapturedMail, captured_mail, mail_discarded, make_mailer
 from pyramid_mailqueue.transactions import ManagerTransaction
+from tests.strategies import odd_contents
 
 pytest_plugins = ['pytester']
 
@@ -87,6 +91,48 @@ def test_mail_that_was_committed_is_in_the_outbox(make_app):
     assert mail.message_id == response.text
     assert mail.message['From'].addresses[0].display_name == 'Shop'
     assert repr(mail) == "<CapturedMail 'Hello' to ada@x.example>"
+
+
+@given(odd_contents())
+def test_whatever_was_sent_can_be_looked_at(content):
+    mail = CapturedMail(Envelope('', ('ada@x.example',), content))
+
+    for text in (mail.subject, mail.text, mail.html, mail.message_id, repr(mail)):
+        assert text.encode() is not None
+    for value in mail.message.values():
+        assert isinstance(value, str)
+    assert isinstance(mail.message.get_content_type(), str)
+    assert list(mail.message.iter_attachments()) is not None
+
+
+def test_a_field_that_the_library_cannot_read_takes_no_other_with_it():
+    content = b'From: <"\r\nTo: ada@x.example\r\nSubject: Hello\r\n\r\n'
+    message = CapturedMail(Envelope('', ('ada@x.example',), content)).message
+
+    assert message['From'] == ''
+    assert message['To'].addresses[0].addr_spec == 'ada@x.example'
+    assert message['Subject'] == 'Hello'
+
+
+@given(st.text(st.characters(codec='utf-8', categories=['L', 'N', 'P', 'S', 'Zs']), max_size=60).map(str.strip))
+def test_a_subject_is_what_the_application_has_set(subject):
+    message = new_message(subject)
+
+    assert CapturedMail(Envelope.from_message(message)).subject == message['Subject']
+
+
+@pytest.mark.parametrize('cte', ['8bit', 'base64', 'quoted-printable'])
+def test_a_text_is_what_the_application_has_set(cte):
+    message = new_message()
+    message.set_content('Grüße\n\naus Köln\n', cte=cte)
+
+    assert CapturedMail(Envelope.from_message(message)).text == 'Grüße\n\naus Köln\n'
+
+
+def test_the_line_ends_in_base64_are_those_of_python():
+    content = b'Content-Transfer-Encoding: base64\r\n\r\n' + base64.encodebytes(b'a\r\nb\r\n')
+
+    assert CapturedMail(Envelope('', ('ada@x.example',), content)).text == 'a\nb\n'
 
 
 def test_the_outbox_has_what_would_have_gone_out(make_app):

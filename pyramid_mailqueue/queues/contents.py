@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 
-from pyramid_mailqueue.queues.entries import SLOW_CODECS, decoded, header_lines
+from pyramid_mailqueue.encoded_words import SLOW_CODECS, decoded, without_surrogates
+from pyramid_mailqueue.queues.entries import header_lines
 
-__all__ = ['Contents', 'Part', 'read_contents']
+__all__ = ['Contents', 'Part', 'body_of', 'read_contents']
 
 #: So many octets of a header are shown, and so many characters of a text.
 MOST_HEADER = 64 * 1024
 MOST_TEXT = 100_000
+
+# They are in so many octets, in any character set.
+MOST_TEXT_OCTETS = 4 * MOST_TEXT + 4
 
 #: So many parts are named.
 MOST_PARTS = 100
@@ -88,6 +92,16 @@ def read_contents(content: bytes) -> Contents:
         return Contents(header, problem=f'This message cannot be taken apart ({type(error).__name__}).')
 
 
+def body_of(content: bytes, kind: str) -> str:
+    """Return the first part of *content* that is ``text/`` *kind* and no attachment, decoded; ``''`` without any."""
+    try:
+        bodies = (part for part in _parts(message_from_bytes(content)) if _is_body(part, f'text/{kind}'))
+        body = next(bodies, None)
+        return '' if body is None else _decoded(body, _octets(body))
+    except Exception:  # noqa: BLE001 - as above
+        return ''
+
+
 def _field(line: str) -> tuple[str, str]:
     name, _, value = line.partition(':')
     return name.strip(), decoded(value.strip())
@@ -99,7 +113,8 @@ def _taken_apart(header: tuple[tuple[str, str], ...], content: bytes) -> Content
     others = tuple(_described(part) for part in parts[: MOST_PARTS + 1] if part is not shown)
     if shown is None:
         return Contents(header, parts=others)
-    text = _text(shown)
+    octets = _octets(shown)
+    text = _decoded(shown, octets[:MOST_TEXT_OCTETS], is_whole=len(octets) <= MOST_TEXT_OCTETS)
     lines = (line.expandtabs() for line in text[:MOST_TEXT].splitlines())
     return Contents(header, tuple(lines), len(text) > MOST_TEXT, others)
 
@@ -117,24 +132,34 @@ def _parts(message: Message) -> Iterator[Message]:
             yield part
 
 
+def _is_body(part: Message, kind: str) -> bool:
+    return part.get_content_type() == kind and part.get_content_disposition() != 'attachment'
+
+
 def _is_text(part: Message) -> bool:
-    return (
-        part.get_content_type() == 'text/plain'
-        and part.get_content_disposition() != 'attachment'
-        and part.get_filename() is None
-    )
+    return _is_body(part, 'text/plain') and not _filename(part)
 
 
-def _text(part: Message) -> str:
-    octets = _octets(part)[: 4 * MOST_TEXT + 1]
+def _filename(part: Message) -> str:
     try:
-        codec = codecs.lookup(part.get_content_charset('utf-8')).name
+        return decoded(part.get_filename() or '')
+    except (TypeError, ValueError):
+        # The library stumbles over what stands there.
+        return ''
+
+
+def _decoded(part: Message, octets: bytes, *, is_whole: bool = True) -> str:
+    try:
+        codec = codecs.lookup(part.get_content_charset('')).name
         if codec not in SLOW_CODECS:
-            return octets.decode(codec, 'replace')
-    except (LookupError, ValueError):
-        # Nobody knows this character set.
+            return without_surrogates(octets.decode(codec, 'replace'))
+    except (LookupError, TypeError, ValueError):
+        # There is no character set, nobody knows it, or the library stumbles over another parameter on its way to it.
         pass
-    return octets.decode('utf-8', 'replace')
+    try:
+        return codecs.utf_8_decode(octets, 'strict', is_whole)[0]
+    except UnicodeDecodeError:
+        return octets.decode('latin-1')
 
 
 def _octets(part: Message) -> bytes:
@@ -144,4 +169,4 @@ def _octets(part: Message) -> bytes:
 
 def _described(part: Message) -> Part:
     size = None if part.is_multipart() else len(_octets(part))
-    return Part(decoded(part.get_filename() or ''), part.get_content_type(), size)
+    return Part(_filename(part), part.get_content_type(), size)
