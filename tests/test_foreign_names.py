@@ -25,10 +25,6 @@ TREES = {path: ast.parse(path.read_text('utf-8')) for path in sorted(ROOT.rglob(
 OVERRIDES = {
     'cli.config._Parser.optionxform': 'documented: to be set by subclasses',
     'cli.dialog.Dialog.emit': 'documented: what a handler is made of',
-    'content._WireGenerator._write_lines': 'nothing public lets a line through as it is',
-    'content._WirePolicy.fold_binary': 'documented: what a policy is made of',
-    'content._WirePolicy.linesep': 'as fold_binary',
-    'content._WirePolicy.mangle_from_': 'as fold_binary',
     'queues.sql_tables.database_time.inherit_cache': 'documented: what an element of SQL says of itself',
     'queues.sql_tables.database_time.type': 'as inherit_cache',
     'testing.outbox.Outbox.clear': 'a list that is emptied as a whole',
@@ -45,6 +41,8 @@ OVERRIDES = {
 # Private names of others that are read, and why.
 READ = {
     '_asdict': 'of a named tuple: documented, and private by its look only',
+    '_parse_tree': 'of a header field of email: it has no other place for what it has read',
+    '_payload': 'of a message of email: get_payload() decodes, and so changes, what is to go out as it is',
     '_resources': 'a transaction tells in no other way who takes part; if it does not, the worst is assumed',
 }
 
