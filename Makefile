@@ -1,8 +1,9 @@
 # From a fresh clone, with Python 3.10 or later, git and make:
 #
-#     make test     lint, types, all tests with branch coverage, and what a release would hold
-#     make demo     a sign-up page and its mail server, in your browser
-#     make bench    what things cost, beside other packages
+#     make test           lint, types, all tests with branch coverage, and what a release would hold
+#     make test-pythons   all tests on every Python from 3.10 on that is here, or can be made
+#     make demo           a sign-up page and its mail server, in your browser
+#     make bench          what things cost, beside other packages
 #
 # PYTHON=python3.13 chooses another Python.  Each command keeps a virtual environment of its own in this folder, and
 # installs again only if what it depends on has changed.
@@ -18,14 +19,37 @@ SERVERS := .mta
 SOURCES := Makefile pyproject.toml requirements-test.txt setup.cfg setup.py
 PACKAGE := $(shell find pyramid_mailqueue -type f -not -path '*/__pycache__/*')
 
-.PHONY: test demo bench dist format clean check-python system-packages
+PYTEST = $(TEST)/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+.PHONY: test test-pythons test-ends suite plain demo bench dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
 test: $(TEST)/installed-$(VERSION) system-packages
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(TEST)/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov=pyramid_mailqueue
+	$(PYTEST) --cov=pyramid_mailqueue
+
+# On the PATH, of pyenv, or (as root on Debian) of a Debian in a folder of its own: see tests/pythons.  It says which
+# Pythons are missing.
+test-pythons: system-packages
+	$(PYTHON) -m tests.pythons.suites
+
+# For CI: the oldest Python that is here with the oldest versions that setup.cfg allows, and the newest with the newest.
+test-ends: | check-python
+	$(PYTHON) -m tests.pythons.suites --plain
+
+# What those two call, with a Python and a TEST of their own.
+suite: $(TEST)/installed-$(VERSION)
+	$(PYTEST)
+
+# Left out is what depends on the system more than on the versions: processes that are killed, their system calls, other
+# mail software, and a browser.
+PLAIN = tests --ignore=tests/browser --ignore=tests/crash --ignore=tests/interop --ignore=tests/mta \
+    --ignore=tests/sql/test_workers.py --ignore-glob='*_deaths.py'
+
+plain: $(TEST)/installed-$(VERSION)
+	$(PYTEST) $(PLAIN)
 
 demo: $(DEMO)/installed-$(VERSION)
 	@exec $(DEMO)/bin/python -m demo
@@ -56,13 +80,15 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(TEST) $(DEMO) $(BENCH) $(PEERS) $(SERVERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-* $(SERVERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# "|": checked before an installation, but no reason for one.
+# "|": checked before an installation, but no reason for one.  With MINIMA all that setup.cfg names is as old as it allows.
 $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 	$(PYTHON) -m venv --clear $(TEST)
-	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-test.txt --editable '.[testing]'
+	$(PYTHON) -m tests.pythons.minima >$(TEST)/minima.txt
+	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(MINIMA),--constraint $(TEST)/minima.txt) \
+	    --requirement requirements-test.txt --editable '.[testing]'
 	@touch $@
 
 $(DEMO)/installed-$(VERSION): $(SOURCES) demo/pyproject.toml | check-python

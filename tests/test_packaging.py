@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import importlib
 import re
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import pyramid_mailqueue
+from tests.pythons import suites
+from tests.pythons.minima import minima, read_setup
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'pyramid_mailqueue'
@@ -27,15 +28,23 @@ MODULES = [
 ]
 
 LEFTOVERS = shutil.ignore_patterns(
-    '.git', '.venv*', '*.egg-info', '__pycache__', '.*_cache', '.coverage*', '.hypothesis', 'build', 'dist', 'var'
+    '.git',
+    '.mta',
+    '.venv*',
+    '*.egg-info',
+    '__pycache__',
+    '.*_cache',
+    '.coverage*',
+    '.hypothesis',
+    'build',
+    'dist',
+    'var',
 )
 
 
 @pytest.fixture(scope='module')
 def setup():
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / 'setup.cfg', 'utf-8')
-    return parser
+    return read_setup()
 
 
 @pytest.fixture(scope='module')
@@ -148,6 +157,78 @@ def test_what_the_package_imports_is_required(setup):
         known = {'pyramid_mailqueue'} | sys.stdlib_module_names | provided | own.get(path, set())
         missing = imported_by(path) - known
         assert not missing, f'{path.relative_to(ROOT)} imports {missing}: add what provides it to setup.cfg'
+
+
+def test_the_oldest_versions_are_those_that_are_known_to_work(setup):
+    oldest = minima(setup)
+
+    # Before these the SQL queue could not start, errors of hooks before a commit vanished, and there was no binary.
+    assert {'SQLAlchemy==2.0.11', 'transaction==3.0.1', 'psycopg==3.1.4'} <= set(oldest)
+
+
+@pytest.mark.parametrize('wrong', ['blinker', 'blinker==1.6', 'blinker>=1.6,<2', 'idna>=3.5'])
+def test_a_requirement_without_a_lower_bound_of_its_own_is_refused(wrong):
+    setup = {'options': {'install_requires': f'\nidna>=3.4\n{wrong}'}, 'options.extras_require': {}}
+
+    with pytest.raises(ValueError, match=wrong.partition('>')[0]):
+        minima(setup)
+
+
+def test_the_tests_install_all_that_the_package_may_use(setup):
+    extras = setup['options.extras_require']
+    testing = {normalized(requirement) for requirement in extras['testing'].split()}
+
+    for name in ('sql', 'dashboard', 'cli', 'demo'):
+        missing = {normalized(requirement) for requirement in extras[name].split()} - testing
+        assert not missing, f'the bounds of {missing} are not tried'
+
+
+def test_the_classifiers_begin_with_the_oldest_python_that_is_allowed(setup):
+    assert setup['options']['python_requires'] == f'>={suites.versions(setup)[0]}'
+
+
+def test_a_suite_that_fails_fails_them_all_and_a_python_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(suites, 'versions', lambda setup: ['3.10', '3.11', '3.14', '3.15'])
+    monkeypatch.setattr(suites, 'find', {'3.10': 'old', '3.11': 'broken'}.get)
+    monkeypatch.setattr(suites.debian, 'provide', {'3.14': 'made'}.get)
+    monkeypatch.setattr(suites, 'run', lambda target, python, *_, **__: python != 'broken')
+    monkeypatch.setattr(sys, 'argv', ['suites'])
+
+    assert suites.main() == 1
+
+    assert capsys.readouterr().out.split('\n')[1:-1] == [
+        'Python 3.10: passed',
+        'Python 3.11: FAILED',
+        'Python 3.14: passed',
+        'Python 3.15: MISSING: there is none here, so nothing was tried',
+    ]
+
+
+def test_the_ends_are_the_oldest_python_with_the_oldest_versions_and_the_newest_that_is_here(monkeypatch, capsys):
+    runs = []
+    monkeypatch.setattr(suites, 'versions', lambda setup: ['3.10', '3.11', '3.13', '3.15'])
+    monkeypatch.setattr(suites, 'find', {'3.11': 'old', '3.13': 'new'}.get)
+    monkeypatch.setattr(suites, 'run', lambda *arguments: runs.append(arguments) or True)
+    monkeypatch.setattr(sys, 'argv', ['suites', '--plain'])
+
+    assert suites.main() == 0
+
+    assert runs == [('plain', 'old', 'oldest', 'MINIMA=yes'), ('plain', 'new', 'newest')]
+
+
+def test_a_python_is_found_only_if_it_can_make_an_environment(monkeypatch, tmp_path):
+    version = f'{sys.version_info.major}.{sys.version_info.minor}'
+    for folder, target in (('shim', '/bin/false'), ('pyenv/versions/3.10.2/bin', '/bin/false')):
+        tmp_path.joinpath(folder).mkdir(parents=True)
+        tmp_path.joinpath(folder, f'python{version}').symlink_to(target)
+    real = tmp_path / f'pyenv/versions/{version}.9/bin' / f'python{version}'
+    real.parent.mkdir(parents=True)
+    monkeypatch.setenv('PATH', str(tmp_path / 'shim'))
+    monkeypatch.setenv('PYENV_ROOT', str(tmp_path / 'pyenv'))
+
+    assert suites.find(version) is None
+    real.symlink_to(sys.executable)
+    assert suites.find(version) == real
 
 
 def modules_of(distribution_name):

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.runner import Runner
@@ -142,7 +143,7 @@ def test_a_database_without_the_tables_says_how_to_create_them(settings_of, tmp_
 def test_a_database_with_other_tables_is_refused(settings_of, tmp_path):
     url = f'sqlite:///{tmp_path}/app.sqlite'
     create_queue_tables(url)
-    with create_engine(url).begin() as connection:
+    with create_engine(url, poolclass=NullPool).begin() as connection:
         connection.exec_driver_sql('UPDATE mailqueue_schema SET version = 7')
 
     with pytest.raises(ConfigurationError, match=r'has tables of version 7 .* needs version 1'):

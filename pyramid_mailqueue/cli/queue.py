@@ -136,10 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_ini_arguments(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    _add_looking(partial(_add, commands))
-    _add_doing(partial(_add, commands))
-    _add_watching(partial(_add, commands))
-    _add_setting_up(partial(_add, commands))
+    _add_looking(partial(_add, commands.add_parser))
+    _add_doing(partial(_add, commands.add_parser))
+    _add_watching(partial(_add, commands.add_parser))
+    _add_setting_up(partial(_add, commands.add_parser))
     return parser
 
 
@@ -148,7 +148,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_parser: Add,
     name: str,
     run: Run,
     help: str,
@@ -156,7 +156,7 @@ def _add(
     *,
     changes: bool = False,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
+    parser = add_parser(
         name,
         help=help,
         description=f'{help[0].upper()}{help[1:]}.\n\n{description}'.rstrip(),

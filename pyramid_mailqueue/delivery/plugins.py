@@ -166,7 +166,7 @@ class PluginRegistry(SignalRegistry):
         """
         if self._ready.issuperset(names):
             return
-        if isinstance(threading.current_thread(), _Plugin):
+        if isinstance(threading.current_thread(), _LoadingThread):
             # A plugin sends mail while it is initialised; whoever has called for it waits for it.
             return
         with self._lock:
@@ -184,48 +184,69 @@ class PluginRegistry(SignalRegistry):
 
     def _load(self, entry_point: EntryPoint) -> None:
         plugin = self._plugins[entry_point.name] = _Plugin(entry_point, self)
-        plugin.start()
-        plugin.join(self._patience)
-        if plugin.is_alive():
-            log.error(
-                'The plugin %s is not ready after %g seconds; mail goes on without it until it is',
-                plugin.entry_point.name,
-                self._patience,
-            )
+        plugin.load(self._patience)
 
     def terminate(self) -> None:
         """Let the plugins write down what they have collected; who delivers after that loads them again."""
         with self._lock:
             # Those that hang still are loading, and would do the same again.
-            hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_alive()}
+            hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_loading}
             ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
             self._plugins, self._asked, self._ready = hanging, set(hanging), frozenset(hanging)
         for plugin in ready:
             plugin.terminate()
 
 
-class _Plugin(threading.Thread):
+class _LoadingThread(threading.Thread):
     """
-    One plugin, and the thread that loads it.
+    A thread that loads a plugin.
+
+    It has no attribute of its own: any name may be one of :class:`threading.Thread` in the next Python.
+    """
+
+
+class _Plugin:
+    """
+    One plugin, which is loaded in a thread.
 
     Not by Puzzle's PluginLoader: that asks importlib in a way that is deprecated on Python 3.10 and 3.11, and waits for
     ever.
     """
 
     def __init__(self, entry_point: EntryPoint, registry: PluginRegistry) -> None:
-        super().__init__(name=f'mailqueue-plugin-{entry_point.name}', daemon=True)
-        self.entry_point = entry_point
+        self._name = entry_point.name
+        self._entry_point = entry_point
         self._registry = registry
         self._context: dict[str, Any] = {}
         self._plugin: Any = None
+        self._thread = _LoadingThread(target=self._initialize, name=f'mailqueue-plugin-{self._name}', daemon=True)
 
-    def run(self) -> None:
+    def load(self, patience: float) -> None:
+        """Begin to load it, and wait at most *patience* seconds for that."""
         try:
-            found = self.entry_point.load()
+            self._thread.start()
+        except RuntimeError:
+            # Too many threads, or the interpreter is about to end.
+            log.exception('The plugin %s cannot be loaded', self._name)
+            return
+        self._thread.join(patience)
+        if self.is_loading:
+            log.error(
+                'The plugin %s is not ready after %g seconds; mail goes on without it until it is', self._name, patience
+            )
+
+    @property
+    def is_loading(self) -> bool:
+        return self._thread.is_alive()
+
+    def _initialize(self) -> None:
+        try:
+            found = self._entry_point.load()
             plugin = found() if callable(found) else found
             plugin.initialize(self._context, self._registry)
-        except (Exception, SystemExit):
-            log.exception('The plugin %s cannot be loaded', self.entry_point.name)
+        except BaseException:
+            # Whatever it is, it ends this thread only, and nobody but the log hears of it.
+            log.exception('The plugin %s cannot be loaded', self._name)
         else:
             self._plugin = plugin
 
@@ -235,7 +256,7 @@ class _Plugin(threading.Thread):
         try:
             self._plugin.terminate(self._context)
         except (Exception, SystemExit):
-            log.exception('The plugin %s failed at its end', self.entry_point.name)
+            log.exception('The plugin %s failed at its end', self._name)
 
 
 #: One for the process, as plugins are.

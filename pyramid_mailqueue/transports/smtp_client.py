@@ -210,17 +210,15 @@ class Client(smtplib.SMTP):
 
     def __init__(self, server: Server, context: ssl.SSLContext | None, on_socket: OnSocket = _tell_nobody) -> None:
         super().__init__(local_hostname='', timeout=server.timeout)
-        # smtplib's own name for what certificates are checked against.
-        self._host = server.hostname
         self._server = server
         self._context = context
         self._on_socket = on_socket
 
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Called by smtplib to connect."""
-        sock = self._server.connect((host, port), self._server.connect_timeout)
+    def _connected(self) -> socket.socket:
+        server = self._server
+        sock = server.connect((server.hostname, server.port), server.connect_timeout)
         try:
-            sock.settimeout(timeout)
+            sock.settimeout(server.timeout)
             # What is to go out goes at once: we write whole groups of commands.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._on_socket(sock)
@@ -231,7 +229,7 @@ class Client(smtplib.SMTP):
 
     def _encrypted(self, sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
         # This takes the connection away from the old socket: whoever wants to end it needs the new one.
-        encrypted = context.wrap_socket(sock, server_hostname=self._host, do_handshake_on_connect=False)
+        encrypted = context.wrap_socket(sock, server_hostname=self._server.hostname, do_handshake_on_connect=False)
         try:
             self._on_socket(encrypted)
             encrypted.do_handshake()
@@ -260,7 +258,8 @@ class Client(smtplib.SMTP):
 
     def greet(self) -> None:
         """Connect, and hear the greeting."""
-        code, text = self.connect(self._server.hostname, self._server.port)
+        self.sock = self._connected()
+        code, text = self.getreply()
         if code != 220:
             raise smtplib.SMTPConnectError(code, text)
 

@@ -92,6 +92,8 @@ def test_the_lengths_can_be_set(clock):
     assert lengths == [1, 2, 3, 3]
 
 
+# A thread of an earlier test may still be there.
+@pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
 def test_a_child_that_is_forked_while_a_thread_looks_can_look_too(pause):
     with pause._lock:
         child = os.fork()

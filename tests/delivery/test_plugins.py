@@ -43,6 +43,7 @@ def initialize(context, registry):
     raise RuntimeError("a defect at its start")
 """
 BAD_BY_EXIT = 'raise SystemExit("a defect that ends the process")'
+BAD_BY_CANCELLATION = 'import asyncio\nraise asyncio.CancelledError("a defect that is no Exception")'
 HANGS = """
 import threading
 from contextlib import closing
@@ -206,17 +207,44 @@ def test_one_that_is_missing_is_reported_by_its_name(install, plugins, caplog):
 
 @pytest.mark.parametrize(
     ('code', 'text'),
-    [(BAD_AT_IMPORT, 'at its import'), (BAD_AT_START, 'at its start'), (BAD_BY_EXIT, 'that ends the process')],
+    [
+        (BAD_AT_IMPORT, 'at its import'),
+        (BAD_AT_START, 'at its start'),
+        (BAD_BY_EXIT, 'that ends the process'),
+        (BAD_BY_CANCELLATION, 'that is no Exception'),
+    ],
 )
-def test_one_that_is_broken_stops_no_other(install, plugins, caplog, code, text):
+def test_one_that_is_broken_stops_no_other(install, plugins, caplog, capfd, code, text):
     install('a_bad_one', code)
     install('good', GOOD)
 
     plugins.load(['*'])
 
-    assert caplog.messages == ['The plugin a_bad_one cannot be loaded']
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ('ERROR', 'The plugin a_bad_one cannot be loaded')
+    ]
     assert f'a defect {text}' in caplog.text
+    assert capfd.readouterr().err == ''
     assert plugin('good').steps == ['initialized']
+
+
+def test_plugins_for_which_there_can_be_no_more_threads_are_reported_and_mail_goes_on(
+    install, queue, envelope, says, caplog, capfd, monkeypatch
+):
+    def cannot_start(thread):
+        raise RuntimeError("can't start new thread")
+
+    install('good', GOOD)
+    handler = MessageHandler([says(YES)], plugins=['good'])
+    monkeypatch.setattr(threading.Thread, 'start', cannot_start)
+
+    assert handler.deliver(queue.claimed(envelope()))
+
+    assert [(record.levelname, record.message) for record in caplog.records if record.name == 'mailqueue.plugins'] == [
+        ('ERROR', 'The plugin good cannot be loaded')
+    ]
+    assert "can't start new thread" in caplog.text
+    assert capfd.readouterr().err == ''
 
 
 def test_one_that_is_missing_or_broken_is_reported_once_and_not_with_each_message(

