@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from pyramid_mailqueue.cli.config import read_app_settings, read_mqrunner_section
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
@@ -52,8 +52,19 @@ EX_INTERRUPTED = 130
 # --- the command line -------------------------------------------------------
 
 
+class _TellVersion(argparse.Action):
+    """Looked up when it is asked for: that takes longer than a run with nothing to do."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import pyramid_mailqueue
+
+        print(f'{parser.prog} {pyramid_mailqueue.__version__}')
+        parser.exit()
+
+
 def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ini file, ``--name`` and ``--set``."""
+    """Add the ini file, ``--name`` and ``--set``; and ``--version``."""
+    parser.add_argument('--version', action=_TellVersion, nargs=0, help="show the package's version and exit")
     parser.add_argument(
         'ini', metavar='INI', help="the application's ini file, as pserve takes it: app.ini or app.ini#name"
     )

@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--watch',
+        nargs='?',
         type=duration,
+        const=WATCH_INTERVAL,
         metavar='SECONDS',
         help='stay, and look again every so many seconds (default: 5), until told to stop',
     )

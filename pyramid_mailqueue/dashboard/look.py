@@ -69,7 +69,7 @@ def _number(text: str | None) -> int:
 
 def list_messages(request: Any) -> Page:
     """Show a page of messages, oldest first."""
-    search = {name: request.GET.get(name, '').strip() for name in ('state', 'sender', 'recipient', *_AGES)}
+    search = {name: request.GET.get(name, '').strip() for name in ('state', *_TEXTS, *_AGES)}
     ages, problems = _ages(search)
     if search['state'] not in ('', *STATES):
         problems['state'] = f'There is no state {search["state"]!a}.'
@@ -85,7 +85,8 @@ def list_messages(request: Any) -> Page:
     }
     if problems:
         return Page('list.jinja2', {**values, 'slice': Slice(()), 'actions': ()}, 400)
-    choice = Choice(search['sender'] or None, search['recipient'] or None, **ages)
+    texts = {name: search[name] or None for name in _TEXTS}
+    choice = Choice(**texts, older_than=ages.get('older_than'), newer_than=ages.get('newer_than'))
     states = (search['state'],) if search['state'] else STATES
     part = _read(admin_of(request).entries(states), choice, now, start)
     here = {entry.state for entry in part.entries}
@@ -108,6 +109,7 @@ class Slice:
     looked_at: int = 0
 
 
+_TEXTS = ('sender', 'recipient', 'message_id')
 _AGES = ('older_than', 'newer_than')
 
 

@@ -109,12 +109,14 @@ class Choice:
     :param recipient: text in one of the recipients, likewise
     :param older_than: an age in seconds
     :param newer_than: an age in seconds
+    :param message_id: all of the Message-ID, with or without angle brackets
     """
 
     sender: str | None = None
     recipient: str | None = None
     older_than: float | None = None
     newer_than: float | None = None
+    message_id: str | None = None
 
     def takes(self, entry: QueueEntry, now: float) -> bool:
         """Whether it is one of these; *now* is in seconds since the epoch."""
@@ -123,9 +125,15 @@ class Choice:
             return False
         if self.newer_than is not None and (age is None or age >= self.newer_than):
             return False
+        if self.message_id is not None and _bare(entry.message_id) != _bare(self.message_id):
+            return False
         if not _is_in(self.recipient, entry.recipients):
             return False
         return _is_in(self.sender, () if entry.sender is None else (entry.sender,))
+
+
+def _bare(message_id: str) -> str:
+    return message_id.strip().removeprefix('<').removesuffix('>')
 
 
 def _is_in(text: str | None, addresses: Sequence[str]) -> bool:

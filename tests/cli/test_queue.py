@@ -490,12 +490,145 @@ def test_of_all_dead_letters_what_cannot_be_retried_is_told(mq_queue, put, queue
     assert queue.admin.find(fine).state == 'waiting'
 
 
-@pytest.mark.parametrize('arguments', [['retry'], ['retry', 'x', '--all'], ['retry', '--all', '--dead']])
-def test_what_to_retry_must_be_said_and_only_once(mq_queue, arguments):
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['retry'],
+        ['delete'],
+        ['delete', '--yes'],
+        ['retry', 'x', '--all'],
+        ['delete', 'x', '--dead'],
+        ['hold', 'x', '--recipient', 'a@x.example'],
+        ['retry', '--all', '--dead'],
+        ['retry', '--state', 'held'],
+        ['release', '--state', 'dead'],
+        ['delete', '--recipient', 'example.org'],
+        ['delete', '--recipient', ''],
+        ['delete', '--recipient', '@'],
+        ['delete', '--message-id', ' '],
+    ],
+)
+def test_what_is_meant_must_be_said_and_only_once(mq_queue, put, states, arguments):
+    put('dead')
+    before = states()
+
     status, out, err = mq_queue(*arguments)
 
     assert (status, out) == (2, '')
     assert err.startswith('usage: mq-queue ')
+    assert states() == before
+
+
+# --- many at once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('options', 'meant'),
+    [
+        (['--dead'], [0, 1, 2]),
+        (['--state', 'dead', '--state', 'held'], [0, 1, 2, 5]),
+        (['--recipient', 'ada@x.example'], [0, 3, 4]),
+        (['--recipient', 'ADA@X.example', '--dead'], [0]),
+        (['--recipient', '<ada@x.example>', '--dead'], [0]),
+        (['--recipient', '@x.example', '--dead'], [0, 1]),
+        (['--sender', '<>'], [3]),
+        (['--sender', '@site.example', '--dead'], [0, 1, 2]),
+        (['--dead', '--older-than', '1h'], [0, 1, 2]),
+        (['--dead', '--older-than', '30d'], []),
+        (['--dead', '--newer-than', '1d', '--recipient', '@x.example.org'], [2]),
+    ],
+)
+def test_many_messages_can_be_deleted_by_what_they_are(mq_queue, as_json, put, states, options, meant):
+    ids = [
+        put('dead', 'ada@x.example'),
+        put('dead', 'bob@x.example', 'mada@x.example'),
+        put('dead', 'ada@x.example.org'),
+        put('waiting', 'ada@x.example', sender=''),
+        put('waiting', 'ada@x.example'),
+        put('held', 'bob@y.example'),
+    ]
+    before = states()
+    expected = [ids[number] for number in meant]
+
+    assert [message['id'] for message in as_json('delete', *options, '--dry-run')] == expected
+    assert states() == before
+    count = f'{len(meant)} message{"" if len(meant) == 1 else "s"}'
+    assert mq_queue('delete', *options, '--yes') == (0, f'{count} deleted\n', '')
+    assert list(states()) == [name for name in ids if name not in expected]
+
+
+def test_a_message_is_found_by_its_message_id(as_json, mq_queue, put, states):
+    name = put()
+
+    for written in ('1@site.example', '<1@site.example>'):
+        assert [message['id'] for message in as_json('list', '--message-id', written)] == [name]
+    assert as_json('list', '--message-id', '<1@site.exam>') == []
+    assert mq_queue('hold', '--message-id', '1@site.example') == (0, '1 message held\n', '')
+    assert mq_queue('unhold', '--sender', 'shop@site.example') == (0, '1 message waiting again\n', '')
+    assert states() == {name: 'waiting'}
+
+
+def test_where_nobody_can_be_asked_many_are_deleted_only_if_that_was_said(mq_queue, put, states):
+    name = put('dead')
+
+    assert mq_queue('delete', '--dead') == (1, '', 'mq-queue: nothing is deleted: say --yes to delete 1 message\n')
+    assert states() == {name: 'dead'}
+    assert mq_queue('retry', '--dead')[0] == 0
+
+
+def test_a_dry_run_shows_what_is_meant_and_changes_nothing(mq_queue, put, states):
+    name, other = put('dead'), put()
+
+    status, out, _ = mq_queue('retry', '--dead', '--dry-run')
+    assert (status, name in out, other in out) == (0, True, False)
+    status, out, _ = mq_queue('delete', other, '--dry-run')
+    assert (status, name in out, other in out) == (0, False, True)
+    assert states() == {name: 'dead', other: 'waiting'}
+
+
+def test_one_message_that_fails_does_not_end_the_rest(mq_queue, put, states, monkeypatch):
+    bad, *_ = (put('dead') for _ in range(3))
+    real = MaildirAdmin.delete
+
+    def delete(admin, name):
+        if name == bad:
+            raise QueueError(f'{name} cannot be deleted: Input/output error')
+        return real(admin, name)
+
+    monkeypatch.setattr(MaildirAdmin, 'delete', delete)
+    result = mq_queue('delete', '--dead', '--yes')
+
+    assert result == (1, '2 messages deleted\n', f'mq-queue: {bad} cannot be deleted: Input/output error\n')
+    assert states() == {bad: 'dead'}
+
+
+def test_a_queue_that_fails_for_every_message_ends_it(mq_queue, put, states, monkeypatch):
+    names = [put('dead') for _ in range(5)]
+
+    def fail(admin, name):
+        raise QueueError(f'{name}: the disk is gone')
+
+    monkeypatch.setattr(MaildirAdmin, 'retry', fail)
+    status, out, err = mq_queue('retry', '--dead', '--json')
+
+    assert (status, json.loads(out)) == (75, [])
+    assert err.splitlines() == [f'mq-queue: {name}: the disk is gone' for name in names[:3]]
+
+
+def test_what_was_changed_since_it_was_chosen_is_left_alone(mq_queue, put, states, monkeypatch):
+    names = [put('dead') for _ in range(2)]
+    real = MaildirAdmin.delete
+
+    def delete(admin, name):
+        # Meanwhile somebody retries the next one.
+        if name == names[0]:
+            admin.retry(names[1])
+        return real(admin, name)
+
+    monkeypatch.setattr(MaildirAdmin, 'delete', delete)
+
+    assert mq_queue('delete', '--dead', '--yes') == (0, '1 message deleted\n', '')
+    assert states() == {names[1]: 'waiting'}
 
 
 def test_what_waits_can_be_made_due(mq_queue, as_json, put, queue):
@@ -680,6 +813,23 @@ def test_on_a_terminal_one_is_asked_before_anything_is_deleted(start, put, state
     assert states() == {other: 'waiting'}
 
 
+@pytest.mark.parametrize('answer', ['y\n', 'n\n'])
+def test_on_a_terminal_one_is_told_how_many_are_meant(start, put, states, answer):
+    for _ in range(12):
+        put('dead')
+    put()
+    terminal = Terminal(start, 'delete', '--dead')
+
+    asked = terminal.read_until('[y/N] ')
+    terminal.type(answer)
+    status, seen = terminal.end()
+
+    assert asked.count('to ada@x.example') == 10
+    assert '... and 2 messages more\r\nDelete 12 messages for good? [y/N] ' in asked
+    assert (status, len(states())) == ((0, 1) if answer == 'y\n' else (1, 13))
+    assert seen.endswith('12 messages deleted\r\n' if status == 0 else 'mq-queue: nothing is deleted\r\n')
+
+
 @pytest.mark.parametrize('answer', ['n\n', '\n', 'yesterday\n', '\x04'])
 def test_any_other_answer_deletes_nothing(start, put, states, answer):
     name = put()
@@ -764,7 +914,21 @@ def test_a_narrow_terminal_shows_what_matters(start, put, columns, titles):
 
     assert lines[0].split() == titles
     assert max(map(len, lines)) <= columns
+    left_out = [name for name in ('TRIES', 'SIZE', 'SENDER', 'SUBJECT', 'LAST REPLY') if name not in ' '.join(titles)]
+    assert f'not shown in {columns} columns: {", ".join(left_out)}' in lines
     assert lines[1].startswith(name)
+
+
+def test_a_list_on_a_terminal_ends_with_how_many_there_are(start, put):
+    for number in range(3):
+        put('waiting', f'user{number}@x.example')
+
+    def last_line(*options):
+        return Terminal(start, 'list', *options).end()[1].splitlines()[-1]
+
+    assert last_line() == '3 messages'
+    assert last_line('--recipient', 'user1') == '1 of 3 messages'
+    assert last_line('--recipient', 'nobody') == '0 of 3 messages'
 
 
 @pytest.mark.parametrize('arguments', [['list'], ['show', ''], ['show', '--raw', ''], ['stats'], ['hold', '']])
@@ -1025,7 +1189,6 @@ def test_root_does_not_work_in_the_queue_of_another_user(mq_queue, queue, queue_
         [],
         ['list', '--state', 'lost'],
         ['list', '--older-than', 'soon'],
-        ['check', '--max-waiting', '-1'],
         ['hold'],
         ['show'],
         ['stats', '--top', 'x'],
@@ -1039,6 +1202,34 @@ def test_wrong_usage_is_status_2(mq_queue, arguments):
     assert (status, out) == (2, '')
     assert err.startswith('usage: mq-queue ')
     assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'problem'),
+    [
+        (['check', '--max-waiting', '-1'], "argument --max-waiting: '-1' is not a whole number"),
+        (['check', '--nonsense'], 'unrecognized arguments: --nonsense'),
+        (['check', 'more'], 'unrecognized arguments: more'),
+        (['--set', 'nonsense', 'check'], 'nonsense'),
+        (['--nonsense', 'check'], 'unrecognized arguments: --nonsense'),
+    ],
+)
+def test_wrong_usage_of_the_check_is_unknown_to_nagios_and_not_critical(mq_queue, arguments, problem):
+    status, out, _ = mq_queue(*arguments)
+
+    assert (status, out.count('\n')) == (3, 1)
+    assert out.startswith('MAILQUEUE UNKNOWN - ')
+    assert problem in out
+    status, out, _ = mq_queue(*arguments, '--json')
+    assert (status, json.loads(out)['status']) == (3, 'UNKNOWN')
+
+
+def test_a_check_without_an_ini_file_is_unknown_too(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(['check'])
+
+    assert exit_.value.code == 3
+    assert capsys.readouterr().out.startswith('MAILQUEUE UNKNOWN - ')
 
 
 def test_a_state_that_there_is_not_is_told_with_those_that_there_are(mq_queue):

@@ -248,7 +248,7 @@ def test_a_search_for_what_is_rare_ends_and_can_be_continued(operator, queue, re
 
     page = operator.get('/mailqueue/messages?recipient=eve@')
 
-    assert 'None of 5000 messages is one of these; there are more' in page
+    assert 'None of 5,000 messages is one of these; there are more' in page
     assert ids_on(page.click('Search further')) == [last]
 
 
