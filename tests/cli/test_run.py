@@ -45,6 +45,22 @@ format = %(levelname)s %(name)s %(message)s
 """
 
 
+CONSOLE = """
+[loggers]
+keys = root
+[handlers]
+keys = console
+[formatters]
+keys =
+[logger_root]
+level = INFO
+handlers = console
+[handler_console]
+class = StreamHandler
+args = (sys.{stream},)
+"""
+
+
 @pytest.fixture
 def server():
     with ScriptedSMTPServer() as server:
@@ -146,6 +162,30 @@ def state(queue_dir):
 
 
 QUIET = (0, '', '')
+
+
+# --- what is told ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('logs', ['', CONSOLE.format(stream='stderr'), CONSOLE.format(stream='stdout'), 'none'])
+@pytest.mark.parametrize('options', [[], ['--watch=0.1', '--max-time=1']])
+def test_a_server_that_is_not_there_is_told_once(start, app_ini, queue_dir, options, logs):
+    MaildirQueue(queue_dir).put(Envelope('shop@site.example', ('ada@x.example',), CONTENT))
+    with ScriptedSMTPServer() as stopped:
+        nobody = CONSOLE.replace('handlers = console', 'handlers =').format(stream='stderr')
+        ini = app_ini(stopped, more=nobody if logs == 'none' else logs)
+
+    out, err = start(ini, *options).communicate(timeout=60)
+
+    assert (out + err).count('Cannot reach 127.0.0.1') == 1
+    assert err.startswith(f'mq-run: Cannot reach 127.0.0.1:{stopped.port}')
+
+
+def test_the_help_says_that_watch_may_go_without_a_time(capsys):
+    with pytest.raises(SystemExit):
+        run.main(['--help'])
+
+    assert '[--watch [SECONDS]]' in capsys.readouterr().out
 
 
 # --- a run ------------------------------------------------------------------
