@@ -134,7 +134,12 @@ class IMailQueue(Interface):
         """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
 
     def counts() -> Mapping[str, int]:
-        """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
+        """
+        Return a dict of state to number of messages; the states are those of ``mq-queue``.
+
+        Cheap, however many there are: of very many a damaged one that nobody has tried to deliver may be counted among
+        those that wait.
+        """
 
     def count_waiting(most: int) -> int:
         """
@@ -186,7 +191,7 @@ class IQueueAdmin(Interface):
         Yield a :class:`~.queues.entries.QueueEntry` for each message in one of *states*, oldest first.
 
         They are read one by one, in little memory.  What comes or goes meanwhile may be among them or not.  The order
-        is that in which the messages came into the queue for the first time.
+        is that of ``queued_at``: a message that was retried or released comes where a new one would.
         """
 
     def oldest(states: Collection[str]) -> QueueEntry | None:

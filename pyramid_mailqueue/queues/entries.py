@@ -7,10 +7,11 @@ Every queue tells of itself in these words, and whoever shows them (``mq-queue``
 from __future__ import annotations
 
 import codecs
+import heapq
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
@@ -33,6 +34,7 @@ __all__ = [
     'Tally',
     'decoded',
     'header_lines',
+    'oldest_first',
     'subject_of',
     'tally',
     'tell_from_header',
@@ -98,6 +100,24 @@ class QueueEntry:
     subject: str = ''
     message_id: str = ''
     size: int = 0
+
+
+def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueEntry]:
+    """
+    Yield *entries* in the order of :attr:`QueueEntry.queued_at`.
+
+    A queue finds them cheaply in the order in which they came for the first time.  After a retry or a release a message
+    counts as one that has just come: such a one is kept here until its turn comes, and nothing else is.
+
+    :param entries: with the time, in seconds since the epoch, at which each came for the first time; in that order
+    """
+    later: list[tuple[float, int, QueueEntry]] = []
+    for number, (born, entry) in enumerate(entries):
+        heapq.heappush(later, (max(born, entry.queued_at or born), number, entry))
+        while later and later[0][0] <= born:
+            yield heapq.heappop(later)[2]
+    while later:
+        yield heapq.heappop(later)[2]
 
 
 @dataclass(frozen=True, slots=True)

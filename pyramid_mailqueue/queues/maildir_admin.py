@@ -31,7 +31,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, oldest_first, tally, tell_from_header
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
@@ -94,10 +94,8 @@ class MaildirAdmin:
 
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
-        for _, name, folder in self._oldest_first(states):
-            entry = self._look(folder, name)
-            if entry is not None and entry.state in states:
-                yield entry
+        looks = ((born, self._look(folder, name)) for born, name, folder in self._oldest_first(states))
+        return oldest_first((born, entry) for born, entry in looks if entry is not None and entry.state in states)
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""

@@ -28,7 +28,8 @@ class MemoryAdmin:
 
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
-        return (_entry(message) for message in self._messages.in_order() if message.state in states)
+        oldest_first = sorted(self._messages.in_order(), key=lambda message: message.queued_at)
+        return (_entry(message) for message in oldest_first if message.state in states)
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""

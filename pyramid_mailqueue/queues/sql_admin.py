@@ -30,7 +30,16 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, ExactId, QueueEntry, QueueStats, Tally
+from pyramid_mailqueue.queues.entries import (
+    AGE_LIMITS,
+    STATES,
+    DomainCount,
+    ExactId,
+    QueueEntry,
+    QueueStats,
+    Tally,
+    oldest_first,
+)
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, IS_UNKNOWN, UNCLAIMED, state_is
@@ -101,7 +110,8 @@ class SQLAdmin:
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
         self._leases.flush()
-        yield from map(_entry, self._pages(select(*_COLUMNS), states, PAGE))
+        found = map(_entry, self._pages(select(*_COLUMNS), states, PAGE))
+        yield from oldest_first((_born(entry.id), entry) for entry in found)
 
     def _pages(self, statement: Select[Any], states: Collection[str], size: int) -> Iterator[Row[Any]]:
         """Yield rows in the order of their ids, read so many at once: no connection is kept while a person reads."""

@@ -1026,6 +1026,16 @@ def test_an_old_message_that_is_stuck_in_delivery_makes_an_alarm(mq_queue, put):
     assert mq_queue('check', '--max-age', '1h')[0] == 2
 
 
+def test_a_damaged_file_that_nobody_has_tried_to_deliver_is_counted_as_it_is_listed(mq_queue, as_json, put, queue):
+    put()
+    Path(queue.place('new', 'damaged')).write_bytes(b'not a queue file')
+
+    assert mq_queue('check')[0] == 1
+    assert mq_queue('check')[1].startswith('MAILQUEUE WARNING - 1 corrupt file | ')
+    assert 'mailqueue_messages{state="corrupt"} 1\n' in mq_queue('metrics')[1]
+    assert [message['id'] for message in as_json('list', '--state', 'corrupt')] == ['damaged']
+
+
 def test_the_check_in_json_has_the_oldest_message(mq_queue, put):
     name = put()
     put('dead')

@@ -627,11 +627,32 @@ def test_messages_are_listed_in_the_order_in_which_they_came(queue, admin, clock
     for make in (*makes.values(), make_waiting):
         names.append(make(queue))
         clock.now += 1
-    admin.retry(names[2])
 
     assert [entry.id for entry in admin.entries(STATES)] == names
-    assert [entry.id for entry in admin.entries(['waiting'])] == [names[0], names[2], names[-1]]
+    assert [entry.id for entry in admin.entries(['waiting'])] == [names[0], names[-1]]
     assert [entry.id for entry in admin.entries([])] == []
+
+
+@for_queues_with('state, method', [('dead', 'retry'), ('in doubt', 'release')])
+def test_what_has_a_new_start_is_listed_as_the_new_message_that_it_is(queue, admin, clock, state, method):
+    def names(count, make):
+        for _ in range(count):
+            clock.now += 10
+            yield make(queue)
+
+    first, *others = names(5, MAKE[state])
+    between = [*names(3, make_waiting)]
+    for name in (others[2], first):
+        clock.now += 10
+        getattr(admin, method)(name)
+    last = [*names(2, make_waiting)]
+    clock.now += 10
+    getattr(admin, method)(others[0])
+
+    listed = list(admin.entries(STATES))
+    assert [entry.id for entry in listed] == [others[1], others[3], *between, others[2], first, *last, others[0]]
+    ages = [entry.queued_at for entry in listed]
+    assert ages == sorted(ages)
 
 
 def test_counts_lists_and_stats_agree(queue, admin, makes):
