@@ -229,6 +229,17 @@ class IQueueAdmin(Interface):
     def flush() -> int:
         """Make every waiting message due now; return how many were not."""
 
+    def expire(before: float, most: int) -> Sequence[str]:
+        """
+        Remove dead letters for good that are dead since a time before *before*; return their ids.
+
+        Called by ``mq-run`` if ``mailqueue.keep_dead`` is set.  Each is logged before it is removed; one that is
+        damaged, or that somebody has in hand, is left.
+
+        :param before: in seconds since the epoch
+        :param most: remove no more than that
+        """
+
 
 class IStaging(Interface):
     """

@@ -307,7 +307,12 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
-    return Runner(mailer.queue, mailer.handler)
+    keep_dead = {'keep_dead': registry.settings.get('mailqueue.keep_dead')}
+    return Runner(
+        mailer.queue,
+        mailer.handler,
+        keep_dead=Settings.from_program(keep_dead, needs_server=False).keep_dead,
+    )
 
 
 def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
@@ -357,6 +362,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         'in doubt': len(recovery.in_doubt) + len(recovery.half_way),
         'released': len(recovery.sent),
         'discarded': len(recovery.discarded),
+        'dead letters removed': len(recovery.expired),
         'sent': report.sent,
         'deferred': report.deferred,
         'refused': report.refused + len(recovery.buried),

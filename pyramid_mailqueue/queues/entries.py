@@ -101,6 +101,11 @@ class QueueEntry:
     message_id: str = ''
     size: int = 0
 
+    def is_dead_since(self, before: float) -> bool:
+        """Whether it is a dead letter, and became one before *before*, in seconds since the epoch."""
+        died = self.queued_at if self.last_attempt is None else self.last_attempt
+        return self.state == 'dead' and died is not None and died < before
+
 
 def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueEntry]:
     """

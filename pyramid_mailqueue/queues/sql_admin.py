@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Executable,
     Row,
     Select,
     Text,
@@ -27,7 +28,7 @@ from sqlalchemy import (
 )
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import log_event, log_expired, queue_log
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
 from pyramid_mailqueue.queues.entries import (
@@ -171,7 +172,7 @@ class SQLAdmin:
             raise _nobody(id)
         return content
 
-    def _rows(self, statement: Select[Any]) -> list[Row[Any]]:
+    def _rows(self, statement: Executable) -> list[Row[Any]]:
         return [*self._database.run(lambda connection: connection.execute(statement).all())]
 
     def _whole(self, id: str) -> str:
@@ -233,6 +234,17 @@ class SQLAdmin:
         flushed = self._database.run(lambda connection: connection.execute(statement).rowcount)
         log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
+
+    def expire(self, before: float, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        died = func.coalesce(MESSAGES.c.last_attempt, MESSAGES.c.queued_at)
+        is_over = (state_is('dead'), has_time(died), died < before)
+        found = self._rows(select(*_COLUMNS).where(*is_over).order_by(MESSAGES.c.id).limit(most))
+        for entry in map(_entry, found):
+            log_expired(entry)
+        # Since then somebody may have retried it.
+        expired = delete(MESSAGES).where(*is_over, MESSAGES.c.id.in_([row.id for row in found]))
+        return [row.id for row in self._rows(expired.returning(MESSAGES.c.id))] if found else []
 
     def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
         """Change a message for which *condition* holds; *done* is the word for that."""

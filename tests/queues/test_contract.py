@@ -761,6 +761,53 @@ def test_a_dead_letter_may_be_retried_and_die_again(queue, admin):
     assert here(queue) == {'dead': 1}
 
 
+DAY = 24 * HOUR
+
+
+def test_dead_letters_that_are_old_enough_are_removed_and_told(queue, admin, clock, makes, caplog):
+    caplog.set_level('INFO', 'mailqueue.queue_log')
+    others = [make(queue) for state, make in makes.items() if state != 'dead']
+    waiting_for_long = put(queue, due=NOW + DAY)
+    first = make_dead(queue, reply='550 5.1.1 no such user')
+    clock.now += 10 * DAY
+    # It came long ago, and has died only now.
+    queue.claim(waiting_for_long).settle(Settlement(burials=(Burial(ENVELOPE.recipients, 'given up'),)))
+    second = make_dead(queue)
+    before = {entry.id for entry in entries(queue)}
+    caplog.clear()
+
+    assert admin.expire(clock.now - 10 * DAY, 100) == []
+    assert list(admin.expire(clock.now - 10 * DAY + 1, 100)) == [first]
+    assert {entry.id for entry in entries(queue)} == before - {first}
+    assert {second, *others} < before
+    (record,) = caplog.records
+    told = record.mailqueue
+    assert (told['status'], told['id'], told['msgid']) == ('discarded', first, '<1@site.example>')
+    assert (told['to'], told['error']) == ('ada@x.example,bob@x.example', '550 5.1.1 no such user')
+    assert 'keep_dead' in told['reason']
+
+
+def test_no_more_dead_letters_are_removed_than_was_said(queue, admin, clock):
+    names = {make_dead(queue) for _ in range(5)}
+    clock.now += DAY
+
+    removed = {*admin.expire(clock.now, 2)} | {*admin.expire(clock.now, 2)}
+    assert len(removed) == 4
+    assert {entry.id for entry in entries(queue)} == names - removed
+    assert len(admin.expire(clock.now, 2)) == 1
+    assert here(queue) == {}
+
+
+def test_a_dead_letter_that_was_retried_is_dead_for_a_short_time_when_it_dies_again(queue, admin, clock):
+    name = make_dead(queue)
+    clock.now += 10 * DAY
+    taken = queue.claim(admin.retry(name).id)
+    taken.settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 still no'),)))
+
+    assert list(admin.expire(clock.now - DAY, 100)) == []
+    assert here(queue) == {'dead': 1}
+
+
 @for_queues_with('state', MAKE)
 def test_whatever_nobody_delivers_can_be_deleted(queue, admin, state):
     name = MAKE[state](queue)
