@@ -56,9 +56,9 @@ class _TellVersion(argparse.Action):
     """Looked up when it is asked for: that takes longer than a run with nothing to do."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        import pyramid_mailqueue
+        from importlib.metadata import version
 
-        print(f'{parser.prog} {pyramid_mailqueue.__version__}')
+        print(parser.prog, version('pyramid_mailqueue'))
         parser.exit()
 
 

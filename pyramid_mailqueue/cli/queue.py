@@ -237,7 +237,7 @@ def _add_looking(add: Add) -> None:
         'show',
         queue_look.show_message,
         'show all there is to know of a message',
-        'Its envelope, what happened to it, what the server said last, and its header.',
+        'Its envelope, what happened to it, what the server said last, its header, and its text: all of it decoded.',
     )
     parser.add_argument('ids', nargs=1, metavar='ID')
     parser.add_argument('--raw', action='store_true', help='print the message itself, byte for byte, and nothing else')

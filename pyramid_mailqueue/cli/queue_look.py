@@ -108,16 +108,37 @@ def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     if arguments.raw:
         _print_raw(content)
         return EX_OK
-    header = [] if entry.state == 'corrupt' else header_lines(content)
     if arguments.json:
+        header = [] if entry.state == 'corrupt' else header_lines(content)
         print_json({**as_json(entry), 'headers': [_field(line) for line in header]})
         return EX_OK
-    now = time.time()
-    for title, value in _facts(entry, now):
+    for title, value in _facts(entry, time.time()):
         print(f'{title:<13}{printable(value)}'.rstrip())
-    for number, line in enumerate(header):
-        print(('\n' if number == 0 else '') + printable(line))
+    if entry.state != 'corrupt':
+        for line in _shown(content):
+            print(printable(line))
     return EX_OK
+
+
+def _shown(content: bytes) -> Iterator[str]:
+    """What a person reads of a content, line by line: everything decoded, and what is no text only named."""
+    # With the package that reads mail.
+    from pyramid_mailqueue.dashboard.contents import read_contents
+
+    contents = read_contents(content)
+    for number, (name, value) in enumerate(contents.header):
+        yield from ([] if number else [''])
+        yield f'{name}: {value}'
+    if contents.text is not None:
+        yield from ('', *contents.text)
+    if contents.is_cut:
+        yield from ('', 'There is more of the text: --raw has all of it.')
+    for number, part in enumerate(contents.parts):
+        yield from ([] if number else [''])
+        size = '' if part.size is None else f', {numbered(part.size, "octet")}'
+        yield f'[{part.kind}{f", {part.name}" if part.name else ""}{size}]'
+    if contents.problem:
+        yield from ('', f'{contents.problem} --raw has all of it.')
 
 
 def _facts(entry: QueueEntry, now: float) -> Iterator[tuple[str, str]]:

@@ -362,7 +362,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         'in doubt': len(recovery.in_doubt) + len(recovery.half_way),
         'released': len(recovery.sent),
         'discarded': len(recovery.discarded),
-        'dead letters removed': len(recovery.expired),
+        'expired': len(recovery.expired),
         'sent': report.sent,
         'deferred': report.deferred,
         'refused': report.refused + len(recovery.buried),

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from pyramid.csrf import get_csrf_token
 from pyramid.interfaces import IDefaultCSRFOptions
 from pyramid.response import Response
@@ -38,6 +37,10 @@ HEADERS = {
 }
 
 _KEY = 'pyramid_mailqueue.dashboard.pages'
+
+# Where an address may go on in the next line: before a sign that joins two words, and after a comma; in the midst of a
+# word only if that is longer than a column of a table should have to be.
+_PIECE = re.compile(r'[@.+_-]?[^@.,+_-]{1,20},?|[@.,+_-]')
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters.update(
-            breakable=_breakable,
+            pieces=_PIECE.findall,
             few=few,
             numbered=numbered,
             size=size_in_words,
@@ -118,16 +121,6 @@ def _reply_of(request: Any, entry: QueueEntry) -> str:
 def _shown(value: object) -> object:
     """Return *value* as it may be shown: no control characters, nothing that turns the direction of the text around."""
     return printable(value) if isinstance(value, str) and not hasattr(value, '__html__') else value
-
-
-# Where an address may go on in the next line: before a sign that joins two words, and after a comma; in the midst of a
-# word only if that is longer than a column of a table should have to be.
-_PIECE = re.compile(r'[@.+_-]?[^@.,+_-]{1,20},?|[@.,+_-]')
-
-
-def _breakable(addresses: str) -> Markup:
-    """Return *addresses* as they may be broken into lines."""
-    return Markup('<wbr>').join(printable(piece) for piece in _PIECE.findall(addresses))
 
 
 def with_headers(response: Response) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from email.message import EmailMessage
+from email.policy import SMTP
 from pathlib import Path
 
 import pytest
@@ -282,7 +285,49 @@ def test_show_tells_all_there_is_to_know_of_a_message(mq_queue, put, queue):
         'Message-ID: <1@site.example>',
         'To: ada@x.example, bob@x.example',
         'Subject: Your order',
+        '',
+        'Hello',
     ]
+
+
+def test_show_decodes_what_people_read_and_nothing_for_programs(mq_queue, as_json, queue):
+    message = EmailMessage()
+    message['Subject'] = 'Grüße aus Köln'
+    message['From'] = 'Zoë Müller <zoe@site.example>'
+    message.set_content('Schöne Grüße\n\x1b]0;owned\x07\n', cte='quoted-printable', charset='iso-8859-1')
+    message.add_attachment(b'%PDF', maintype='application', subtype='pdf', filename='Übersicht.pdf')
+    name = queue.put(Envelope('', ('ada@x.example',), message.as_bytes(policy=SMTP)))
+
+    status, out, err = mq_queue('show', name)
+
+    assert (status, err) == (0, '')
+    assert '\nSubject: Grüße aus Köln\nFrom: Zoë Müller <zoe@site.example>\n' in out
+    assert out.endswith('\n\nSchöne Grüße\n\\x1b]0;owned\\x07\n\n[application/pdf, Übersicht.pdf, 4 octets]\n')
+    headers = dict(as_json('show', name)['headers'])
+    assert headers['Subject'].startswith('=?utf-8?')
+    assert b'Sch=F6ne Gr=FC=DFe' in mq_queue('show', name, '--raw')[1].encode()
+
+
+@pytest.mark.parametrize(
+    ('encoding', 'charset', 'body', 'shown'),
+    [
+        ('base64', 'utf-8', base64.b64encode('Žluťoučký'.encode()), 'Žluťoučký'),
+        ('8bit', 'koi8-r', 'Привет'.encode('koi8-r'), 'Привет'),
+        ('8bit', 'x-nobody-knows', b'plain', 'plain'),
+        ('8bit', 'utf-8', b'caf\xe9', 'caf\N{REPLACEMENT CHARACTER}'),
+    ],
+)
+def test_show_decodes_the_text_with_its_own_charset(mq_queue, queue, encoding, charset, body, shown):
+    header = f'Content-Type: text/plain; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
+    name = queue.put(Envelope('', ('ada@x.example',), header.encode() + body + b'\r\n'))
+
+    assert mq_queue('show', name)[1].endswith(f'\n\n{shown}\n')
+
+
+def test_a_message_of_html_only_is_shown_with_the_kind_of_its_part(mq_queue, queue):
+    name = queue.put(Envelope('', ('ada@x.example',), b'Content-Type: text/html\r\n\r\n<b>hi</b>\r\n'))
+
+    assert mq_queue('show', name)[1].endswith('\n\n[text/html, 11 octets]\n')
 
 
 def test_show_in_json_is_one_object_with_the_header(as_json, put):
@@ -307,7 +352,7 @@ def test_a_message_without_a_header_can_be_shown(as_json, mq_queue, queue):
     assert as_json('show', odd)['headers'] == [['begins', ''], ['with', 'no field'], ['last line', '']]
     only = queue.put(Envelope('', ('ada@x.example',), b'Subject: only\r\n'))
     assert as_json('show', only)['headers'] == [['Subject', 'only']]
-    assert '\n\n' not in mq_queue('show', name)[1]
+    assert mq_queue('show', name)[1].endswith('Size         16 octets\n\nJust a body.\n')
 
 
 def test_a_damaged_file_is_shown_with_what_is_wrong(mq_queue, put):

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
@@ -179,6 +180,30 @@ def test_a_server_that_is_not_there_is_told_once(start, app_ini, queue_dir, opti
 
     assert (out + err).count('Cannot reach 127.0.0.1') == 1
     assert err.startswith(f'mq-run: Cannot reach 127.0.0.1:{stopped.port}')
+
+
+@pytest.mark.parametrize('option', ['app', 'mqrunner'])
+def test_dead_letters_are_removed_when_their_time_is_over_and_that_is_told(start, ini, queue_dir, tmp_path, option):
+    queue = MaildirQueue(queue_dir, clock=lambda: time.time() - 100 * 86400)
+    envelope = Envelope('shop@site.example', ('ada@x.example',), CONTENT)
+    queue.put_claimed(envelope).settle(Settlement(burials=(Burial(envelope.recipients, '550 no such user'),)))
+    for path in (queue_dir / 'dead').iterdir():
+        os.utime(path, (1, 1))
+    keys = 'queue_dir = %(here)s/queue', 'smtp_hostname = 127.0.0.1', 'queue_log = %(here)s/queue.log'
+    of_app = '[app:main]\nuse = egg:not_installed\n', 'mailqueue.'
+    head, prefix = of_app if option == 'app' else ('[mqrunner]\n', '')
+
+    def run(keep_dead):
+        lines = ''.join(f'{prefix}{line}\n' for line in (*keys, f'keep_dead = {keep_dead}'))
+        return start(ini(head + lines)).communicate(timeout=60)
+
+    assert run('none') == run('101d') == ('', '')
+    assert run('90d') == ('mq-run: 1 expired; 0 waiting\n', '')
+    assert run('90d') == ('', '')
+    (line,) = (tmp_path / 'queue.log').read_text().splitlines()
+    assert 'status=discarded' in line
+    assert 'msgid=<1@site.example>' in line
+    assert 'error="550 no such user" reason="a dead letter for longer than mailqueue.keep_dead"' in line
 
 
 def test_the_help_says_that_watch_may_go_without_a_time(capsys):
@@ -947,6 +972,7 @@ def test_a_defect_of_a_policy_is_status_70_and_the_next_run_brings_what_is_left(
     path = app_ini(server)
     code = textwrap.dedent("""
         from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.delivery.results import Burial, Settlement
         from pyramid_mailqueue.delivery.retry import ExponentialBackoff
         decide = ExponentialBackoff.decide
         def decide_badly(self, recipients, *args):
@@ -1010,6 +1036,7 @@ def test_after_its_time_a_run_waits_for_what_is_in_hand(start, app_ini, put_many
     code = textwrap.dedent("""
         import sys
         from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.delivery.results import Burial, Settlement
         from pyramid_mailqueue.delivery import runner
         runner.PATIENCE = 0
         wait = runner.Stop.wait
@@ -1101,6 +1128,7 @@ def watch(start, systemd):
 OFTEN = ('--watch', '0.05')
 SHORT_PAUSES = textwrap.dedent("""
     from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.delivery.results import Burial, Settlement
     from pyramid_mailqueue.delivery import handler
     Pause = handler.Pause
     handler.Pause = lambda: Pause(first=0.05, longest=0.1)
