@@ -23,6 +23,7 @@ from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
+from tests.cli.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 CONTENT = b'Message-ID: <1@site.example>\r\nSubject: the sum is 4711\r\n\r\nIt is.\r\n'
@@ -43,22 +44,6 @@ args = ('%(here)s/app.log',)
 formatter = plain
 [formatter_plain]
 format = %(levelname)s %(name)s %(message)s
-"""
-
-
-CONSOLE = """
-[loggers]
-keys = root
-[handlers]
-keys = console
-[formatters]
-keys =
-[logger_root]
-level = INFO
-handlers = console
-[handler_console]
-class = StreamHandler
-args = (sys.{stream},)
 """
 
 

@@ -20,6 +20,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
+from tests.cli.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 TO = '--to=ada@x.example'
@@ -299,23 +300,7 @@ def test_a_server_that_is_not_there_may_be_later(mq_send_test, app_ini, state):
     assert f'nc -vz 127.0.0.1 {stopped.port}' in err
 
 
-CONSOLE = """
-[loggers]
-keys = root
-[handlers]
-keys = console
-[formatters]
-keys =
-[logger_root]
-level = INFO
-handlers = console
-[handler_console]
-class = StreamHandler
-args = (sys.stderr,)
-"""
-
-
-@pytest.mark.parametrize('logs', ['', CONSOLE])
+@pytest.mark.parametrize('logs', ['', CONSOLE.format(stream='stderr')])
 def test_a_server_that_is_not_there_is_told_once(mq_send_test, app_ini, logs):
     with ScriptedSMTPServer() as stopped:
         ini = app_ini(stopped, more=logs)
