@@ -11,13 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 from pyramid_mailqueue.exceptions import AddressError, NoRecipients
 
 __all__ = [
+    'AddressGroup',
     'at_least_one',
     'check_address',
     'needs_smtputf8',
+    'parse_address_list',
     'parse_header_addresses',
     'parse_mailbox',
     'split_addresses',
@@ -180,6 +183,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+_QUOTED_PAIR = re.compile(r'\\(.)')
 _COMMENT_PIECE = re.compile(r'(?:[^()\\]|\\.)*([()])', re.DOTALL)
 _FOLD = re.compile(r'\r?\n(?=[ \t])')
 
@@ -188,6 +192,9 @@ _FOLD = re.compile(r'\r?\n(?=[ \t])')
 _MAILBOX = r'(?:[aq]*<[aq]@[al]>|[aq]@[al])'
 _MAILBOXES = rf',*(?:{_MAILBOX}(?:,+{_MAILBOX})*,*)?'
 _ADDRESS = rf'(?:{_MAILBOX}|[aq]+:{_MAILBOXES};)'
+_MAILBOX_SHAPE = re.compile(_MAILBOX)
+_ITEM = re.compile('[^,:;]*')
+_SEPARATOR = re.compile('[,; \t]')
 _ADDRESS_LIST = re.compile(rf',*(?:{_ADDRESS}(?:,+{_ADDRESS})*,*)?')
 
 
@@ -208,29 +215,104 @@ def parse_mailbox(text: str) -> str:
 
     Raises :class:`~.exceptions.AddressError`.
     """
-    if not (isinstance(text, str) and text.endswith('>')):
-        return check_address(text)
-    addresses = list(_parse_value(text))
+    try:
+        if not (isinstance(text, str) and text.endswith('>')):
+            return check_address(text)
+        addresses = list(_parse_value(text))
+    except AddressError:
+        if isinstance(text, str) and _seem_several(text):
+            raise _not_one(text) from None
+        raise
     if len(addresses) != 1:
-        raise AddressError(f'{_shown(text)} is not exactly one address; pass a list with an item for each address.')
+        raise _not_one(text)
     return addresses[0]
 
 
+def _seem_several(text: str) -> bool:
+    return sum('@' in item for item in _SEPARATOR.split(text)) > 1
+
+
+def _not_one(text: str) -> AddressError:
+    return AddressError(
+        f"{_shown(text)} is not exactly one address. Give a list with an item for each, ['a@example.org', "
+        "'b@example.org']; an address that came out of a form may be an attack."
+    )
+
+
+class AddressGroup(NamedTuple):
+    """
+    A group (RFC 5322 section 3.4), or one mailbox that is in none.
+
+    :param name: of the group; None without one
+    :param mailboxes: the display name, ``''`` without one, and the address of each
+    """
+
+    name: str | None
+    mailboxes: list[tuple[str, str]]
+
+
+def parse_address_list(value: str) -> list[AddressGroup]:
+    """
+    Return what is in the *value* of a header field such as ``To``.  Encoded words in names stay encoded.
+
+    Raises :class:`~.exceptions.AddressError` as :func:`parse_header_addresses`.
+    """
+    groups: list[AddressGroup] = []
+    words: list[str] = []  # Of a phrase that is not complete yet.
+    group: AddressGroup | None = None
+    tokens = _address_tokens(value)
+    for index, (kind, text) in enumerate(tokens):
+        if kind == '@':
+            mailbox = (' '.join(words), _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value))
+            words.clear()
+            group.mailboxes.append(mailbox) if group else groups.append(AddressGroup(None, [mailbox]))
+        elif kind == ':':
+            group = AddressGroup(' '.join(words), [])
+            groups.append(group)
+            words.clear()
+        elif kind == ';':
+            group = None
+        elif kind in 'aq' and '@' not in (tokens[index - 1][0], *(kind for kind, _ in tokens[index + 1 : index + 2])):
+            words.append(_QUOTED_PAIR.sub(r'\1', text[1:-1]) if kind == 'q' else text)
+    return groups
+
+
 def _parse_value(value: str) -> Iterator[str]:
-    tokens = list(_tokens(_FOLD.sub('', value), value))
-    shape = ''.join(kind for kind, _ in tokens)
-    if not _ADDRESS_LIST.fullmatch(shape):
-        raise _unreadable(value)
+    tokens = _address_tokens(value)
     for index, (kind, _) in enumerate(tokens):
         if kind == '@':
             yield _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value)
+
+
+def _address_tokens(value: str) -> list[tuple[str, str]]:
+    tokens = list(_tokens(_FOLD.sub('', value), value))
+    shape = ''.join(kind for kind, _ in tokens)
+    if not _ADDRESS_LIST.fullmatch(shape):
+        raise _unreadable(value, _what_is_wrong(tokens))
+    return tokens
+
+
+def _what_is_wrong(tokens: list[tuple[str, str]]) -> str:
+    """Return what a person may mend in a list of addresses that is none."""
+    shape = ''.join(kind for kind, _ in tokens)
+    for match in _ITEM.finditer(shape):
+        item = match[0]
+        if not item or _MAILBOX_SHAPE.fullmatch(item) or shape.startswith(':', match.end()):
+            continue
+        text = _shown(' '.join(text for _, text in tokens[match.start() : match.end()]))
+        if '@' not in item:
+            return f'{text} has no domain; an address is local-part@domain, and a name with a comma needs double quotes'
+        if item.count('@') > 1:
+            return f'{text} is more than one address, or a name that needs double quotes'
+        return f'{text} is not one address'
+    return 'its groups are not complete'
 
 
 def _check_token_pair(local_part: str, domain: str, value: str) -> str:
     # RFC 2047 section 5: there are no encoded words in an address.  This one was torn apart, or its writer made an
     # encoded word of a local part that needs SMTPUTF8.
     if local_part.startswith('=?'):
-        raise _unreadable(value)
+        raise _unreadable(value, f'{_shown(local_part)} before an "@" is an encoded word')
     try:
         return check_address(f'{local_part}@{domain}')
     except AddressError as exc:
@@ -243,7 +325,7 @@ def _tokens(text: str, value: str) -> Iterator[tuple[str, str]]:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if not match:
-            raise _unreadable(value)
+            raise _unreadable(value, f'the character {_shown(text[position])} has no meaning there')
         position = match.end()
         if match.lastgroup == 'open':
             position = _end_of_comment(text, position, value)
@@ -258,14 +340,14 @@ def _end_of_comment(text: str, position: int, value: str) -> int:
     while depth:
         match = _COMMENT_PIECE.match(text, position)
         if not match:
-            raise _unreadable(value)
+            raise _unreadable(value, 'a parenthesis is not closed')
         depth += 1 if match.group(1) == '(' else -1
         position = match.end()
     return position
 
 
-def _unreadable(value: str) -> AddressError:
+def _unreadable(value: str, why: str) -> AddressError:
     return AddressError(
-        f'The header field value {_shown(value)} is not a list of addresses that can be read in one way only. '
+        f'The header field value {_shown(value)} is not a list of addresses that can be read in one way only: {why}. '
         'Correct it, or pass sender= and recipients= explicitly.'
     )

@@ -5,40 +5,24 @@ The content of a message: the RFC 5322 bytes as they go out, with CRLF line ends
 them.  What is decided about a message (whom it is for, which fields leave) is decided on these bytes and not on the
 object they came from, so that what is checked is what is sent.
 
-The generator of :mod:`email` writes with a policy of our own:
-
-* A field that came from a parser goes out byte for byte.
-* Address fields are written here.  When the library folds a long one it may drop the quotes of a display name, so that
-  the name ``"boss@site.example, John"`` becomes an address on its own.
-* A field that would end early, and begin another field or the body, is refused.
+What a reader of the mail gets is what the program has set.  Bytes are never changed but for their line ends; an object
+is written by :mod:`~.compose`, so that no server, and no reader, has to be clever.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
-from email.errors import NonASCIILocalPartDefect, ObsoleteHeaderDefect
-from email.generator import BytesGenerator
-from email.header import Header
-from email.headerregistry import Address, HeaderRegistry
 from email.message import Message
-from email.policy import SMTP, SMTPUTF8, Compat32
-from io import BytesIO
 from typing import Any, NamedTuple
 
-from pyramid_mailqueue.addresses import check_address, needs_smtputf8, parse_header_addresses
-from pyramid_mailqueue.exceptions import AddressError, MailqueueError, MessageError
+from pyramid_mailqueue.compose import composed
+from pyramid_mailqueue.exceptions import MessageError
+from pyramid_mailqueue.fields import FIELD
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = ['Field', 'message_bytes', 'split_content']
 
-# RFC 5322 section 2.1.1; without the CRLF.
-LINE_SHOULD, LINE_MUST = 78, 998
-
-_FIELD_NAME = re.compile(r'[!-9;-~]+')
-# A field with its folds.  A blank before the colon is obsolete (RFC 5322 section 4.5) and must still be understood.
-_FIELD = re.compile(rb'([!-9;-~]+)[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)\r\n')
 _FOLD = re.compile(rb'\r\n(?=[ \t])')
 
 
@@ -77,7 +61,7 @@ def split_content(content: bytes) -> tuple[list[Field], memoryview]:
 def _fields(header: bytes) -> Iterator[Field]:
     position = 0
     while position < len(header):
-        match = _FIELD.match(header, position)
+        match = FIELD.match(header, position)
         if not match:
             line = header[position : header.index(b'\r\n', position)]
             raise MessageError(
@@ -105,7 +89,7 @@ def message_bytes(message: Any) -> bytes:
     binary file, which is read to its end.  Raises :class:`~.exceptions.MessageError`.
     """
     if isinstance(message, Message):
-        return normalize_line_ends(_generate(message))
+        return normalize_line_ends(composed(message))
     data = _raw_bytes(message)
     separator = _MBOX_SEPARATOR.match(data)
     return normalize_line_ends(data[separator.end() :] if separator else data)
@@ -124,207 +108,4 @@ def _raw_bytes(message: Any) -> bytes:
         )
     raise MessageError(
         f'A message must be an email.message.EmailMessage, bytes or a binary file, not {type(data).__name__}.'
-    )
-
-
-def _generate(message: Message) -> bytes:
-    buffer = BytesIO()
-    try:
-        policy = _InternationalWirePolicy() if _has_international_mailbox(message) else _WirePolicy()
-        _WireGenerator(buffer, policy=policy).flatten(_twin(message))
-    except MailqueueError:
-        raise
-    except Exception as exc:
-        # Whatever an odd message makes the library raise: UnicodeError, LookupError, TypeError, AttributeError, ...
-        raise MessageError(f'The message cannot be turned into bytes: {type(exc).__name__}: {exc}') from exc
-    return buffer.getvalue()
-
-
-class _WireGenerator(BytesGenerator):
-    def _write_lines(self, lines: str) -> None:
-        # The library writes a body line by line, which takes seconds for an attachment of some megabytes.
-        self.write(lines.replace('\r\n', '\n').replace('\r', '\n').replace('\n', '\r\n'))
-
-
-def _twin(message: Any) -> Any:
-    # The generator sets the policy of every part, and a boundary where a multipart has none yet.
-    twin = copy.copy(message)
-    if message.is_multipart():
-        twin.set_payload([_twin(part) for part in message.get_payload()])
-    return twin
-
-
-# --- writing the fields of a header -----------------------------------------
-
-_VISIBLE_ADDRESS_FIELDS = frozenset(
-    {'from', 'sender', 'reply-to', 'to', 'cc', 'resent-from', 'resent-sender', 'resent-to', 'resent-cc'}
-)
-_ESCAPED_BYTE = re.compile('[\udc80-\udcff]')
-_LINE_END = re.compile(r'\r\n|\r|\n')
-# Nothing to encode, and nothing that a reader would take for encoded.
-_PLAIN = re.compile(r'(?!.*=\?)[!-~](?:[ -~]*[!-~])?')
-_parse_field = HeaderRegistry()
-
-
-def _has_international_mailbox(message: Message) -> bool:
-    """Tell whether the header has to be written in UTF-8 (RFC 6532): an address cannot hold an encoded word."""
-    return any(
-        mailbox.domain and not mailbox.username.isascii()
-        for name, value in message.raw_items()
-        if name.lower() in _VISIBLE_ADDRESS_FIELDS and isinstance(value, str) and _is_international(value)
-        for mailbox in _parsed(name, value).addresses
-    )
-
-
-def _is_international(value: str) -> bool:
-    return not value.isascii() and not _ESCAPED_BYTE.search(value)
-
-
-def _parsed(name: str, value: str) -> Any:
-    """Return *value* as a header object of :mod:`email.headerregistry`."""
-    return value if hasattr(value, 'fold') else _parse_field(name, _LINE_END.sub('', value))
-
-
-class _WirePolicy(Compat32):
-    """How the fields of a header go out.  The base class never looks into a field, so that nothing is lost there."""
-
-    linesep = '\r\n'
-    mangle_from_ = False
-    header_policy = SMTP
-
-    def fold_binary(self, name: str, value: object) -> bytes:
-        if not _FIELD_NAME.fullmatch(name):
-            raise _not_one_field(name)
-        field = self._fold_any(name, value)
-        if not _FIELD.fullmatch(field):
-            raise _not_one_field(name)
-        return field
-
-    def _fold_any(self, name: str, value: object) -> bytes:
-        if isinstance(value, Header):
-            text = value.encode(linesep=self.linesep, maxlinelen=self.max_line_length)
-            return f'{name}: {text}\r\n'.encode('ascii', 'surrogateescape')
-        if not isinstance(value, str):
-            raise MessageError(f'The value of the header field {name} must be text, not {type(value).__name__}.')
-        unchanged = None if hasattr(value, 'fold') else self._leave(name, value)
-        return unchanged or self._encode(self._fold_object(name, _parsed(name, value)))
-
-    def _leave(self, name: str, value: str) -> bytes | None:
-        """Return the field with its own folds, or None if it cannot go out like that."""
-        lines = _LINE_END.split(f'{name}: {value}')
-        if any(not line.startswith((' ', '\t')) for line in lines[1:]):
-            raise _not_one_field(name)
-        try:
-            return self._encode('\r\n'.join(lines) + '\r\n') if max(map(len, lines)) <= LINE_MUST else None
-        except UnicodeEncodeError:
-            return None
-
-    def _fold_object(self, name: str, value: Any) -> str:
-        if self.max_line_length == 0:
-            # Inside of multipart/signed: any other form than the one that was signed breaks the signature.
-            return str(value.fold(policy=self.header_policy.clone(max_line_length=0)))
-        if not hasattr(value, 'groups'):
-            if len(name) + 2 + len(value) <= LINE_SHOULD and _PLAIN.fullmatch(value):
-                # Most fields.  The library writes the same, but takes much longer to find that out.
-                return f'{name}: {value}\r\n'
-            return str(value.fold(policy=self.header_policy))
-        try:
-            return _fold_addresses(name, value, utf8=self.header_policy.utf8)
-        except (AddressError, UnicodeEncodeError):
-            return _fold_odd_addresses(value, self.header_policy)
-
-    def _encode(self, field: str) -> bytes:
-        return field.encode('utf-8' if self.header_policy.utf8 else 'ascii', 'surrogateescape')
-
-
-class _InternationalWirePolicy(_WirePolicy):
-    header_policy = SMTPUTF8
-
-
-def _not_one_field(name: str) -> MessageError:
-    return MessageError(
-        f'The header field {ascii(name[:100])} is not one field: it has a line end that would begin another field or '
-        'the body, or a name that is none. If its value came out of a form, it may be an attack.'
-    )
-
-
-# --- address fields ---------------------------------------------------------
-
-# The library has something to say about such a field, but there is only one way to read it.
-_HARMLESS_DEFECTS = (NonASCIILocalPartDefect, ObsoleteHeaderDefect)
-
-_ATOMS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
-_NEEDS_BACKSLASH = re.compile(r'(["\\])')
-
-
-def _fold_addresses(name: str, field: Any, *, utf8: bool) -> str:
-    """
-    Return the address field from what the library read in it.
-
-    Raises :class:`~.exceptions.AddressError` if that may not be what is meant.
-    """
-    if not (all(isinstance(defect, _HARMLESS_DEFECTS) for defect in field.defects) or _we_read_the_same(field)):
-        raise AddressError(f'{name} is not a list of addresses.')
-    lines = [f'{name}:']
-    for word in _address_words(field, utf8=utf8):
-        if len(lines[-1]) + 1 + len(word) > LINE_SHOULD and lines != [f'{name}:']:
-            lines.append('')
-        lines[-1] += f' {word}'
-    return '\r\n'.join(lines) + '\r\n'
-
-
-def _we_read_the_same(field: Any) -> bool:
-    text = field.fold(policy=SMTPUTF8.clone(max_line_length=0)).partition(':')[2].strip()
-    addresses = [check_address(mailbox.addr_spec) for mailbox in field.addresses]
-    return parse_header_addresses([text]) == list(dict.fromkeys(addresses))
-
-
-def _address_words(field: Any, *, utf8: bool) -> list[str]:
-    """Return the pieces of an address list between which it may be folded."""
-    items: list[list[str]] = []
-    for group in field.groups:
-        members = [_mailbox_words(mailbox, utf8=utf8) for mailbox in group.addresses]
-        if group.display_name is not None:
-            members = members or [[]]
-            *words, last = _phrase(group.display_name, utf8=utf8)
-            members[0][:0] = [*words, f'{last}:']
-            members[-1][-1] += ';'
-        items += members
-    for item in items[:-1]:
-        item[-1] += ','
-    return [word for item in items for word in item]
-
-
-def _mailbox_words(mailbox: Address, *, utf8: bool) -> list[str]:
-    address = check_address(mailbox.addr_spec)
-    if needs_smtputf8(address) and not utf8:
-        raise AddressError(f'{address} has no ASCII form.')
-    if not mailbox.display_name:
-        return [address]
-    return [*_phrase(mailbox.display_name, utf8=utf8), f'<{address}>']
-
-
-def _phrase(text: str, *, utf8: bool) -> list[str]:
-    """Return *text* as the words of a phrase (RFC 5322 section 3.2.5)."""
-    if '=?' not in text and text.isprintable() and (utf8 or text.isascii()):
-        if _ATOMS.fullmatch(text):
-            return text.split(' ')
-        quoted = '"' + _NEEDS_BACKSLASH.sub(r'\\\1', text) + '"'
-        if len(quoted) < LINE_SHOULD:
-            return [quoted]
-    return Header(text, 'utf-8').encode().split()
-
-
-def _fold_odd_addresses(field: Any, policy: Any) -> str:
-    """Let the library write a field that we cannot; it must not come to name anybody whom it did not name before."""
-    folded = str(field.fold(policy=policy))
-    try:
-        written = set(parse_header_addresses([folded.partition(':')[2].strip()]))
-    except AddressError:
-        return folded  # Nobody will be read out of it.
-    if written <= {mailbox.addr_spec for mailbox in field.addresses}:
-        return folded
-    raise AddressError(
-        f'The header field {field.name} cannot be written so that everybody reads the same addresses in it: '
-        f'{ascii(str(field)[:100])}. Correct it.'
     )

@@ -38,6 +38,7 @@ __all__ = [
     'ServerTrouble',
     'TooManyRecipients',
     'WrongState',
+    'described',
 ]
 
 
@@ -110,3 +111,9 @@ class ServerTrouble(MailqueueError):
         super().__init__(text)
         self.code = code
         self.in_message = in_message
+
+
+def described(error: BaseException) -> str:
+    """Return what a person is told of an *error* of other people's code: some have no text, but a docstring."""
+    text = str(error) or ' '.join((type(error).__doc__ or 'no reason is given').split())
+    return f'{type(error).__name__}: {text}'

@@ -1,8 +1,14 @@
-"""What can be told of a host by its name alone."""
+"""The names of hosts: what can be told of one without asking for it, and what this one is called."""
 
 from __future__ import annotations
 
-__all__ = ['is_loopback']
+import re
+import socket
+
+__all__ = ['domain_of_this_host', 'is_ehlo_argument', 'is_loopback', 'name_of_this_host']
+
+_LABEL = '[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?'
+_EHLO_ARGUMENT = re.compile(rf'\[[0-9A-Za-z:.-]+\]|{_LABEL}(?:\.{_LABEL})*')
 
 
 def is_loopback(hostname: str) -> bool:
@@ -19,3 +25,33 @@ def is_loopback(hostname: str) -> bool:
         return ip_address(address).is_loopback
     except ValueError:
         return False
+
+
+def is_ehlo_argument(name: str) -> bool:
+    """Whether *name* is a domain name or an address literal (RFC 5321 section 4.1.1.1)."""
+    return len(name) <= 255 and _EHLO_ARGUMENT.fullmatch(name) is not None
+
+
+def domain_of_this_host() -> str:
+    """
+    Return the fully qualified name of this machine as it may stand in a mail, or ``''``.
+
+    A machine may be called anything.  A name in another script becomes A-labels (RFC 5891).
+    """
+    try:
+        name = socket.getfqdn()
+        return name if is_ehlo_argument(name) else _a_labels(name)
+    except (OSError, UnicodeError):
+        return ''
+
+
+def _a_labels(name: str) -> str:
+    import idna
+
+    ascii_name = idna.encode(name, uts46=True).decode('ascii')
+    return ascii_name if is_ehlo_argument(ascii_name) else ''
+
+
+def name_of_this_host() -> str:
+    """Return what this machine calls itself, as ASCII: for people, and for what is stored."""
+    return socket.gethostname().encode('ascii', 'backslashreplace').decode('ascii')

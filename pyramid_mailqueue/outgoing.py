@@ -7,16 +7,18 @@ Where nobody says otherwise all of that is read from the header of the message, 
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
+from email.message import Message
 from email.utils import format_datetime, make_msgid, mktime_tz, parsedate_tz
 from typing import Any, NamedTuple
 
 from pyramid_mailqueue.addresses import at_least_one, parse_header_addresses, parse_mailbox
 from pyramid_mailqueue.content import Field, message_bytes, split_content
-from pyramid_mailqueue.exceptions import AddressError, MessageError
+from pyramid_mailqueue.exceptions import AddressError, MessageError, described
+from pyramid_mailqueue.fields import field_bytes, needs_utf8
+from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.line_ends import joined
 
 __all__ = ['Parts', 'read_message']
@@ -42,8 +44,13 @@ def read_message(
     if hasattr(message, 'to_message') and hasattr(message, 'send_to'):
         message, sender, recipients = _unwrap(message, sender, recipients, default_sender)
     fields, body = split_content(message_bytes(message))
-    sender = _find_sender(sender, fields, default_sender)
-    return Parts(sender, _find_recipients(recipients, fields), _outgoing(fields, body, sender, local_hostname, now))
+    author = _author(sender, default_sender, is_complete=not isinstance(message, Message))
+    envelope_sender = _find_sender(sender, fields, default_sender)
+    return Parts(
+        envelope_sender,
+        _find_recipients(recipients, fields),
+        _outgoing(fields, body, author, envelope_sender.rpartition('@')[2] or local_hostname, now),
+    )
 
 
 # --- who sends it, and whom it is for ---------------------------------------
@@ -61,6 +68,19 @@ def _find_sender(sender: str | None, fields: list[Field], default_sender: str | 
     if default_sender:
         return parse_mailbox(default_sender)
     raise _no_sender('Resent-From header (it has other Resent- fields)' if resending else 'From header')
+
+
+def _author(sender: str | None, default_sender: str | None, *, is_complete: bool) -> str | None:
+    """
+    Return who is to stand in the From of a message without one (RFC 5322 section 3.6); None leaves it alone.
+
+    :param is_complete: whether it came as bytes, so that whoever names its sender has written all of it
+    """
+    if sender is None:
+        return default_sender
+    if is_complete:
+        return None
+    return default_sender if sender in _NULL_SENDER else sender
 
 
 def _no_sender(what_it_needs: str) -> AddressError:
@@ -138,7 +158,7 @@ def _unwrap(
         return twin.to_message(), twin.sender if sender is None else sender, recipients
     except Exception as exc:
         # Its own exceptions, which are not imported here, and whatever an attachment raises.
-        raise MessageError(f'The message of pyramid_mailer cannot be used: {type(exc).__name__}: {exc}') from exc
+        raise MessageError(f'The message of pyramid_mailer cannot be used: {described(exc)}') from exc
 
 
 # --- what goes out ----------------------------------------------------------
@@ -148,15 +168,18 @@ _REQUIRED = frozenset({'date', 'message-id'})
 
 
 def _outgoing(
-    fields: list[Field], body: memoryview, sender: str, local_hostname: str | None, now: datetime | None
+    fields: list[Field], body: memoryview, author: str | None, domain: str | None, now: datetime | None
 ) -> bytes:
-    # An empty Date or Message-ID is as good as none, but must not stand beside a second one.
-    kept = [entry for entry in fields if entry.name not in _HIDDEN and (entry.value or entry.name not in _REQUIRED)]
+    # An empty one of these is as good as none, but must not stand beside a second one.
+    completed = _REQUIRED | {'from'} if author else _REQUIRED
+    kept = [entry for entry in fields if entry.name not in _HIDDEN and (entry.value or entry.name not in completed)]
     missing = _REQUIRED.difference(entry.name for entry in kept)
     lines = [entry.lines for entry in kept]
+    if author and 'from' not in (entry.name for entry in kept):
+        lines.append(field_bytes('From', author, utf8=needs_utf8('From', author)))
     if 'date' in missing:
         lines.append(f'Date: {format_datetime(now or datetime.now(timezone.utc))}\r\n'.encode('ascii'))
     if 'message-id' in missing:
-        domain = sender.rpartition('@')[2] or local_hostname or socket.getfqdn()
-        lines.append(f'Message-ID: {make_msgid(domain=domain)}\r\n'.encode('ascii'))
+        message_id = make_msgid(domain=domain or domain_of_this_host() or 'localhost')
+        lines.append(f'Message-ID: {message_id}\r\n'.encode('ascii'))
     return joined([*lines, b'\r\n', body])

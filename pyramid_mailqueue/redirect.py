@@ -7,18 +7,18 @@ is, but for one field that tells whom it would have gone to.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from email.header import Header
 
+from pyramid_mailqueue.encoded_words import encoded_words, looks_encoded
 from pyramid_mailqueue.envelope import Envelope
 
 __all__ = ['original_recipients', 'redirected']
 
+#: How many characters an encoded word may have behind the name of the field (RFC 2047 section 2).
+FIRST_WORD = 50
+
 #: Some servers cut off a field that is very long.
 MOST_IN_A_FIELD = 100
-
-_PLAIN = re.compile(r'(?!.*=\?)[ -~]+')
 
 
 def redirected(envelope: Envelope, to: str) -> Envelope:
@@ -41,9 +41,9 @@ def original_recipients(recipients: Sequence[str]) -> bytes:
 def _field(recipients: Sequence[str]) -> bytes:
     # The comma goes into the encoded word: there it need not be set apart from it by a blank (RFC 2047 section 5).
     words = [*(f'{recipient},' for recipient in recipients[:-1]), recipients[-1]]
-    folded = '\r\n '.join(map(_encoded, words))
+    folded = '\r\n '.join(part for word in words for part in _encoded(word))
     return f'X-Original-Recipients: {folded}\r\n'.encode('ascii')
 
 
-def _encoded(word: str) -> str:
-    return word if _PLAIN.fullmatch(word) else Header(word, 'utf-8').encode(linesep='\r\n')
+def _encoded(word: str) -> list[str]:
+    return [word] if word.isascii() and not looks_encoded(word) else [*encoded_words(word, FIRST_WORD)]

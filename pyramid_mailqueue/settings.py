@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pyramid_mailqueue.addresses import check_address
+from pyramid_mailqueue.addresses import check_address, parse_mailbox
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
 
@@ -272,6 +272,16 @@ def _address(value: object) -> str:
         raise ValueError(f'must be one mail address such as noreply@example.org. {why}') from exc
 
 
+def _mailbox(value: object) -> str:
+    text = _text(value)
+    try:
+        parse_mailbox(text)
+    except AddressError as exc:
+        why = str(exc).rstrip('.')
+        raise ValueError(f'must be one mail address such as Shop <noreply@example.org>. {why}') from exc
+    return text
+
+
 def _attribute(value: object) -> str:
     if not isinstance(value, str) or not value.strip().isidentifier():
         raise ValueError('must be the name of an attribute of the request')
@@ -347,7 +357,9 @@ class Settings:
         'background',
         'When a message is first tried: by a thread after the commit, before the commit returns, or by mq-run only.',
     )
-    default_sender: str | None = _optional(_address, 'The envelope sender of a message that names none.')
+    default_sender: str | None = _optional(
+        _mailbox, 'The sender of a message that names none, in its envelope and its From; also as Name <address>.'
+    )
 
     smtp_hostname: str | None = _optional(_host, 'The name or IP address of the mail server.')
     smtp_port: int = _key(_whole(1, 65535), '25', 'The port of the mail server.')

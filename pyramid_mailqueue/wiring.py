@@ -19,7 +19,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, described
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.settings import Settings
 
@@ -343,4 +343,4 @@ def _call_factory(key: str, name: str, settings: Settings) -> Any:
     except ConfigurationError:
         raise
     except Exception as error:
-        raise ConfigurationError(f'{key} = {name}: this factory failed. {type(error).__name__}: {error}') from error
+        raise ConfigurationError(f'{key} = {name}: this factory failed. {described(error)}') from error

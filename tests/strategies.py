@@ -35,3 +35,24 @@ def domains():
 def addresses():
     """Addresses that may be sent to, as people write them: not all of them normalised."""
     return st.builds('{}@{}'.format, local_parts(), domains())
+
+
+_SCRIPTS = [
+    'abcxyz',
+    'абвгд',
+    '日本語漢字',
+    'äöüßé',
+    '😀👩‍👧🏳️',
+    'مرحبا',
+    '=?_@<>,;:"\\()[]',
+    '0123',
+    '\xa0\u200b\u2028',
+]
+
+
+def texts():
+    """Text of a header: words of several scripts, with any white space between them."""
+    words = st.sampled_from(_SCRIPTS).flatmap(lambda script: st.text(script, min_size=1, max_size=40))
+    blanks = st.sampled_from([' ', ' ', ' ', '  ', '\t', ' \t '])
+    pairs = st.lists(st.tuples(blanks, words), min_size=1, max_size=30)
+    return pairs.map(lambda pairs: ''.join(blank + word for blank, word in pairs).strip())

@@ -194,8 +194,8 @@ def test_an_attached_message_keeps_its_header():
 
 def test_a_body_is_written_as_the_library_would():
     message = EmailMessage()
-    message.set_content('one\ntwo\r\nthree\rfour é\n\n')
-    message.add_alternative('<p>é</p>\n', subtype='html', cte='8bit')
+    message.set_content('one\ntwo\r\nthree\rfour é\n\n', cte='quoted-printable')
+    message.add_alternative('<p>é</p>\n', subtype='html', cte='quoted-printable')
     message.add_attachment(bytes(range(256)), maintype='application', subtype='octet-stream', filename='é.bin')
     message.preamble = 'not\nMIME'
     message.epilogue = 'the\nend'
@@ -206,8 +206,9 @@ def test_a_body_is_written_as_the_library_would():
     message.get_payload(0).set_boundary(reread.get_payload(0).get_boundary())
     buffer = io.BytesIO()
     BytesGenerator(buffer, policy=email.policy.SMTP).flatten(message)
-    theirs = buffer.getvalue().replace(b'alternative;\r\n ', b'alternative; ')
-    assert ours.partition(b'\r\n\r\n')[2] == theirs.partition(b'\r\n\r\n')[2]
+    theirs = buffer.getvalue()
+    # It folds this one early.
+    assert ours == theirs.replace(b';\r\n boundary', b'; boundary')
 
 
 # --- the caller's object ----------------------------------------------------
@@ -345,8 +346,16 @@ def test_what_the_library_cannot_write_is_refused_with_its_reason():
     message = Message()
     message.set_payload('é')
 
-    with pytest.raises(MessageError, match='cannot be turned into bytes: UnicodeEncodeError'):
+    with pytest.raises(MessageError, match=r'not ASCII, and names no charset.*set_content'):
         message_bytes(message)
+    with pytest.raises(MessageError, match=r'The value of .*|cannot be turned into bytes: \w+'):
+        message_bytes(with_payload(object()))
+
+
+def with_payload(payload):
+    message = MIMEMultipart()
+    message.set_payload(payload)
+    return message
 
 
 # --- fields that are written here -------------------------------------------
@@ -360,7 +369,9 @@ def test_text_that_is_not_ascii_becomes_encoded_words(kind):
 
 
 def test_a_header_object_of_the_older_api_is_encoded():
-    assert header_of(with_header('Subject', Header('Grüße', 'utf-8'), Message)) == b'Subject: =?utf-8?b?R3LDvMOfZQ==?='
+    assert (
+        header_of(with_header('Subject', Header('Grüße', 'utf-8'), Message)) == b'Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?='
+    )
 
 
 def test_a_line_that_is_longer_than_smtp_allows_is_folded():
@@ -392,7 +403,7 @@ def test_a_line_that_smtp_allows_is_left_alone():
         ('a..b@x.example', 'a..b@x.example'),
         (
             '"Lovelace, Åda" <a..b@x.example>, b@bücher.example',
-            '=?utf-8?q?Lovelace=2C_=C3=85da?= <a..b@x.example>, b@xn--bcher-kva.example',
+            '=?utf-8?q?Lovelace=2C_=C3=85da?= <a..b@x.example>,\r\n b@xn--bcher-kva.example',
         ),
         ('ada@bücher.example', 'ada@xn--bcher-kva.example'),
         ('Åda <ada@bücher.example>', '=?utf-8?q?=C3=85da?= <ada@xn--bcher-kva.example>'),
@@ -445,18 +456,11 @@ def test_a_display_name_never_becomes_an_address(name, kind, form):
     assert parse_header_addresses([header.decode('ascii').removeprefix('To:')]) == ['ada@x.example']
 
 
-@given(st.sampled_from(['Subject', 'X-Thing', 'Comments']), st.text(st.sampled_from(' ab=?"\\<>@,;:()é'), max_size=80))
-def test_a_short_field_goes_out_as_the_library_would_write_it(name, text):
-    message = with_header(name, text.strip() or 'x')
-
-    assert header_of(message) + b'\r\n' == message[name].fold(policy=email.policy.SMTP).encode('ascii')
-
-
 @given(st.text(st.characters(exclude_categories=['Cs', 'Cc', 'Zl', 'Zp'])))
 def test_a_display_name_is_the_same_after_the_way(name):
     lines = header_of(with_header('To', Address(name, 'ada', 'x.example'))).decode('ascii').split('\r\n')
 
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 76
     name_received, address = parseaddr(''.join(lines).removeprefix('To: '))
     assert address == 'ada@x.example'
     if name == ' '.join(name.split()):

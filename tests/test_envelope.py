@@ -357,6 +357,32 @@ def test_an_envelope_has_the_addresses_that_the_message_was_made_with(sender, re
         assert envelope.recipients == tuple(dict.fromkeys(map(check_address, recipients)))
 
 
+@pytest.mark.parametrize(
+    ('value', 'reason'),
+    [
+        ('a@x.example, root', "'root' has no domain"),
+        ('Lovelace, Ada <a@x.example>', "'Lovelace' has no domain.* double quotes"),
+        ('a@x.example b@x.example', 'is more than one address'),
+        ('Team: a@x.example', 'its groups are not complete'),
+        ('a@x.example (home', 'a parenthesis is not closed'),
+        ('a@x.example)', r"the character '\)' has no meaning there"),
+        ('<a@x.example', 'is not one address'),
+    ],
+)
+def test_the_error_says_what_is_wrong_with_a_list_of_addresses(value, reason):
+    with pytest.raises(AddressError, match=f'read in one way only: .*{reason}'):
+        Envelope.from_message(header(f'To: {value}'), 's@x.example')
+
+
+@pytest.mark.parametrize(
+    'text', ['a@x.example, b@x.example', 'a@x.example;b@x.example', 'A <a@x.example>, b@x.example']
+)
+@pytest.mark.parametrize('argument', ['sender', 'recipients'])
+def test_several_addresses_in_one_text_are_refused_with_the_cure(argument, text):
+    with pytest.raises(AddressError, match=r'is not exactly one address. Give a list with an item for each'):
+        Envelope.from_message(make(), **{argument: text})
+
+
 # --- the content ------------------------------------------------------------
 
 
@@ -389,6 +415,59 @@ def test_a_date_that_is_there_is_kept(name):
         Envelope.from_message(message, '', 'b@x.example', local_hostname='h', now=NOW).content.lower().count(b'date')
         == 1
     )
+
+
+@pytest.mark.parametrize('name', ['büro', 'host name', 'a..b', 'x' * 300, '-', '\udcff', 'web1'])
+def test_a_machine_may_be_called_anything(monkeypatch, name):
+    monkeypatch.setattr(socket, 'getfqdn', lambda: name)
+
+    message_id = Envelope.from_message(make(), '').message_id
+
+    expected = {'büro': 'xn--bro-hoa', 'web1': 'web1'}.get(name, 'localhost')
+    assert message_id.endswith(f'@{expected}>')
+
+
+def test_a_machine_whose_name_cannot_be_found_out_has_one(monkeypatch):
+    def getfqdn():
+        return ''.encode('idna') + 'a..b'.encode('idna')
+
+    monkeypatch.setattr(socket, 'getfqdn', getfqdn)
+
+    assert Envelope.from_message(make(), '').message_id.endswith('@localhost>')
+
+
+@pytest.mark.parametrize(
+    ('sender', 'default', 'author', 'envelope_sender'),
+    [
+        (None, 'Shop <shop@site.example>', 'Shop <shop@site.example>', 'shop@site.example'),
+        (None, 'Ünal, x <shop@bücher.example>', None, None),
+        (None, '"Ünal, x" <u@bücher.example>', '=?utf-8?q?=C3=9Cnal=2C_x?= <u@xn--bcher-kva.example>', None),
+        ('Me <me@x.example>', 'Shop <shop@site.example>', 'Me <me@x.example>', 'me@x.example'),
+        ('me@x.example', None, 'me@x.example', 'me@x.example'),
+        ('', 'shop@site.example', 'shop@site.example', ''),
+        ('<>', 'shop@site.example', 'shop@site.example', ''),
+    ],
+)
+def test_a_message_without_an_author_gets_one(sender, default, author, envelope_sender):
+    if author is None:
+        with pytest.raises(AddressError, match='needs double quotes'):
+            Envelope.from_message(make(From=None), sender, default_sender=default)
+        return
+
+    envelope = Envelope.from_message(make(From=None), sender, default_sender=default)
+
+    assert f'From: {author}' in fields_of(envelope)
+    assert envelope_sender in (None, envelope.sender)
+
+
+def test_an_author_that_is_empty_is_replaced():
+    envelope = Envelope.from_message(b'From:\nTo: a@x.example\n\n', default_sender='shop@site.example')
+
+    assert [line for line in fields_of(envelope) if line.startswith('From')] == ['From: shop@site.example']
+
+
+def test_bytes_whose_sender_is_named_get_no_author():
+    assert b'From' not in Envelope.from_message(b'To: a@x.example\n\n', 'me@x.example').content
 
 
 def test_an_empty_date_or_message_id_is_replaced():
@@ -542,6 +621,20 @@ class MailerMessage:
         return message
 
 
+class BadHeaders(Exception):
+    """
+    Raised if message contains newlines in headers.
+    """
+
+
+class Reticent(MailerMessage):
+    def to_message(self):
+        raise BadHeaders
+
+
+RETICENT = Reticent(sender='a@x.example', recipients=['b@x.example'])
+
+
 def test_a_message_of_pyramid_mailer_goes_to_all_of_its_recipients_in_their_order():
     message = MailerMessage(
         sender='"Shop, The" <shop@site.example>',
@@ -608,6 +701,11 @@ def test_arguments_overrule_the_recipients_of_a_message_of_pyramid_mailer():
             MailerMessage(sender='a@x.example', recipients=['b@x.example'], body=''),
             MessageError,
             'InvalidMessage: No body',
+        ),
+        (
+            Reticent(sender='a@x.example', recipients=['b@x.example']),
+            MessageError,
+            r'BadHeaders: Raised if message contains newlines in headers\.$',
         ),
     ],
 )

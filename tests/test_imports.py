@@ -15,8 +15,8 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 # From the ground up.  A module may import from its own layer and from those above it in this list.  A package stands
 # for all of its modules, except for those that are named on their own.
 LAYERS = (
-    ('exceptions', 'interfaces', 'addresses', 'line_ends', 'forks', 'hosts'),
-    ('content', 'envelope', 'outgoing', 'settings', 'redirect', 'delivery.results'),
+    ('exceptions', 'interfaces', 'addresses', 'encoded_words', 'line_ends', 'forks', 'hosts'),
+    ('fields', 'compose', 'content', 'envelope', 'outgoing', 'settings', 'redirect', 'delivery.results'),
     ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),

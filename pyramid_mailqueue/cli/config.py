@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, described
 from pyramid_mailqueue.settings import Settings, known_keys
 
 __all__ = ['parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
@@ -163,7 +163,7 @@ def _blame(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        raise ConfigurationError(f'{source} cannot be used ({type(exc).__name__}: {exc}).') from exc
+        raise ConfigurationError(f'{source} cannot be used ({described(exc)}).') from exc
 
 
 # --- one ini file -----------------------------------------------------------

@@ -12,7 +12,6 @@ import getpass
 import io
 import math
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -41,6 +40,7 @@ from pyramid_mailqueue.delivery.logs import delivery_log, queue_log
 from pyramid_mailqueue.delivery.results import SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError
+from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
 from pyramid_mailqueue.settings import Settings, default_tls
 
@@ -164,7 +164,7 @@ def _look_up(name: str) -> None:
 def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope:
     from pyramid_mailqueue.wiring import build_compose
 
-    host = settings.smtp_local_hostname or socket.getfqdn()
+    host = settings.smtp_local_hostname or domain_of_this_host() or 'localhost'
     message = EmailMessage()
     message['Subject'] = f'Test from {host}'
     message['To'] = recipient

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 
-from pyramid_mailqueue.queues.entries import SLOW_CODECS, decoded, header_lines
+from pyramid_mailqueue.encoded_words import SLOW_CODECS, decoded
+from pyramid_mailqueue.queues.entries import header_lines
 
 __all__ = ['Contents', 'Part', 'read_contents']
 

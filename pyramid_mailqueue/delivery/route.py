@@ -13,7 +13,7 @@ from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.exceptions import ServerTrouble, described
 from pyramid_mailqueue.interfaces import ITransport
 
 __all__ = ['MAX_STUMBLES', 'Route', 'Stumbles']
@@ -83,7 +83,7 @@ class Route:
             # A defect of the transport.  The message may be what it stumbles over, so this counts as an attempt.
             log.exception('The transport %s failed', self.name)
             if under_way:
-                text = f'the transport failed: {type(error).__name__}: {error}'
+                text = f'the transport failed: {described(error)}'
                 yield self._deferred(under_way.popleft().recipients, text)
 
     def _answers(

@@ -6,24 +6,21 @@ Every queue tells of itself in these words, and whoever shows them (``mq-queue``
 
 from __future__ import annotations
 
-import codecs
 import heapq
 import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from email.errors import HeaderParseError
-from email.header import decode_header, make_header
 from types import MappingProxyType
 
+from pyramid_mailqueue.encoded_words import decoded
 from pyramid_mailqueue.envelope import message_id_of
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = [
     'AGE_LIMITS',
     'POSSIBLE',
-    'SLOW_CODECS',
     'STATES',
     'UNDELIVERED',
     'Choice',
@@ -32,7 +29,6 @@ __all__ = [
     'QueueEntry',
     'QueueStats',
     'Tally',
-    'decoded',
     'header_lines',
     'oldest_first',
     'subject_of',
@@ -187,35 +183,6 @@ def subject_of(content: bytes) -> str:
 
 def _decoded(value: bytes) -> str:
     return decoded(value.replace(b'\r\n', b'').decode('utf-8', 'backslashreplace').strip(' \t'))
-
-
-#: What is longer is left as it is: nobody reads it, and it may take long to decode on purpose.
-MOST_DECODED = 10_000
-
-# The time to decode these grows with the square of the length.
-SLOW_CODECS = frozenset(('idna', 'punycode'))
-
-_ENCODED_IN = re.compile(r'=\?([^?*]+)[?*]')
-
-
-def decoded(text: str) -> str:
-    """Return the value of a field with its encoded words (RFC 2047) as they are meant."""
-    if '=?' not in text or len(text) > MOST_DECODED:
-        return text
-    if not SLOW_CODECS.isdisjoint(_codec(name) for name in _ENCODED_IN.findall(text)):
-        return text
-    try:
-        return str(make_header(decode_header(text)))
-    except (HeaderParseError, LookupError, ValueError):
-        # Not encoded as RFC 2047 has it, or in a character set that nobody knows.
-        return text
-
-
-def _codec(name: str) -> str:
-    try:
-        return codecs.lookup(name).name
-    except (LookupError, ValueError):
-        return ''
 
 
 def header_lines(content: bytes) -> list[str]:

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import secrets
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +21,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
+from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
@@ -258,7 +258,7 @@ def _claimed(claim: str) -> tuple[Any, ...]:
 
 
 def _mark(claim: str) -> dict[str, Any]:
-    return {'state': 'in doubt', 'claim': claim, 'claimed_by': f'mq-queue move, {socket.gethostname()}:{os.getpid()}'}
+    return {'state': 'in doubt', 'claim': claim, 'claimed_by': f'mq-queue move, {name_of_this_host()}:{os.getpid()}'}
 
 
 def _out_of_reach(claim: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, QueueFileError
+from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql_database import Database
@@ -281,7 +281,7 @@ def claim_values(leases: Leases) -> dict[str, Any]:
 
 
 def _this_process() -> str:
-    return f'{socket.gethostname()}:{os.getpid()}'
+    return f'{name_of_this_host()}:{os.getpid()}'
 
 
 def _new_token() -> str:

@@ -26,9 +26,10 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.exceptions import ConfigurationError, ServerTrouble
+from pyramid_mailqueue.hosts import is_ehlo_argument
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.transports.smtp_pool import Pool
-from pyramid_mailqueue.transports.smtp_server import Connect, Server, is_ehlo_argument, tls_mode
+from pyramid_mailqueue.transports.smtp_server import Connect, Server, tls_mode
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.transports.smtp_client import Connector

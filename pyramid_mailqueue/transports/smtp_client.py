@@ -21,7 +21,8 @@ from functools import cached_property
 from os import PathLike
 
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.transports.smtp_server import Server, is_ehlo_argument
+from pyramid_mailqueue.hosts import domain_of_this_host
+from pyramid_mailqueue.transports.smtp_server import Server
 from pyramid_mailqueue.transports.smtp_transaction import ReplyReader, printable
 
 __all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
@@ -147,8 +148,8 @@ class Connector:
         """The argument of EHLO; ``''`` for the address of the connection (RFC 5321 section 4.1.4)."""
         if self._given_local_hostname:
             return self._given_local_hostname
-        name = socket.getfqdn()
-        return name if '.' in name and is_ehlo_argument(name) else ''
+        name = domain_of_this_host()
+        return name if '.' in name else ''
 
     @cached_property
     def _context(self) -> ssl.SSLContext:

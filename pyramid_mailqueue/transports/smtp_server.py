@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
 from pyramid_mailqueue.settings import default_tls
 
-__all__ = ['MAX_POSTPONED', 'POSTPONED_FOR', 'Connect', 'PostponedSenders', 'Server', 'is_ehlo_argument', 'tls_mode']
+__all__ = ['MAX_POSTPONED', 'POSTPONED_FOR', 'Connect', 'PostponedSenders', 'Server', 'tls_mode']
 
 Connect = Callable[[tuple[str, int], float], socket.socket]
 
@@ -20,10 +19,6 @@ POSTPONED_FOR = 300
 
 #: Of so many senders at most.
 MAX_POSTPONED = 1000
-
-_EHLO_ARGUMENT = re.compile(
-    r'\[[0-9A-Za-z:.-]+\]|[0-9A-Za-z](?:[0-9A-Za-z-]*[0-9A-Za-z])?(?:\.[0-9A-Za-z](?:[0-9A-Za-z-]*[0-9A-Za-z])?)*'
-)
 
 
 class PostponedSenders:
@@ -75,11 +70,6 @@ class Server:
 
     def __str__(self) -> str:
         return f'[{self.hostname}]:{self.port}' if ':' in self.hostname else f'{self.hostname}:{self.port}'
-
-
-def is_ehlo_argument(name: str) -> bool:
-    """Whether *name* is a domain name or an address literal (RFC 5321 section 4.1.1.1)."""
-    return _EHLO_ARGUMENT.fullmatch(name) is not None
 
 
 def tls_mode(tls: str | None, hostname: str, port: int, *, has_credentials: bool, has_ca_file: bool) -> str:
