@@ -307,7 +307,7 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
-    keep_dead = {'keep_dead': registry.settings.get('mailqueue.keep_dead')}
+    keep_dead = {'keep_dead': (registry.settings or {}).get('mailqueue.keep_dead')}
     return Runner(
         mailer.queue,
         mailer.handler,

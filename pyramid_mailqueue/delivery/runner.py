@@ -31,7 +31,7 @@ from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
-from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
@@ -129,6 +129,7 @@ class Runner:
     :param handler: who delivers
     :param keep_dead: for how many seconds dead letters are kept; None is for ever
     :param clock: seconds since the epoch
+    :raises ConfigurationError: *keep_dead* is set, and this queue cannot remove dead letters
     :ivar report: of the last round, also if that has raised
     """
 
@@ -142,6 +143,8 @@ class Runner:
     ) -> None:
         self.queue = queue
         self.handler = handler
+        if keep_dead is not None and not hasattr(getattr(queue, 'admin', None), 'expire'):
+            raise ConfigurationError('mailqueue.keep_dead: this queue cannot remove dead letters (IQueueAdmin.expire).')
         self._keep_dead = keep_dead
         self._expires_from = -math.inf
         self._clock = clock

@@ -29,6 +29,7 @@ from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
+from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 
 HOUR = 3600
@@ -600,6 +601,30 @@ def test_many_messages_can_be_deleted_by_what_they_are(mq_queue, as_json, put, s
     count = f'{len(meant)} message{"" if len(meant) == 1 else "s"}'
     assert mq_queue('delete', *options, '--yes') == (0, f'{count} deleted\n', '')
     assert list(states()) == [name for name in ids if name not in expected]
+
+
+def test_many_messages_in_a_database_can_be_changed_by_what_they_are(mq_queue, ini, tmp_path):
+    url = f'sqlite:///{tmp_path}/app.sqlite'
+    path = ini(queue='sql', sql_url=url)
+    queue = SQLQueue(url)
+    queue.create_tables()
+    with contextlib.closing(queue):
+        for recipient in ('ada@x.example', 'bob@x.example', 'eve@y.example'):
+            claim = queue.put_claimed(Envelope('', (recipient,), content()))
+            claim.settle(Settlement(burials=(Burial((recipient,), '550 no'),)))
+        queue.put(Envelope('', ('ada@x.example',), content()))
+
+    def run(*arguments):
+        return mq_queue(*arguments, path=path)
+
+    assert run('retry', '--dead', '--recipient', '@y.example') == (0, '1 message due now\n', '')
+    assert run('delete', '--dead', '--recipient', 'ada@x.example', '--yes') == (0, '1 message deleted\n', '')
+    left = json.loads(run('list', '--json')[1])
+    assert [(message['recipients'], message['state']) for message in left] == [
+        (['bob@x.example'], 'dead'),
+        (['ada@x.example'], 'waiting'),
+        (['eve@y.example'], 'waiting'),
+    ]
 
 
 def test_a_message_is_found_by_its_message_id(as_json, mq_queue, put, states):

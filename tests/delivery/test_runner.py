@@ -14,7 +14,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
-from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
 from pyramid_mailqueue.queues.rate_file import RateFile
@@ -1359,3 +1359,12 @@ def test_without_a_limit_dead_letters_are_kept(queue, envelope, says):
     report = Runner(queue, handler, clock=lambda: time.time() + 10**9).run()
 
     assert (report.recovery, queue.counts()['dead']) == (Recovery(), 1)
+
+
+def test_a_queue_that_cannot_remove_dead_letters_is_a_matter_of_configuration(queue, says):
+    class Plain:
+        """A queue without a word for people."""
+
+    with pytest.raises(ConfigurationError, match=r'^mailqueue\.keep_dead: this queue cannot'):
+        Runner(Plain(), MessageHandler([says(YES)]), keep_dead=1)
+    Runner(Plain(), MessageHandler([says(YES)]))
