@@ -167,13 +167,18 @@ def test_a_server_that_is_not_there_is_told_once(start, app_ini, queue_dir, opti
     assert err.startswith(f'mq-run: Cannot reach 127.0.0.1:{stopped.port}')
 
 
-@pytest.mark.parametrize('option', ['app', 'mqrunner'])
-def test_dead_letters_are_removed_when_their_time_is_over_and_that_is_told(start, ini, queue_dir, tmp_path, option):
+def bury_long_ago(queue_dir):
+    """Leave a dead letter that is so for a hundred days."""
     queue = MaildirQueue(queue_dir, clock=lambda: time.time() - 100 * 86400)
     envelope = Envelope('shop@site.example', ('ada@x.example',), CONTENT)
     queue.put_claimed(envelope).settle(Settlement(burials=(Burial(envelope.recipients, '550 no such user'),)))
     for path in (queue_dir / 'dead').iterdir():
         os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize('option', ['app', 'mqrunner'])
+def test_dead_letters_are_removed_when_their_time_is_over_and_that_is_told(start, ini, queue_dir, tmp_path, option):
+    bury_long_ago(queue_dir)
     keys = 'queue_dir = %(here)s/queue', 'smtp_hostname = 127.0.0.1', 'queue_log = %(here)s/queue.log'
     of_app = '[app:main]\nuse = egg:not_installed\n', 'mailqueue.'
     head, prefix = of_app if option == 'app' else ('[mqrunner]\n', '')
@@ -651,6 +656,13 @@ def test_with_the_application_its_own_transports_are_used(mq_run, shop_ini, put,
     assert mq_run(shop_ini(main), '--app') == QUIET
     assert (tmp_path / 'pigeons').read_text() == "shop@site.example ('ada@x.example',)\n"
     assert state() == {}
+
+
+def test_with_the_application_old_dead_letters_are_removed_too(mq_run, shop_ini, queue_dir):
+    bury_long_ago(queue_dir)
+
+    assert mq_run(shop_ini(), '--app') == QUIET
+    assert mq_run(shop_ini(keep_dead='90d'), '--app') == (0, 'mq-run: 1 expired; 0 waiting\n', '')
 
 
 @pytest.mark.parametrize('main', ['without_mail', 'without_pyramid'])
