@@ -75,7 +75,6 @@ Run it as the user that the application runs as: both must be able to read and w
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
-    arguments = _parsed(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:
         # It was closed before the command began.
         sys.stdout = Path(os.devnull).open('w')  # noqa: SIM115 - until the process ends
@@ -83,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    arguments = _parsed(sys.argv[1:] if argv is None else argv)
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
     # Of these the queue is not there yet, or there are two.

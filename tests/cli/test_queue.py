@@ -1304,6 +1304,15 @@ def test_wrong_usage_of_the_check_is_unknown_to_nagios_and_not_critical(mq_queue
     assert (status, json.loads(out)['status']) == (3, 'UNKNOWN')
 
 
+def test_wrong_usage_of_the_check_is_told_whatever_the_terminal_can_show(start):
+    process = start('check', '--max-age', 'für immer', env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+
+    out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, b'Traceback' in err) == (3, False)
+    assert out.startswith(b'MAILQUEUE UNKNOWN - argument --max-age: ')
+
+
 def test_a_check_without_an_ini_file_is_unknown_too(capsys):
     with pytest.raises(SystemExit) as exit_:
         command.main(['check'])
