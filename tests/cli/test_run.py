@@ -1125,7 +1125,6 @@ def watch(start, systemd):
 OFTEN = ('--watch', '0.05')
 SHORT_PAUSES = textwrap.dedent("""
     from pyramid_mailqueue.cli import run
-from pyramid_mailqueue.delivery.results import Burial, Settlement
     from pyramid_mailqueue.delivery import handler
     Pause = handler.Pause
     handler.Pause = lambda: Pause(first=0.05, longest=0.1)
