@@ -969,7 +969,6 @@ def test_a_defect_of_a_policy_is_status_70_and_the_next_run_brings_what_is_left(
     path = app_ini(server)
     code = textwrap.dedent("""
         from pyramid_mailqueue.cli import run
-from pyramid_mailqueue.delivery.results import Burial, Settlement
         from pyramid_mailqueue.delivery.retry import ExponentialBackoff
         decide = ExponentialBackoff.decide
         def decide_badly(self, recipients, *args):
@@ -1033,7 +1032,6 @@ def test_after_its_time_a_run_waits_for_what_is_in_hand(start, app_ini, put_many
     code = textwrap.dedent("""
         import sys
         from pyramid_mailqueue.cli import run
-from pyramid_mailqueue.delivery.results import Burial, Settlement
         from pyramid_mailqueue.delivery import runner
         runner.PATIENCE = 0
         wait = runner.Stop.wait
