@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.transports.maildir import MaildirBackend
     from pyramid_mailqueue.wiring import init_smtp_mailer
 
+    #: As setup.cfg has it; looked up when it is asked for.
+    __version__: str
+
 __all__ = [
     'AddressError',
     'Burial',
@@ -158,6 +161,10 @@ _LAST = 1000
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
+        if name == '__version__':
+            from importlib.metadata import version
+
+            return version(__name__)
         if name not in _LATER:
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         return getattr(import_module(f'{__name__}.{_LATER[name]}'), name)

@@ -150,7 +150,12 @@ class IMailQueue(Contract, Protocol):
         """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
 
     def counts(self) -> Mapping[str, int]:
-        """Return a dict of state to number of messages; the states are those of ``mq-queue``."""
+        """
+        Return a dict of state to number of messages; the states are those of ``mq-queue``.
+
+        Cheap, however many there are: of very many a damaged one that nobody has tried to deliver may be counted among
+        those that wait.
+        """
 
     def count_waiting(self, most: int) -> int:
         """
@@ -209,7 +214,7 @@ class IQueueAdmin(Contract, Protocol):
         Yield a :class:`~.queues.entries.QueueEntry` for each message in one of *states*, oldest first.
 
         They are read one by one, in little memory.  What comes or goes meanwhile may be among them or not.  The order
-        is that in which the messages came into the queue for the first time.
+        is that of ``queued_at``: a message that was retried or released comes where a new one would.
         """
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
@@ -246,6 +251,17 @@ class IQueueAdmin(Contract, Protocol):
 
     def flush(self) -> int:
         """Make every waiting message due now; return how many were not."""
+
+    def expire(self, before: float, most: int) -> Sequence[str]:
+        """
+        Remove dead letters for good that are dead since a time before *before*; return their ids.
+
+        Called by ``mq-run`` if ``mailqueue.keep_dead`` is set.  Each is logged before it is removed; one that is
+        damaged, or that somebody has in hand, is left.
+
+        :param before: in seconds since the epoch
+        :param most: remove no more than that
+        """
 
 
 class IStaging(Contract, Protocol):

@@ -175,7 +175,7 @@ def one_shot_queue_run(
         handler.routes = [
             Route(redirecting(route.transport, read.redirect_all_to), route.pause) for route in handler.routes
         ]
-    runner = Runner(queue, handler)
+    runner = Runner(queue, handler, keep_dead=read.keep_dead)
     report = runner.run()
     if not (options or {}).get('quiet'):
         tell_of(report, runner, verbose=bool((options or {}).get('verbose')))

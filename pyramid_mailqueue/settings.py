@@ -129,6 +129,20 @@ def parse_duration(value: object) -> float:
     return _duration()(value)
 
 
+def _none_or(parse: Parser[T]) -> Parser[T | None]:
+    """Return a parser that takes ``none``, too."""
+
+    def parse_it(value: object) -> T | None:
+        if value is None or (isinstance(value, str) and value.strip() == 'none'):
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(str(error).replace('must be ', 'must be none, or ', 1)) from error
+
+    return parse_it
+
+
 def _seconds(value: object) -> float:
     """Return *value* in seconds; not a number (NaN), which is in no range, if it is no time span."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -376,6 +390,9 @@ class Settings:
     retry_first: float = _key(_duration(), '5m', 'How long a message waits after its first attempt.')
     retry_max: float = _key(_duration(), '4000s', 'How long a message waits at most; each wait is twice the last.')
     lifetime: float = _key(_duration(), '5d', 'How long a message is tried before it is given up.')
+    keep_dead: float | None = _key(
+        _none_or(_duration()), 'none', 'How long a dead letter is kept before mq-run removes it; none is for ever.'
+    )
     max_recipients: int = _key(_whole(1, 1_000_000), '100', 'How many recipients are given to the server at once.')
     rate_limit: Rate | None = _optional(
         _rate, 'How many recipients are sent to in a time, at most, by all processes of this queue: such as 14/second.'

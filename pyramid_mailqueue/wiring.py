@@ -113,7 +113,7 @@ def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMail
 
 def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
     """Return the :class:`~.delivery.runner.Runner` that *settings* describe; see :func:`build_mailer`."""
-    return Runner(build_queue(settings), build_handler(settings, lookup))
+    return Runner(build_queue(settings), build_handler(settings, lookup), keep_dead=settings.keep_dead)
 
 
 def _warn(error: QueueError) -> None:

@@ -112,6 +112,21 @@ def test_the_changes_begin_with_this_version(metadata):
     assert metadata['Version'] == newest[1]
 
 
+def test_the_version_is_that_of_the_metadata(metadata):
+    assert pyramid_mailqueue.__version__ == metadata['Version']
+
+
+@pytest.mark.parametrize('module', ['run', 'queue', 'send_test'])
+def test_each_command_tells_its_version(capsys, module):
+    command = importlib.import_module(f'pyramid_mailqueue.cli.{module}')
+
+    with pytest.raises(SystemExit) as exit_:
+        command.main(['--version'])
+
+    name = f'mq-{module.replace("_", "-")}'
+    assert (exit_.value.code, capsys.readouterr().out) == (0, f'{name} {pyramid_mailqueue.__version__}\n')
+
+
 def test_the_license_is_told_to_programs_too(metadata):
     assert metadata['License-Expression'] == 'MIT'
     assert metadata.get_all('License-File') == ['LICENSE']

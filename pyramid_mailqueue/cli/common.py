@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from pyramid_mailqueue.cli.config import has_app, read_app_settings, read_mqrunner_section
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
@@ -58,8 +58,19 @@ EX_INTERRUPTED = 130
 _CONFIGURATIONS = (Path('~/.mailqueue-runner.conf'), Path('/etc/mailqueue-runner.conf'))
 
 
+class _TellVersion(argparse.Action):
+    """Looked up when it is asked for: that takes longer than a run with nothing to do."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(parser.prog, version('pyramid_mailqueue'))
+        parser.exit()
+
+
 def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ini file, ``--name``, ``--set`` and ``--queue-dir``."""
+    """Add the ini file, ``--name``, ``--set`` and ``--queue-dir``; and ``--version``."""
+    parser.add_argument('--version', action=_TellVersion, nargs=0, help="show the package's version and exit")
     parser.add_argument(
         'ini', metavar='INI', help="the application's ini file, as pserve takes it: app.ini or app.ini#name"
     )

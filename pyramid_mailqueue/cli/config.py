@@ -12,7 +12,8 @@ import configparser
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -95,11 +96,15 @@ def read_mqrunner_section(uri: str, overrides: Mapping[str, str]) -> dict[str, s
     return {**{key: file.get('mqrunner', key) for key in own}, **overrides}
 
 
-def setup_logging(uri: str | None, overrides: Mapping[str, str], settings: Settings) -> None:
+def setup_logging(
+    uri: str | None, overrides: Mapping[str, str], settings: Settings, printed: Collection[str] = (run_log.name,)
+) -> None:
     """
     Set up the logging of a command: by ``logging_conf``, else by the ``[loggers]`` of *uri*, else warnings to stderr.
 
     ``delivery_log`` and ``queue_log`` are opened in any case.  Raises :class:`~.exceptions.ConfigurationError`.
+
+    :param printed: loggers whose messages the command also prints; what writes to stdout or stderr leaves them out
     """
     if settings.logging_conf:
         _configure_logging(_IniFile(settings.logging_conf, overrides))
@@ -107,6 +112,7 @@ def setup_logging(uri: str | None, overrides: Mapping[str, str], settings: Setti
         _log_warnings_to_stderr()
     else:
         _setup_logging_of(uri, overrides)
+    _print_once(frozenset(printed))
     for key in ('delivery_log', 'queue_log'):
         path = getattr(settings, key)
         if path:
@@ -404,9 +410,22 @@ def _configure_logging(file: _IniFile) -> None:
         fileConfig(file.parser, disable_existing_loggers=False)
 
 
+def _print_once(names: Collection[str]) -> None:
+    """Keep what the command prints itself, under these names, from handlers that write to the same terminal."""
+    handlers = {logging.lastResort, *(handler for name in names for handler in _handlers_of(logging.getLogger(name)))}
+    for handler in handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+            handler.addFilter(lambda record: record.name not in names)
+
+
+def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
+    while logger is not None:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
+
+
 def _log_warnings_to_stderr() -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(lambda record: record.name != run_log.name)
     # On the handler: a logger that says more, for a file of its own, must not make a cron job send mail.
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter('%(levelname)s %(name)s: %(message)s'))

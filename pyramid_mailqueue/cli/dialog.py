@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 import ssl
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,24 @@ from pyramid_mailqueue.cli.common import silence_stdout
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.queues.words import printable
 
-__all__ = ['Dialog', 'advice', 'is_final', 'say', 'shown_dialog']
+__all__ = ['STEP_SECONDS', 'Dialog', 'advice', 'is_final', 'say', 'shown_dialog']
 
 _LINE = re.compile(r'\S+ ([CS]): (\S+)(.*)', re.DOTALL)
 _BAD = re.compile('[45][0-9][0-9]')
 
+#: How long each step may take, at most, in seconds: a person is waiting.
+STEP_SECONDS = 30
+
+#: After so many seconds without a word from the server a person is told what is awaited.
+QUIET_SECONDS = 2
+
 _CONNECT, _GREETING, _CONTENT = 'connect', 'greeting', 'content'
+
+#: What is awaited where it is not the reply to a command.
+_AWAITED = {
+    _CONNECT: 'a connection, and the greeting of the server',
+    _CONTENT: 'the reply to the message',
+}
 
 _DNS = ('Is the name right, and does this machine know it?  getent hosts {host}',)
 _TLS = (
@@ -70,9 +83,12 @@ class Dialog(logging.Handler):
         self._last = _CONNECT
         self._awaited: deque[str] = deque()
         self._refused = ''
+        self._news = threading.Event()
+        self._is_over = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Called by logging.  Raises nothing that could be taken for trouble with the server."""
+        self._news.set()
         line = record.getMessage()
         match = _LINE.fullmatch(line)
         if match:
@@ -97,6 +113,26 @@ class Dialog(logging.Handler):
     def step(self) -> str:
         """See the class."""
         return self._refused or (self._awaited[0] if self._awaited else self._last)
+
+    def tell_silences(self) -> None:
+        """Tell what is awaited whenever the server says nothing for a while; return after :meth:`end`."""
+        while not self._is_over:
+            if not self._news.wait(QUIET_SECONDS):
+                say(f'  ... waiting for {self._awaited_now} (at most {STEP_SECONDS} seconds for each step)')
+                self._news.wait()
+            self._news.clear()
+
+    @property
+    def _awaited_now(self) -> str:
+        step = self._awaited[0] if self._awaited else self._last
+        if self._last == 'STARTTLS' and not self._awaited:
+            return 'the server to begin with TLS'
+        return _AWAITED.get(step, f'the reply to {step}')
+
+    def end(self) -> None:
+        """The dialog is over."""
+        self._is_over = True
+        self._news.set()
 
 
 def _step_of(word: str) -> str:
@@ -124,9 +160,13 @@ def shown_dialog() -> Iterator[Dialog]:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(dialog)
+    teller = threading.Thread(target=dialog.tell_silences, name='mq-send-test', daemon=True)
+    teller.start()
     try:
         yield dialog
     finally:
+        dialog.end()
+        teller.join()
         logger.removeHandler(dialog)
         logger.propagate = propagate
         logger.setLevel(level)
@@ -147,6 +187,9 @@ def advice(step: str, trouble: ServerTrouble | None, **words: str) -> list[str]:
         lines = _DNS
     else:
         lines = _ADVICE.get(step, ())
+    if step == _CONNECT and isinstance(cause, TimeoutError):
+        # It may be there, and wait for us to begin with TLS.
+        lines = (*lines, _TLS[-1])
     return [line.format_map(words) for line in lines]
 
 

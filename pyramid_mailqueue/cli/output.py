@@ -57,10 +57,13 @@ def print_json(value: object) -> None:
 def print_json_list(values: Iterable[object]) -> None:
     """Print a list of *values*, one a line, each as soon as it is there."""
     before = '['
-    for value in values:
-        print(before + _json(value), end='')
-        before = ',\n '
-    print(']' if before != '[' else '[]')
+    try:
+        for value in values:
+            print(before + _json(value), end='')
+            before = ',\n '
+    finally:
+        # What there was before something failed is a list too.
+        print(']' if before != '[' else '[]')
 
 
 def _json(value: object) -> str:
@@ -94,9 +97,12 @@ class Column(NamedTuple):
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print *rows*: with rich if it is there and this is a terminal, else in plain columns, with two blanks between."""
     safe = (tuple(map(printable, row)) for row in rows)
-    show = _show_rich if sys.stdout.isatty() and _has_rich() else _show_plain
+    is_rich = sys.stdout.isatty() and _has_rich()
+    show = _show_rich if is_rich else _show_plain
     for number, chunk in enumerate(_chunks(safe)):
         show(columns, chunk, with_titles=number == 0)
+    if is_rich:
+        _tell_left_out(columns)
 
 
 def _has_rich() -> bool:
@@ -143,3 +149,12 @@ def _show_rich(columns: Sequence[Column], rows: list[tuple[str, ...]], *, with_t
         cells = (Text(cell, column.styles.get(cell, '')) for column, cell in zip(columns, row, strict=True))
         table.add_row(*itertools.compress(cells, shown))
     console.print(table)
+
+
+def _tell_left_out(columns: Sequence[Column]) -> None:
+    from rich.console import Console
+
+    width = Console().width
+    left_out = [column.title for column in columns if width < column.from_width]
+    if left_out:
+        print(f'\nnot shown in {width} columns: {", ".join(left_out)}')

@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -31,7 +31,7 @@ from pyramid_mailqueue.cli.monitor import UNKNOWN
 from pyramid_mailqueue.cli.output import print_json
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
 from pyramid_mailqueue.interfaces import IMailQueue
-from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.queues.entries import POSSIBLE, STATES
 from pyramid_mailqueue.queues.words import printable
 from pyramid_mailqueue.settings import Settings
 
@@ -76,10 +76,6 @@ Run it as the user that the application runs as: both must be able to read and w
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the arguments *argv*, those of the process if None, and exit."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.run is queue_change.retry and bool(arguments.ids) == bool(arguments.states):
-        arguments.parser.error('name the messages to retry, or say --all or --dead')
     if sys.stdout is None:
         # It was closed before the command began.
         sys.stdout = Path(os.devnull).open('w')  # noqa: SIM115 - until the process ends
@@ -87,11 +83,44 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    arguments = _parsed(sys.argv[1:] if argv is None else argv)
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
     # Of these the queue is not there yet, or there are two.
     start = _with_settings if arguments.run in (queue_init.init, queue_move.move) else _with_queue
     sys.exit(exit_status_of(NAME, lambda: start(arguments.run, arguments)))
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what cannot be used ends the process."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.run is queue_change.change:
+            _check_which(arguments)
+    except _UsageError as error:
+        if next((word for word in argv if word in parser.commands), '') == 'check':
+            error.parser.print_usage(sys.stderr)
+            _tell_unknown(str(error), is_json='--json' in argv)
+            sys.exit(UNKNOWN)
+        error.parser.exit(2, f'{error.parser.format_usage()}{error.parser.prog}: error: {error}\n')
+    return arguments
+
+
+def _check_which(arguments: argparse.Namespace) -> None:
+    """Some messages must be meant, either by their ids or by what they are."""
+    options = ('states', 'recipient', 'sender', 'older_than', 'newer_than', 'message_id')
+    is_chosen = any(getattr(arguments, option) is not None for option in options)
+    if bool(arguments.ids) == is_chosen:
+        arguments.parser.error(
+            f'name the messages to {arguments.action}, or choose them by an option such as --recipient'
+            if not is_chosen
+            else 'name messages, or choose them by options; not both'
+        )
+    for state in arguments.states or ():
+        if state not in POSSIBLE[arguments.action]:
+            possible = ', '.join(map(repr, POSSIBLE[arguments.action]))
+            arguments.parser.error(f'{arguments.action} is for messages that are {possible}, and not {state!r}')
 
 
 def _with_queue(work: Callable[[IMailQueue, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -127,8 +156,27 @@ def _open_queue(settings: Settings, arguments: argparse.Namespace) -> IMailQueue
 # --- the command line -------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _UsageError(Exception):
+    def __init__(self, parser: argparse.ArgumentParser, problem: str) -> None:
+        super().__init__(problem)
+        self.parser = parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """
+    Leaves it to the caller what an error is for: monitoring has its own exit statuses.
+
+    :ivar commands: the names of all commands
+    """
+
+    commands: Collection[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(self, message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog=NAME,
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -136,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_ini_arguments(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    parser.commands = commands.choices
     _add_looking(partial(_add, commands.add_parser))
     _add_doing(partial(_add, commands.add_parser))
     _add_watching(partial(_add, commands.add_parser))
@@ -162,7 +211,7 @@ def _add(
         description=f'{help[0].upper()}{help[1:]}.\n\n{description}'.rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run, changes=changes, parser=parser, prog=NAME)
+    parser.set_defaults(run=run, action=name, changes=changes, parser=parser, prog=NAME)
     if run not in (queue_look.print_metrics, queue_init.init):
         parser.add_argument('--json', action='store_true', help='print JSON, for programs (see docs/operations.rst)')
     return parser
@@ -179,14 +228,13 @@ def _add_looking(add: Add) -> None:
     parser.add_argument(
         '--sender', metavar='TEXT', help='the same for the envelope sender; "<>" finds those that have none'
     )
-    parser.add_argument('--older-than', type=duration, metavar='AGE', help='only messages older than 30m, 4h or 2d')
-    parser.add_argument('--newer-than', type=duration, metavar='AGE', help='only messages newer than that')
+    _add_ages(parser)
 
     parser = add(
         'show',
         queue_look.show_message,
         'show all there is to know of a message',
-        'Its envelope, what happened to it, what the server said last, and its header.',
+        'Its envelope, what happened to it, what the server said last, its header, and its text: all of it decoded.',
     )
     parser.add_argument('ids', nargs=1, metavar='ID')
     parser.add_argument('--raw', action='store_true', help='print the message itself, byte for byte, and nothing else')
@@ -207,49 +255,46 @@ def _add_looking(add: Add) -> None:
 def _add_doing(add: Add) -> None:
     parser = add(
         'retry',
-        queue_change.retry,
+        queue_change.change,
         'try messages with the next run of mq-run',
         'A message that waits is due now.  A dead letter waits again, as if it had come into the queue now: it has no\n'
         'attempts, and its whole lifetime before it.',
         changes=True,
     )
-    parser.add_argument('ids', nargs='*', metavar='ID')
-    which = parser.add_mutually_exclusive_group()
+    which = _add_which(parser)
     which.add_argument(
         '--all',
         action='store_const',
         dest='states',
-        const=('waiting', 'dead'),
+        const=POSSIBLE['retry'],
         help='everything that waits, and every dead letter',
     )
-    which.add_argument('--dead', action='store_const', dest='states', const=('dead',), help='every dead letter')
+    _add_dead(which)
 
-    for name, run, help_, description in (
-        ('hold', queue_change.hold, 'keep messages from being delivered until you unhold them', ''),
+    for name, help_, description in (
+        ('hold', 'keep messages from being delivered until you unhold them', ''),
         (
             'unhold',
-            queue_change.unhold,
             'let messages wait again that were held',
             'They are as old as they are: one that is older than mailqueue.lifetime is given up at its next failure.',
         ),
         (
             'release',
-            queue_change.release,
             'let messages in doubt be sent',
             'Do this when you know that their transaction has committed.  If it has not, delete them.',
         ),
     ):
-        add(name, run, help_, description, changes=True).add_argument('ids', nargs='+', metavar='ID')
+        _add_which(add(name, queue_change.change, help_, description, changes=True))
 
     parser = add(
         'delete',
-        queue_change.delete,
+        queue_change.change,
         'remove messages for good',
-        'In whatever state they are, unless they are being delivered.  On a terminal you are asked first.',
+        'In whatever state they are, unless they are being delivered.  On a terminal you are asked first; elsewhere\n'
+        'what is chosen by options is deleted with --yes only.',
         changes=True,
     )
-    parser.add_argument('ids', nargs='+', metavar='ID')
-    parser.add_argument('-y', '--yes', action='store_true', help='do not ask')
+    _add_dead(_add_which(parser))
 
     add('flush', queue_change.flush, 'make everything that waits due now, for the next run of mq-run', changes=True)
 
@@ -299,7 +344,53 @@ def _add_setting_up(add: Add) -> None:
     where.add_argument('--to-maildir', action='store_const', dest='to', const='maildir', help='into the directory')
 
 
-def _add_states(parser: argparse.ArgumentParser, help_: str) -> None:
+def _add_which(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add the ids, or what messages are chosen by; return the group of options for their state."""
+    parser.add_argument('ids', nargs='*', metavar='ID')
+    which = parser.add_mutually_exclusive_group()
+    _add_states(which, 'all messages in this state')
+    parser.add_argument(
+        '--recipient',
+        type=_whole_address,
+        metavar='ADDRESS',
+        help='all messages for ada@example.org, or for the domain @example.org',
+    )
+    parser.add_argument(
+        '--sender', type=_whole_address, metavar='ADDRESS', help='the same for the envelope sender; "<>" is no sender'
+    )
+    _add_ages(parser)
+    parser.add_argument('-y', '--yes', action='store_true', help='do not ask')
+    parser.add_argument('--dry-run', action='store_true', help='show which messages are meant, and change nothing')
+    return which
+
+
+def _add_dead(which: argparse._MutuallyExclusiveGroup) -> None:
+    which.add_argument('--dead', action='store_const', dest='states', const=('dead',), help='every dead letter')
+
+
+def _add_ages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--older-than', type=duration, metavar='AGE', help='only messages older than 30m, 4h or 2d')
+    parser.add_argument('--newer-than', type=duration, metavar='AGE', help='only messages newer than that')
+    parser.add_argument('--message-id', type=_some_text, metavar='ID', help='only messages with this Message-ID')
+
+
+def _some_text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError('it must not be empty')
+    return text
+
+
+def _whole_address(text: str) -> str:
+    """Return what finds exactly this address, or exactly this domain: nothing is changed because of a likeness."""
+    local, at, domain = text.removeprefix('<').removesuffix('>').rpartition('@')
+    if text == '<>':
+        return text
+    if not (at and domain):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither an address nor @domain')
+    return f'<{local}@{domain}>' if local else f'@{domain}>'
+
+
+def _add_states(parser: argparse._ActionsContainer, help_: str) -> None:
     parser.add_argument(
         '--state',
         action='append',
@@ -329,7 +420,7 @@ def _as_plugin(arguments: argparse.Namespace) -> int:
         status = _with_queue(queue_look.check, arguments)
         sys.stdout.flush()
     except MailqueueError as error:
-        problem = printable(' '.join(str(error).splitlines()))
+        problem = str(error)
     except KeyboardInterrupt:
         problem = 'interrupted'
     except Exception as error:  # noqa: BLE001 - any other status would be taken for critical
@@ -337,11 +428,16 @@ def _as_plugin(arguments: argparse.Namespace) -> int:
         problem = f'a defect of pyramid_mailqueue: {type(error).__name__}'
     else:
         return status
-    if arguments.json:
+    _tell_unknown(problem, is_json=arguments.json)
+    return UNKNOWN
+
+
+def _tell_unknown(problem: str, *, is_json: bool) -> None:
+    problem = printable(' '.join(problem.splitlines()))
+    if is_json:
         print_json({'status': 'UNKNOWN', 'problems': [problem], 'counts': {}, 'oldest': None})
     else:
         print(f'MAILQUEUE UNKNOWN - {problem}')
-    return UNKNOWN
 
 
 if __name__ == '__main__':

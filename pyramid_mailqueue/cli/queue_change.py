@@ -3,63 +3,130 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.output import as_json, print_json, print_json_list
-from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
+from pyramid_mailqueue.cli.queue_look import choice_of, print_entries
+from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
 from pyramid_mailqueue.interfaces import IMailQueue, IQueueAdmin
-from pyramid_mailqueue.queues.entries import QueueEntry
+from pyramid_mailqueue.queues.entries import POSSIBLE, ExactId, QueueEntry
 from pyramid_mailqueue.queues.words import few, numbered, printable
 
-__all__ = ['delete', 'flush', 'hold', 'release', 'retry', 'unhold']
+__all__ = ['change', 'flush']
 
 Act = Callable[[str], QueueEntry]
 
+#: After so many messages in a row that cannot be read or written it is the queue, and not this message.
+FAILURES = 3
 
-def hold(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Keep messages from being delivered."""
-    return _do(queue.admin.hold, arguments.ids, 'held', arguments)
-
-
-def unhold(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Let messages wait again that were held."""
-    return _do(queue.admin.unhold, arguments.ids, 'waits again', arguments)
+#: So many messages are named in a question about many.
+NAMED = 10
 
 
-def release(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Let messages in doubt be sent."""
-    return _do(queue.admin.release, arguments.ids, 'waits, due now', arguments)
+class _Words(NamedTuple):
+    """What is told of a change: of one message, behind its id; of several, behind their number; and the question."""
+
+    one: str
+    many: str
+    question: str
 
 
-def retry(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Try messages with the next run."""
-    if arguments.ids:
-        return _do(queue.admin.retry, arguments.ids, 'waits, due now', arguments)
-    return _retry_all(queue.admin, arguments)
+_WORDS = {
+    'retry': _Words('waits, due now', 'due now', 'Retry {}?'),
+    'hold': _Words('held', 'held', 'Hold {}?'),
+    'unhold': _Words('waits again', 'waiting again', 'Let {} wait again?'),
+    'release': _Words('waits, due now', 'due now', 'Let {} be sent?'),
+    'delete': _Words('deleted', 'deleted', 'Delete {} for good?'),
+}
 
 
-def _retry_all(admin: IQueueAdmin, arguments: argparse.Namespace) -> int:
+def change(queue: IMailQueue, arguments: argparse.Namespace) -> int:
+    """Do something with the messages that are named, or with those that are chosen by what they are."""
+    if not arguments.ids:
+        return _change_chosen(queue.admin, arguments)
+    ids, status = arguments.ids, EX_OK
+    if arguments.dry_run or (arguments.action == 'delete' and _can_ask(arguments)):
+        found, status = _find(queue.admin, ids, arguments)
+        if arguments.dry_run:
+            print_entries(found, arguments)
+            return status
+        if found and not _is_confirmed(found, len(found), arguments):
+            found, status = [], EX_NOT_DONE
+        ids = [entry.id for entry in found]
+    return max(status, _do(getattr(queue.admin, arguments.action), ids, _WORDS[arguments.action].one, arguments))
+
+
+# --- those that are chosen ---------------------------------------------------
+
+
+def _change_chosen(admin: IQueueAdmin, arguments: argparse.Namespace) -> int:
+    """Do something with each message that the options choose.  They are those about which somebody was asked."""
+    states, choice, now = arguments.states or POSSIBLE[arguments.action], choice_of(arguments), time.time()
+    chosen = (entry for entry in admin.entries(states) if choice.takes(entry, now))
+    if arguments.dry_run:
+        print_entries(chosen, arguments)
+        return EX_OK
+    some = list(itertools.islice(chosen, NAMED))
+    ids = [ExactId(entry.id) for entry in itertools.chain(some, chosen)]
+    if ids and not arguments.yes:
+        if _can_ask(arguments):
+            if not _is_confirmed(some, len(ids), arguments):
+                return EX_NOT_DONE
+        elif arguments.action == 'delete':
+            complain(arguments.prog, f'nothing is deleted: say --yes to delete {numbered(len(ids), "message")}')
+            return EX_NOT_DONE
+    return _do_all(admin, ids, states, arguments)
+
+
+def _do_all(admin: IQueueAdmin, ids: Iterable[ExactId], states: Collection[str], arguments: argparse.Namespace) -> int:
+    """Those with which it cannot be done do not stop the others."""
     complaints: list[str] = []
-
-    def retried() -> Iterator[QueueEntry]:
-        for entry in admin.entries(arguments.states):
-            try:
-                yield admin.retry(entry.id)
-            except NoSuchMessage:
-                # It was delivered, or deleted, since it was listed.
-                continue
-            except WrongState as error:
-                complaints.append(str(error))
-
-    if arguments.json:
-        print_json_list(map(as_json, retried()))
-    else:
-        print(numbered(sum(1 for _ in retried()), 'message'), 'due now')
-    for complaint in complaints:
-        complain(arguments.prog, complaint)
+    done = _done(admin, ids, states, arguments.action, complaints)
+    number = 0
+    try:
+        if arguments.json:
+            print_json_list(map(as_json, done))
+        else:
+            for _ in done:
+                number += 1
+    finally:
+        # What was done is told, also if the queue fails at the next.
+        if not arguments.json:
+            print(numbered(number, 'message'), _WORDS[arguments.action].many)
+        for complaint in complaints:
+            complain(arguments.prog, complaint)
     return EX_NOT_DONE if complaints else EX_OK
+
+
+def _done(
+    admin: IQueueAdmin, ids: Iterable[ExactId], states: Collection[str], action: str, complaints: list[str]
+) -> Iterator[QueueEntry]:
+    act: Act = getattr(admin, action)
+    failures = 0
+    for id_ in ids:
+        try:
+            # Since it was chosen, somebody else may have done something with it.
+            if admin.find(id_).state in states:
+                yield act(id_)
+            failures = 0
+        except NoSuchMessage:
+            # It was delivered, or deleted.
+            continue
+        except WrongState as error:
+            complaints.append(str(error))
+        except QueueError as error:
+            failures += 1
+            if failures == FAILURES:
+                raise
+            complaints.append(str(error))
+
+
+# --- those that are named ----------------------------------------------------
 
 
 def _do(act: Act, ids: Iterable[str], done: str, arguments: argparse.Namespace) -> int:
@@ -85,18 +152,6 @@ def _do(act: Act, ids: Iterable[str], done: str, arguments: argparse.Namespace) 
     return status
 
 
-def delete(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Remove messages for good; somebody who can answer is asked first."""
-    ids, status = arguments.ids, EX_OK
-    if not arguments.yes and sys.stdin is not None and sys.stdin.isatty():
-        found, status = _find(queue.admin, ids, arguments)
-        if found and not _is_confirmed(found):
-            complain(arguments.prog, 'nothing is deleted')
-            found, status = [], EX_NOT_DONE
-        ids = [entry.id for entry in found]
-    return max(status, _do(queue.admin.delete, ids, 'deleted', arguments))
-
-
 def _find(admin: IQueueAdmin, ids: Iterable[str], arguments: argparse.Namespace) -> tuple[list[QueueEntry], int]:
     found: dict[str, QueueEntry] = {}
     status = EX_OK
@@ -111,13 +166,29 @@ def _find(admin: IQueueAdmin, ids: Iterable[str], arguments: argparse.Namespace)
     return list(found.values()), status
 
 
-def _is_confirmed(entries: Collection[QueueEntry]) -> bool:
+# --- a question ---------------------------------------------------------------
+
+
+def _can_ask(arguments: argparse.Namespace) -> bool:
+    return not arguments.yes and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _is_confirmed(some: Collection[QueueEntry], number: int, arguments: argparse.Namespace) -> bool:
     """Ask on the terminal; the output may be a file."""
-    for entry in entries:
+    for entry in some:
         told = (entry.id, entry.state, f'to {few(entry.recipients) or "-"}', entry.subject)
         print('  '.join(map(printable, told)).rstrip(), file=sys.stderr)
-    print(f'Delete {numbered(len(entries), "message")} for good? [y/N] ', end='', file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ('y', 'yes')
+    if number > len(some):
+        print(f'... and {numbered(number - len(some), "message")} more', file=sys.stderr)
+    question = _WORDS[arguments.action].question.format(numbered(number, 'message'))
+    print(f'{question} [y/N] ', end='', file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() in ('y', 'yes'):
+        return True
+    complain(arguments.prog, f'nothing is {_WORDS[arguments.action].many}')
+    return False
+
+
+# --- all ----------------------------------------------------------------------
 
 
 def flush(queue: IMailQueue, arguments: argparse.Namespace) -> int:

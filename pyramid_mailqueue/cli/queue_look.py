@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
@@ -15,7 +16,15 @@ from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, Choice, QueueEntry, Tally, header_lines
 from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
 
-__all__ = ['check', 'list_messages', 'print_metrics', 'show_message', 'show_stats']
+__all__ = [
+    'check',
+    'choice_of',
+    'list_messages',
+    'print_entries',
+    'print_metrics',
+    'show_message',
+    'show_stats',
+]
 
 _WIDE = 160
 _LIST = (
@@ -33,15 +42,36 @@ _LIST = (
 
 
 def list_messages(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Print a line for each message, oldest first."""
+    """Print a line for each message, oldest first; on a terminal how many they are, too."""
+    choice, now, number = choice_of(arguments), time.time(), Counter[str]()
+
+    def counted(what: str, entries: Iterable[QueueEntry]) -> Iterator[QueueEntry]:
+        for entry in entries:
+            number[what] += 1
+            yield entry
+
+    found = counted('all', queue.admin.entries(arguments.states or STATES))
+    print_entries(counted('shown', (entry for entry in found if choice.takes(entry, now))), arguments)
+    if sys.stdout.isatty() and not arguments.json:
+        of_all = '' if choice == Choice() else f'{number["shown"]:,} of '
+        print(f'\n{of_all}{numbered(number["all"], "message")}')
+    return EX_OK
+
+
+def choice_of(arguments: argparse.Namespace) -> Choice:
+    """Return which messages the options mean, but for their states."""
+    return Choice(
+        arguments.sender, arguments.recipient, arguments.older_than, arguments.newer_than, arguments.message_id
+    )
+
+
+def print_entries(entries: Iterable[QueueEntry], arguments: argparse.Namespace) -> None:
+    """Print a line for each message, or a list in JSON."""
     now = time.time()
-    choice = Choice(arguments.sender, arguments.recipient, arguments.older_than, arguments.newer_than)
-    entries = (entry for entry in queue.admin.entries(arguments.states or STATES) if choice.takes(entry, now))
     if arguments.json:
         print_json_list(map(as_json, entries))
     else:
         print_table(_LIST, (_row(entry, now) for entry in entries))
-    return EX_OK
 
 
 def _row(entry: QueueEntry, now: float) -> tuple[str, ...]:
@@ -78,16 +108,37 @@ def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     if arguments.raw:
         _print_raw(content)
         return EX_OK
-    header = [] if entry.state == 'corrupt' else header_lines(content)
     if arguments.json:
+        header = [] if entry.state == 'corrupt' else header_lines(content)
         print_json({**as_json(entry), 'headers': [_field(line) for line in header]})
         return EX_OK
-    now = time.time()
-    for title, value in _facts(entry, now):
+    for title, value in _facts(entry, time.time()):
         print(f'{title:<13}{printable(value)}'.rstrip())
-    for number, line in enumerate(header):
-        print(('\n' if number == 0 else '') + printable(line))
+    if entry.state != 'corrupt':
+        for line in _shown(content):
+            print(printable(line))
     return EX_OK
+
+
+def _shown(content: bytes) -> Iterator[str]:
+    """What a person reads of a content, line by line: everything decoded, and what is no text only named."""
+    # With the package that reads mail.
+    from pyramid_mailqueue.queues.contents import read_contents
+
+    contents = read_contents(content)
+    for number, (name, value) in enumerate(contents.header):
+        yield from ([] if number else [''])
+        yield f'{name}: {value}'
+    if contents.text is not None:
+        yield from ('', *contents.text)
+    if contents.is_cut:
+        yield from ('', 'There is more of the text: --raw has all of it.')
+    for number, part in enumerate(contents.parts):
+        yield from ([] if number else [''])
+        size = '' if part.size is None else f', {numbered(part.size, "octet")}'
+        yield f'[{part.kind}{f", {part.name}" if part.name else ""}{size}]'
+    if contents.problem:
+        yield from ('', f'{contents.problem} --raw has all of it.')
 
 
 def _facts(entry: QueueEntry, now: float) -> Iterator[tuple[str, str]]:

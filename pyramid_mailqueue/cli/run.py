@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--watch',
+        nargs='?',
         type=duration,
+        const=WATCH_INTERVAL,
         metavar='SECONDS',
         help='stay, and look again every so many seconds (default: 5), until told to stop',
     )
@@ -305,8 +307,10 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
+    keep_dead = {'keep_dead': (registry.settings or {}).get('mailqueue.keep_dead')}
+    kept = Settings.from_program(keep_dead, needs_server=False).keep_dead
     try:
-        return Runner(mailer.queue, mailer.handler)
+        return Runner(mailer.queue, mailer.handler, keep_dead=kept)
     except AttributeError as error:
         raise ConfigurationError(
             f'the application has a mailer of its own, {type(mailer).__name__}, and mq-run --app needs the queue and '
@@ -361,6 +365,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
         'in doubt': len(recovery.in_doubt) + len(recovery.half_way),
         'released': len(recovery.sent),
         'discarded': len(recovery.discarded),
+        'expired': len(recovery.expired),
         'sent': report.sent,
         'deferred': report.deferred,
         'refused': report.refused + len(recovery.buried),

@@ -37,8 +37,9 @@ from pyramid_mailqueue.cli.common import (
     silence_stdout,
 )
 from pyramid_mailqueue.cli.config import parse_override, setup_logging
-from pyramid_mailqueue.cli.dialog import Dialog, advice, is_final, say, shown_dialog
+from pyramid_mailqueue.cli.dialog import STEP_SECONDS, Dialog, advice, is_final, say, shown_dialog
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.logs import delivery_log, queue_log
 from pyramid_mailqueue.delivery.results import SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError
@@ -126,7 +127,7 @@ def _send(arguments: argparse.Namespace) -> int:
         settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides, needs_queue=False)
         refuse_root(settings.queue_dir, NAME)
         require_queue(settings)
-        setup_logging(arguments.ini, overrides, settings)
+        setup_logging(arguments.ini, overrides, settings, printed=(delivery_log.name, queue_log.name))
         queue, handler = _build(settings)
         envelope = _compose(settings, arguments.sender, arguments.to)
     say(f'{NAME}: from <{envelope.sender}> to <{envelope.recipients[0]}>, by {_way(settings)}')
@@ -142,7 +143,7 @@ def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
     from pyramid_mailqueue.wiring import build_handler, build_queue
 
     # Plugins may write down what real mail has become of.
-    handler = build_handler(replace(settings, plugins=()), _look_up)
+    handler = build_handler(replace(_impatient(settings), plugins=()), _look_up)
     handler.retry_policy = OneAttempt()
     if settings.queue == 'maildir' and settings.queue_dir is None:
         # A [mqrunner] section needs none for this.
@@ -150,6 +151,12 @@ def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
 
         return MemoryQueue(), handler
     return build_queue(settings), handler
+
+
+def _impatient(settings: Settings) -> Settings:
+    """A person is waiting: the timeouts of the application are for real mail, which must not be sent twice."""
+    names = ('smtp_connect_timeout', 'smtp_timeout', 'smtp_data_timeout')
+    return replace(settings, **{name: min(getattr(settings, name), STEP_SECONDS) for name in names})
 
 
 def _look_up(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,12 @@ _NOT_IN_A_NAME = re.compile(r'[^A-Za-z0-9._-]+')
 
 def overview(request: Any) -> Page:
     """Show how many messages there are: first what is wrong."""
-    counts = request.registry.getUtility(IMailer).queue.counts()
+    counts, stats = _counts(request), None
     admin = admin_of(request)
+    if sum(counts.values()) <= COUNTED or request.GET.get('domains') == 'all':
+        stats = admin.stats(UNDELIVERED)
+        counts = {state: tally.messages for state, tally in stats.by_state.items()}
     oldest = {state: admin.oldest((state,)) for state in STATES if counts[state] and state != 'corrupt'}
-    is_small = sum(counts.values()) <= COUNTED
     values = {
         'counts': counts,
         'oldest': {state: entry.queued_at for state, entry in oldest.items() if entry is not None},
@@ -53,11 +55,15 @@ def overview(request: Any) -> Page:
         'done': request.GET.get('done', ''),
         'number': _number(request.GET.get('number')),
     }
-    if is_small or request.GET.get('domains') == 'all':
-        by_domain = admin.stats(UNDELIVERED).by_domain
-        values['domains'] = list(by_domain.items())[:DOMAINS]
-        values['more_domains'] = max(0, len(by_domain) - DOMAINS)
+    if stats is not None:
+        values['domains'] = list(stats.by_domain.items())[:DOMAINS]
+        values['more_domains'] = max(0, len(stats.by_domain) - DOMAINS)
     return Page('overview.jinja2', values)
+
+
+def _counts(request: Any) -> Mapping[str, int]:
+    counts: Mapping[str, int] = request.registry.getUtility(IMailer).queue.counts()
+    return counts
 
 
 def _number(text: str | None) -> int:
@@ -69,7 +75,7 @@ def _number(text: str | None) -> int:
 
 def list_messages(request: Any) -> Page:
     """Show a page of messages, oldest first."""
-    search = {name: request.GET.get(name, '').strip() for name in ('state', 'sender', 'recipient', *_AGES)}
+    search = {name: request.GET.get(name, '').strip() for name in ('state', *_TEXTS, *_AGES)}
     ages, problems = _ages(search)
     if search['state'] not in ('', *STATES):
         problems['state'] = f'There is no state {search["state"]!a}.'
@@ -84,13 +90,18 @@ def list_messages(request: Any) -> Page:
         'done': request.GET.get('done', ''),
     }
     if problems:
-        return Page('list.jinja2', {**values, 'slice': Slice(()), 'actions': ()}, 400)
-    choice = Choice(search['sender'] or None, search['recipient'] or None, **ages)
+        return Page('list.jinja2', {**values, 'slice': Slice(()), 'actions': (), 'total': 0}, 400)
+    texts = {name: search[name] or None for name in _TEXTS}
+    choice = Choice(**texts, older_than=ages.get('older_than'), newer_than=ages.get('newer_than'))
     states = (search['state'],) if search['state'] else STATES
     part = _read(admin_of(request).entries(states), choice, now, start)
     here = {entry.state for entry in part.entries}
     actions = tuple(action for action, possible in POSSIBLE.items() if here.intersection(possible))
-    return Page('list.jinja2', {**values, 'slice': part, 'actions': actions})
+    total = start + part.looked_at
+    if part.next is not None:
+        counts = _counts(request)
+        total = max(total + 1, sum(counts[state] for state in states))
+    return Page('list.jinja2', {**values, 'slice': part, 'actions': actions, 'total': total})
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Slice:
     looked_at: int = 0
 
 
+_TEXTS = ('sender', 'recipient', 'message_id')
 _AGES = ('older_than', 'newer_than')
 
 

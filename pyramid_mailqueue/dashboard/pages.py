@@ -7,6 +7,7 @@ everything is escaped, whatever the application does with its templates.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ HEADERS = {
 }
 
 _KEY = 'pyramid_mailqueue.dashboard.pages'
+
+# Where an address may go on in the next line: before a sign that joins two words, and after a comma; in the midst of a
+# word only if that is longer than a column of a table should have to be.
+_PIECE = re.compile(r'[@.+_-]?[^@.,+_-]{1,20},?|[@.,+_-]')
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,13 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters.update(
-            few=few, numbered=numbered, size=size_in_words, span=span_in_words, timestamp=timestamp, token=token_of
+            pieces=_PIECE.findall,
+            few=few,
+            numbered=numbered,
+            size=size_in_words,
+            span=span_in_words,
+            timestamp=timestamp,
+            token=token_of,
         )
 
     def register(self, registry: Any) -> None:

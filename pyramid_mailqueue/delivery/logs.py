@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.envelope import Envelope
 
-__all__ = ['delivery_log', 'log_event', 'log_queued', 'log_trouble', 'name_of', 'queue_log', 'why']
+if TYPE_CHECKING:
+    from pyramid_mailqueue.queues.entries import QueueEntry
+
+__all__ = ['delivery_log', 'log_event', 'log_expired', 'log_queued', 'log_trouble', 'name_of', 'queue_log', 'why']
 
 delivery_log = logging.getLogger('mailqueue.delivery_log')
 queue_log = logging.getLogger('mailqueue.queue_log')
@@ -48,6 +51,13 @@ def log_queued(id: str, envelope: Envelope) -> None:
     told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
     with contextlib.suppress(Exception):
         log_event(queue_log, logging.INFO, status='queued', id=id, msgid=envelope.message_id, **told)
+
+
+def log_expired(entry: QueueEntry) -> None:
+    """Log that a dead letter is going to be removed; before that, so that none goes without a word."""
+    told = {'from': f'<{entry.sender}>', 'to': ','.join(entry.recipients), 'error': entry.last_reply}
+    reason = 'a dead letter for longer than mailqueue.keep_dead'
+    log_event(queue_log, logging.INFO, status='discarded', id=entry.id, msgid=entry.message_id, **told, reason=reason)
 
 
 def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:

@@ -205,6 +205,7 @@ class Recovery:
     :param discarded: in doubt before, removed because ``mailqueue.in_doubt = discard``
     :param swept: never voted for, and older than 36 hours
     :param half_way: left by a move to another queue that was broken off
+    :param expired: dead letters that were removed, because ``mailqueue.keep_dead`` was over
     """
 
     orphans: tuple[str, ...] = ()
@@ -214,3 +215,4 @@ class Recovery:
     discarded: tuple[str, ...] = ()
     swept: tuple[str, ...] = ()
     half_way: tuple[str, ...] = ()
+    expired: tuple[str, ...] = ()

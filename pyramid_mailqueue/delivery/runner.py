@@ -18,6 +18,7 @@ given a few others first.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -30,7 +31,7 @@ from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
-from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
@@ -39,6 +40,10 @@ log = logging.getLogger('mailqueue.delivery')
 
 #: How long a run that was told to end waits for the messages in hand, in seconds.
 PATIENCE = 30
+
+#: So many dead letters are removed in one round, at most; and how long a runner does not look again, in seconds.
+MOST_EXPIRED = 1000
+EXPIRE_EVERY = 600
 
 #: How long it waits for threads whose connections it has broken off.
 LAST_PATIENCE = 2
@@ -122,13 +127,26 @@ class Runner:
 
     :param queue: what to work on
     :param handler: who delivers
+    :param keep_dead: for how many seconds dead letters are kept; None is for ever
     :param clock: seconds since the epoch
+    :raises ConfigurationError: *keep_dead* is set, and this queue cannot remove dead letters
     :ivar report: of the last round, also if that has raised
     """
 
-    def __init__(self, queue: IMailQueue, handler: MessageHandler, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        queue: IMailQueue,
+        handler: MessageHandler,
+        *,
+        keep_dead: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.queue = queue
         self.handler = handler
+        if keep_dead is not None and not hasattr(getattr(queue, 'admin', None), 'expire'):
+            raise ConfigurationError('mailqueue.keep_dead: this queue cannot remove dead letters (IQueueAdmin.expire).')
+        self._keep_dead = keep_dead
+        self._expires_from = -math.inf
         self._clock = clock
         self.report = RunReport()
         self._told_in_doubt: frozenset[str] = frozenset()
@@ -170,6 +188,7 @@ class Runner:
         try:
             now = self._clock()
             report.recovery = self._recover(now)
+            report.recovery = replace(report.recovery, expired=self._expire(now))
             supply = Supply(
                 self.queue.claim_due(now),
                 limit=max_messages,
@@ -195,6 +214,15 @@ class Runner:
         )
         _log_recovery(told)
         return told
+
+    def _expire(self, now: float) -> tuple[str, ...]:
+        """Remove some of the dead letters that are older than they may be."""
+        if self._keep_dead is None or now < self._expires_from:
+            return ()
+        expired = tuple(self.queue.admin.expire(now - self._keep_dead, MOST_EXPIRED))
+        if len(expired) < MOST_EXPIRED:
+            self._expires_from = now + EXPIRE_EVERY
+        return expired
 
     def close(self) -> None:
         """Let go of connections.  The runner may be used again."""

@@ -6,10 +6,11 @@ Every queue tells of itself in these words, and whoever shows them (``mq-queue``
 
 from __future__ import annotations
 
+import heapq
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,6 +30,7 @@ __all__ = [
     'QueueStats',
     'Tally',
     'header_lines',
+    'oldest_first',
     'subject_of',
     'tally',
     'tell_from_header',
@@ -95,6 +97,29 @@ class QueueEntry:
     message_id: str = ''
     size: int = 0
 
+    def is_dead_since(self, before: float) -> bool:
+        """Whether it is a dead letter, and became one before *before*, in seconds since the epoch."""
+        died = self.queued_at if self.last_attempt is None else self.last_attempt
+        return self.state == 'dead' and died is not None and died < before
+
+
+def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueEntry]:
+    """
+    Yield *entries* in the order of :attr:`QueueEntry.queued_at`.
+
+    A queue finds them cheaply in the order in which they came for the first time.  After a retry or a release a message
+    counts as one that has just come: such a one is kept here until its turn comes, and nothing else is.
+
+    :param entries: with the time, in seconds since the epoch, at which each came for the first time; in that order
+    """
+    later: list[tuple[float, int, QueueEntry]] = []
+    for number, (born, entry) in enumerate(entries):
+        heapq.heappush(later, (max(born, entry.queued_at or born), number, entry))
+        while later and later[0][0] <= born:
+            yield heapq.heappop(later)[2]
+    while later:
+        yield heapq.heappop(later)[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -105,12 +130,14 @@ class Choice:
     :param recipient: text in one of the recipients, likewise
     :param older_than: an age in seconds
     :param newer_than: an age in seconds
+    :param message_id: all of the Message-ID, with or without angle brackets
     """
 
     sender: str | None = None
     recipient: str | None = None
     older_than: float | None = None
     newer_than: float | None = None
+    message_id: str | None = None
 
     def takes(self, entry: QueueEntry, now: float) -> bool:
         """Whether it is one of these; *now* is in seconds since the epoch."""
@@ -119,9 +146,15 @@ class Choice:
             return False
         if self.newer_than is not None and (age is None or age >= self.newer_than):
             return False
+        if self.message_id is not None and _bare(entry.message_id) != _bare(self.message_id):
+            return False
         if not _is_in(self.recipient, entry.recipients):
             return False
         return _is_in(self.sender, () if entry.sender is None else (entry.sender,))
+
+
+def _bare(message_id: str) -> str:
+    return message_id.strip().removeprefix('<').removesuffix('>')
 
 
 def _is_in(text: str | None, addresses: Sequence[str]) -> bool:

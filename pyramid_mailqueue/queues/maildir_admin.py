@@ -28,13 +28,13 @@ from typing import BinaryIO
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
+from pyramid_mailqueue.delivery.logs import log_event, log_expired, log_trouble, queue_log, why
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, oldest_first, tally, tell_from_header
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
-from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
+from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, born_of, modified_time
 from pyramid_mailqueue.queues.queue_file import read_header
 
 __all__ = ['MaildirAdmin']
@@ -94,10 +94,8 @@ class MaildirAdmin:
 
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
-        for _, name, folder in self._oldest_first(states):
-            entry = self._look(folder, name)
-            if entry is not None and entry.state in states:
-                yield entry
+        looks = ((born, self._look(folder, name)) for born, name, folder in self._oldest_first(states))
+        return oldest_first((born, entry) for born, entry in looks if entry is not None and entry.state in states)
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
@@ -281,6 +279,34 @@ class MaildirAdmin:
             flushed += 1
         log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
+
+    def expire(self, before: float, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        expired: list[str] = []
+        for file in self._folders.files('dead'):
+            if len(expired) == most:
+                break
+            # Nothing is opened that may not be old enough: the name is from before its death.
+            if (born_of(file.name) or 0) < before and (modified_time(file) or math.inf) < before:
+                expired += self._expire(file.name, before)
+        return expired
+
+    def _expire(self, name: str, before: float) -> list[str]:
+        file = self._folders.take('dead', name)
+        if file is None:
+            return []
+        try:
+            entry = _entry('dead', name, file.fd)
+            if entry.is_dead_since(before):
+                log_expired(entry)
+                file.remove()
+                self._folders.removed('dead', file)
+                return [entry.id]
+        except OSError as error:
+            log_trouble('is a dead letter that cannot be removed', file.path, error)
+        finally:
+            file.close()
+        return []
 
     @contextlib.contextmanager
     def _taken(self, id: str, done: str, folders: Collection[str]) -> Iterator[_Taken]:

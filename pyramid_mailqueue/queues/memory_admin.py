@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import log_event, log_expired, queue_log
 from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, QueueEntry, QueueStats, tally, tell_from_header
@@ -28,7 +28,8 @@ class MemoryAdmin:
 
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
-        return (_entry(message) for message in self._messages.in_order() if message.state in states)
+        oldest_first = sorted(self._messages.in_order(), key=lambda message: message.queued_at)
+        return (_entry(message) for message in oldest_first if message.state in states)
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
@@ -89,6 +90,15 @@ class MemoryAdmin:
             self._messages.by_id.update({message.id: _due(message, now) for message in later})
         log_event(queue_log, logging.INFO, status='flushed', messages=len(later))
         return len(later)
+
+    def expire(self, before: float, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        with self._messages.lock:
+            expired = [entry for entry in self.entries(['dead']) if entry.is_dead_since(before)][:most]
+            for entry in expired:
+                log_expired(entry)
+                del self._messages.by_id[entry.id]
+        return [entry.id for entry in expired]
 
     def _change(
         self, id: str, done: str, states: Collection[str], change: Callable[[MemoryMessage], MemoryMessage]

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Executable,
     Row,
     Select,
     Text,
@@ -27,10 +28,19 @@ from sqlalchemy import (
 )
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import log_event, log_expired, queue_log
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, DomainCount, ExactId, QueueEntry, QueueStats, Tally
+from pyramid_mailqueue.queues.entries import (
+    AGE_LIMITS,
+    STATES,
+    DomainCount,
+    ExactId,
+    QueueEntry,
+    QueueStats,
+    Tally,
+    oldest_first,
+)
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, IS_UNKNOWN, UNCLAIMED, state_is
@@ -101,7 +111,8 @@ class SQLAdmin:
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
         self._leases.flush()
-        yield from map(_entry, self._pages(select(*_COLUMNS), states, PAGE))
+        found = map(_entry, self._pages(select(*_COLUMNS), states, PAGE))
+        yield from oldest_first((_born(entry.id), entry) for entry in found)
 
     def _pages(self, statement: Select[Any], states: Collection[str], size: int) -> Iterator[Row[Any]]:
         """Yield rows in the order of their ids, read so many at once: no connection is kept while a person reads."""
@@ -161,7 +172,7 @@ class SQLAdmin:
             raise _nobody(id)
         return content
 
-    def _rows(self, statement: Select[Any]) -> list[Row[Any]]:
+    def _rows(self, statement: Executable) -> list[Row[Any]]:
         return [*self._database.run(lambda connection: connection.execute(statement).all())]
 
     def _whole(self, id: str) -> str:
@@ -223,6 +234,17 @@ class SQLAdmin:
         flushed = self._database.run(lambda connection: connection.execute(statement).rowcount)
         log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
+
+    def expire(self, before: float, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        died = func.coalesce(MESSAGES.c.last_attempt, MESSAGES.c.queued_at)
+        is_over = (state_is('dead'), has_time(died), died < before)
+        found = self._rows(select(*_COLUMNS).where(*is_over).order_by(MESSAGES.c.id).limit(most))
+        for entry in map(_entry, found):
+            log_expired(entry)
+        # Since then somebody may have retried it.
+        expired = delete(MESSAGES).where(*is_over, MESSAGES.c.id.in_([row.id for row in found]))
+        return [row.id for row in self._rows(expired.returning(MESSAGES.c.id))] if found else []
 
     def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
         """Change a message for which *condition* holds; *done* is the word for that."""

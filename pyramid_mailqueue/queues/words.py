@@ -51,8 +51,8 @@ def size_in_words(octets: int) -> str:
 
 
 def numbered(number: int, noun: str) -> str:
-    """``1 message``, ``2 messages``."""
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+    """``1 message``, ``2,000 messages``."""
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def few(recipients: Sequence[str], most: int = 3) -> str:

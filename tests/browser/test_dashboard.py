@@ -18,6 +18,25 @@ document.addEventListener('securitypolicyviolation', (event) => console.error('v
 """
 
 
+# The words of addresses in the table that are not in one line each.
+BROKEN_WORDS = """
+() => [...document.querySelectorAll('td.address')].flatMap((cell) => {
+  const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const broken = [];
+  while (walker.nextNode()) {
+    for (const word of walker.currentNode.data.matchAll(/[^\\s@.,+_<>-]+/g)) {
+      const range = document.createRange();
+      range.setStart(walker.currentNode, word.index);
+      range.setEnd(walker.currentNode, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map((box) => Math.round(box.top)));
+      if (lines.size > 1) broken.push(word[0]);
+    }
+  }
+  return broken;
+})
+"""
+
+
 @pytest.fixture
 def browser():
     sync_api = pytest.importorskip('playwright.sync_api', reason='There is no playwright here: pip install playwright')
@@ -108,3 +127,22 @@ def test_a_message_is_found_held_let_go_and_deleted(demo, page, complaints):
     assert page.inner_text('#count-waiting') == '0'
 
     assert complaints == []
+
+
+@pytest.mark.parametrize('width', [1280, 1024, 970, 360])
+def test_addresses_are_broken_between_words_and_the_page_is_as_wide_as_the_window(demo, page, width):
+    page.goto(demo)
+    page.click('#switch')
+    page.wait_for_selector('#relay-state.off')
+    page.fill('#name', 'Ada Lovelace')
+    page.fill('#email', 'customer.relations@newsletter.analytical-engines.example-company.co.uk')
+    page.click('button.primary')
+    page.wait_for_selector('#count-waiting:text-is("1")')
+    page.click('#dashboard')
+    page.set_viewport_size({'width': width, 'height': 900})
+
+    page.click('nav >> text=Messages')
+
+    assert page.locator('td.address').count() == 2
+    assert page.evaluate(BROKEN_WORDS) == []
+    assert page.evaluate('document.documentElement.scrollWidth') == width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from email.message import EmailMessage
+from email.policy import SMTP
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
+from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 
 HOUR = 3600
@@ -284,7 +288,49 @@ def test_show_tells_all_there_is_to_know_of_a_message(mq_queue, put, queue):
         'Message-ID: <1@site.example>',
         'To: ada@x.example, bob@x.example',
         'Subject: Your order',
+        '',
+        'Hello',
     ]
+
+
+def test_show_decodes_what_people_read_and_nothing_for_programs(mq_queue, as_json, queue):
+    message = EmailMessage()
+    message['Subject'] = 'Grüße aus Köln'
+    message['From'] = 'Zoë Müller <zoe@site.example>'
+    message.set_content('Schöne Grüße\n\x1b]0;owned\x07\n', cte='quoted-printable', charset='iso-8859-1')
+    message.add_attachment(b'%PDF', maintype='application', subtype='pdf', filename='Übersicht.pdf')
+    name = queue.put(Envelope('', ('ada@x.example',), message.as_bytes(policy=SMTP)))
+
+    status, out, err = mq_queue('show', name)
+
+    assert (status, err) == (0, '')
+    assert '\nSubject: Grüße aus Köln\nFrom: Zoë Müller <zoe@site.example>\n' in out
+    assert out.endswith('\n\nSchöne Grüße\n\\x1b]0;owned\\x07\n\n[application/pdf, Übersicht.pdf, 4 octets]\n')
+    headers = dict(as_json('show', name)['headers'])
+    assert headers['Subject'].startswith('=?utf-8?')
+    assert b'Sch=F6ne Gr=FC=DFe' in mq_queue('show', name, '--raw')[1].encode()
+
+
+@pytest.mark.parametrize(
+    ('encoding', 'charset', 'body', 'shown'),
+    [
+        ('base64', 'utf-8', base64.b64encode('Žluťoučký'.encode()), 'Žluťoučký'),
+        ('8bit', 'koi8-r', 'Привет'.encode('koi8-r'), 'Привет'),
+        ('8bit', 'x-nobody-knows', b'plain', 'plain'),
+        ('8bit', 'utf-8', b'caf\xe9', 'caf\N{REPLACEMENT CHARACTER}'),
+    ],
+)
+def test_show_decodes_the_text_with_its_own_charset(mq_queue, queue, encoding, charset, body, shown):
+    header = f'Content-Type: text/plain; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
+    name = queue.put(Envelope('', ('ada@x.example',), header.encode() + body + b'\r\n'))
+
+    assert mq_queue('show', name)[1].endswith(f'\n\n{shown}\n')
+
+
+def test_a_message_of_html_only_is_shown_with_the_kind_of_its_part(mq_queue, queue):
+    name = queue.put(Envelope('', ('ada@x.example',), b'Content-Type: text/html\r\n\r\n<b>hi</b>\r\n'))
+
+    assert mq_queue('show', name)[1].endswith('\n\n[text/html, 11 octets]\n')
 
 
 def test_show_in_json_is_one_object_with_the_header(as_json, put):
@@ -309,7 +355,7 @@ def test_a_message_without_a_header_can_be_shown(as_json, mq_queue, queue):
     assert as_json('show', odd)['headers'] == [['begins', ''], ['with', 'no field'], ['last line', '']]
     only = queue.put(Envelope('', ('ada@x.example',), b'Subject: only\r\n'))
     assert as_json('show', only)['headers'] == [['Subject', 'only']]
-    assert '\n\n' not in mq_queue('show', name)[1]
+    assert mq_queue('show', name)[1].endswith('Size         16 octets\n\nJust a body.\n')
 
 
 def test_a_damaged_file_is_shown_with_what_is_wrong(mq_queue, put):
@@ -492,12 +538,169 @@ def test_of_all_dead_letters_what_cannot_be_retried_is_told(mq_queue, put, queue
     assert queue.admin.find(fine).state == 'waiting'
 
 
-@pytest.mark.parametrize('arguments', [['retry'], ['retry', 'x', '--all'], ['retry', '--all', '--dead']])
-def test_what_to_retry_must_be_said_and_only_once(mq_queue, arguments):
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['retry'],
+        ['delete'],
+        ['delete', '--yes'],
+        ['retry', 'x', '--all'],
+        ['delete', 'x', '--dead'],
+        ['hold', 'x', '--recipient', 'a@x.example'],
+        ['retry', '--all', '--dead'],
+        ['retry', '--state', 'held'],
+        ['release', '--state', 'dead'],
+        ['delete', '--recipient', 'example.org'],
+        ['delete', '--recipient', ''],
+        ['delete', '--recipient', '@'],
+        ['delete', '--message-id', ' '],
+    ],
+)
+def test_what_is_meant_must_be_said_and_only_once(mq_queue, put, states, arguments):
+    put('dead')
+    before = states()
+
     status, out, err = mq_queue(*arguments)
 
     assert (status, out) == (2, '')
     assert err.startswith('usage: mq-queue ')
+    assert states() == before
+
+
+# --- many at once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('options', 'meant'),
+    [
+        (['--dead'], [0, 1, 2]),
+        (['--state', 'dead', '--state', 'held'], [0, 1, 2, 5]),
+        (['--recipient', 'ada@x.example'], [0, 3, 4]),
+        (['--recipient', 'ADA@X.example', '--dead'], [0]),
+        (['--recipient', '<ada@x.example>', '--dead'], [0]),
+        (['--recipient', '@x.example', '--dead'], [0, 1]),
+        (['--sender', '<>'], [3]),
+        (['--sender', '@site.example', '--dead'], [0, 1, 2]),
+        (['--dead', '--older-than', '1h'], [0, 1, 2]),
+        (['--dead', '--older-than', '30d'], []),
+        (['--dead', '--newer-than', '1d', '--recipient', '@x.example.org'], [2]),
+    ],
+)
+def test_many_messages_can_be_deleted_by_what_they_are(mq_queue, as_json, put, states, options, meant):
+    ids = [
+        put('dead', 'ada@x.example'),
+        put('dead', 'bob@x.example', 'mada@x.example'),
+        put('dead', 'ada@x.example.org'),
+        put('waiting', 'ada@x.example', sender=''),
+        put('waiting', 'ada@x.example'),
+        put('held', 'bob@y.example'),
+    ]
+    before = states()
+    expected = [ids[number] for number in meant]
+
+    assert [message['id'] for message in as_json('delete', *options, '--dry-run')] == expected
+    assert states() == before
+    count = f'{len(meant)} message{"" if len(meant) == 1 else "s"}'
+    assert mq_queue('delete', *options, '--yes') == (0, f'{count} deleted\n', '')
+    assert list(states()) == [name for name in ids if name not in expected]
+
+
+def test_many_messages_in_a_database_can_be_changed_by_what_they_are(mq_queue, ini, tmp_path):
+    url = f'sqlite:///{tmp_path}/app.sqlite'
+    path = ini(queue='sql', sql_url=url)
+    queue = SQLQueue(url)
+    queue.create_tables()
+    with contextlib.closing(queue):
+        for recipient in ('ada@x.example', 'bob@x.example', 'eve@y.example'):
+            claim = queue.put_claimed(Envelope('', (recipient,), content()))
+            claim.settle(Settlement(burials=(Burial((recipient,), '550 no'),)))
+        queue.put(Envelope('', ('ada@x.example',), content()))
+
+    def run(*arguments):
+        return mq_queue(*arguments, path=path)
+
+    assert run('retry', '--dead', '--recipient', '@y.example') == (0, '1 message due now\n', '')
+    assert run('delete', '--dead', '--recipient', 'ada@x.example', '--yes') == (0, '1 message deleted\n', '')
+    left = json.loads(run('list', '--json')[1])
+    assert [(message['recipients'], message['state']) for message in left] == [
+        (['bob@x.example'], 'dead'),
+        (['ada@x.example'], 'waiting'),
+        (['eve@y.example'], 'waiting'),
+    ]
+
+
+def test_a_message_is_found_by_its_message_id(as_json, mq_queue, put, states):
+    name = put()
+
+    for written in ('1@site.example', '<1@site.example>'):
+        assert [message['id'] for message in as_json('list', '--message-id', written)] == [name]
+    assert as_json('list', '--message-id', '<1@site.exam>') == []
+    assert mq_queue('hold', '--message-id', '1@site.example') == (0, '1 message held\n', '')
+    assert mq_queue('unhold', '--sender', 'shop@site.example') == (0, '1 message waiting again\n', '')
+    assert states() == {name: 'waiting'}
+
+
+def test_where_nobody_can_be_asked_many_are_deleted_only_if_that_was_said(mq_queue, put, states):
+    name = put('dead')
+
+    assert mq_queue('delete', '--dead') == (1, '', 'mq-queue: nothing is deleted: say --yes to delete 1 message\n')
+    assert states() == {name: 'dead'}
+    assert mq_queue('retry', '--dead')[0] == 0
+
+
+def test_a_dry_run_shows_what_is_meant_and_changes_nothing(mq_queue, put, states):
+    name, other = put('dead'), put()
+
+    status, out, _ = mq_queue('retry', '--dead', '--dry-run')
+    assert (status, name in out, other in out) == (0, True, False)
+    status, out, _ = mq_queue('delete', other, '--dry-run')
+    assert (status, name in out, other in out) == (0, False, True)
+    assert states() == {name: 'dead', other: 'waiting'}
+
+
+def test_one_message_that_fails_does_not_end_the_rest(mq_queue, put, states, monkeypatch):
+    bad, *_ = (put('dead') for _ in range(3))
+    real = MaildirAdmin.delete
+
+    def delete(admin, name):
+        if name == bad:
+            raise QueueError(f'{name} cannot be deleted: Input/output error')
+        return real(admin, name)
+
+    monkeypatch.setattr(MaildirAdmin, 'delete', delete)
+    result = mq_queue('delete', '--dead', '--yes')
+
+    assert result == (1, '2 messages deleted\n', f'mq-queue: {bad} cannot be deleted: Input/output error\n')
+    assert states() == {bad: 'dead'}
+
+
+def test_a_queue_that_fails_for_every_message_ends_it(mq_queue, put, states, monkeypatch):
+    names = [put('dead') for _ in range(5)]
+
+    def fail(admin, name):
+        raise QueueError(f'{name}: the disk is gone')
+
+    monkeypatch.setattr(MaildirAdmin, 'retry', fail)
+    status, out, err = mq_queue('retry', '--dead', '--json')
+
+    assert (status, json.loads(out)) == (75, [])
+    assert err.splitlines() == [f'mq-queue: {name}: the disk is gone' for name in names[:3]]
+
+
+def test_what_was_changed_since_it_was_chosen_is_left_alone(mq_queue, put, states, monkeypatch):
+    names = [put('dead') for _ in range(2)]
+    real = MaildirAdmin.delete
+
+    def delete(admin, name):
+        # Meanwhile somebody retries the next one.
+        if name == names[0]:
+            admin.retry(names[1])
+        return real(admin, name)
+
+    monkeypatch.setattr(MaildirAdmin, 'delete', delete)
+
+    assert mq_queue('delete', '--dead', '--yes') == (0, '1 message deleted\n', '')
+    assert states() == {names[1]: 'waiting'}
 
 
 def test_what_waits_can_be_made_due(mq_queue, as_json, put, queue):
@@ -682,6 +885,23 @@ def test_on_a_terminal_one_is_asked_before_anything_is_deleted(start, put, state
     assert states() == {other: 'waiting'}
 
 
+@pytest.mark.parametrize('answer', ['y\n', 'n\n'])
+def test_on_a_terminal_one_is_told_how_many_are_meant(start, put, states, answer):
+    for _ in range(12):
+        put('dead')
+    put()
+    terminal = Terminal(start, 'delete', '--dead')
+
+    asked = terminal.read_until('[y/N] ')
+    terminal.type(answer)
+    status, seen = terminal.end()
+
+    assert asked.count('to ada@x.example') == 10
+    assert '... and 2 messages more\r\nDelete 12 messages for good? [y/N] ' in asked
+    assert (status, len(states())) == ((0, 1) if answer == 'y\n' else (1, 13))
+    assert seen.endswith('12 messages deleted\r\n' if status == 0 else 'mq-queue: nothing is deleted\r\n')
+
+
 @pytest.mark.parametrize('answer', ['n\n', '\n', 'yesterday\n', '\x04'])
 def test_any_other_answer_deletes_nothing(start, put, states, answer):
     name = put()
@@ -766,7 +986,21 @@ def test_a_narrow_terminal_shows_what_matters(start, put, columns, titles):
 
     assert lines[0].split() == titles
     assert max(map(len, lines)) <= columns
+    left_out = [name for name in ('TRIES', 'SIZE', 'SENDER', 'SUBJECT', 'LAST REPLY') if name not in ' '.join(titles)]
+    assert f'not shown in {columns} columns: {", ".join(left_out)}' in lines
     assert lines[1].startswith(name)
+
+
+def test_a_list_on_a_terminal_ends_with_how_many_there_are(start, put):
+    for number in range(3):
+        put('waiting', f'user{number}@x.example')
+
+    def last_line(*options):
+        return Terminal(start, 'list', *options).end()[1].splitlines()[-1]
+
+    assert last_line() == '3 messages'
+    assert last_line('--recipient', 'user1') == '1 of 3 messages'
+    assert last_line('--recipient', 'nobody') == '0 of 3 messages'
 
 
 @pytest.mark.parametrize('arguments', [['list'], ['show', ''], ['show', '--raw', ''], ['stats'], ['hold', '']])
@@ -862,6 +1096,16 @@ def test_an_old_message_that_is_stuck_in_delivery_makes_an_alarm(mq_queue, put):
     put('in progress')
 
     assert mq_queue('check', '--max-age', '1h')[0] == 2
+
+
+def test_a_damaged_file_that_nobody_has_tried_to_deliver_is_counted_as_it_is_listed(mq_queue, as_json, put, queue):
+    put()
+    Path(queue.place('new', 'damaged')).write_bytes(b'not a queue file')
+
+    assert mq_queue('check')[0] == 1
+    assert mq_queue('check')[1].startswith('MAILQUEUE WARNING - 1 corrupt file | ')
+    assert 'mailqueue_messages{state="corrupt"} 1\n' in mq_queue('metrics')[1]
+    assert [message['id'] for message in as_json('list', '--state', 'corrupt')] == ['damaged']
 
 
 def test_the_check_in_json_has_the_oldest_message(mq_queue, put):
@@ -1027,7 +1271,6 @@ def test_root_does_not_work_in_the_queue_of_another_user(mq_queue, queue, queue_
         [],
         ['list', '--state', 'lost'],
         ['list', '--older-than', 'soon'],
-        ['check', '--max-waiting', '-1'],
         ['hold'],
         ['show'],
         ['stats', '--top', 'x'],
@@ -1041,6 +1284,43 @@ def test_wrong_usage_is_status_2(mq_queue, arguments):
     assert (status, out) == (2, '')
     assert err.startswith('usage: mq-queue ')
     assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'problem'),
+    [
+        (['check', '--max-waiting', '-1'], "argument --max-waiting: '-1' is not a whole number"),
+        (['check', '--nonsense'], 'unrecognized arguments: --nonsense'),
+        (['check', 'more'], 'unrecognized arguments: more'),
+        (['--set', 'nonsense', 'check'], 'nonsense'),
+        (['--nonsense', 'check'], 'unrecognized arguments: --nonsense'),
+    ],
+)
+def test_wrong_usage_of_the_check_is_unknown_to_nagios_and_not_critical(mq_queue, arguments, problem):
+    status, out, _ = mq_queue(*arguments)
+
+    assert (status, out.count('\n')) == (3, 1)
+    assert out.startswith('MAILQUEUE UNKNOWN - ')
+    assert problem in out
+    status, out, _ = mq_queue(*arguments, '--json')
+    assert (status, json.loads(out)['status']) == (3, 'UNKNOWN')
+
+
+def test_wrong_usage_of_the_check_is_told_whatever_the_terminal_can_show(start):
+    process = start('check', '--max-age', 'für immer', env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+
+    out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, b'Traceback' in err) == (3, False)
+    assert out.startswith(b'MAILQUEUE UNKNOWN - argument --max-age: ')
+
+
+def test_a_check_without_an_ini_file_is_unknown_too(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(['check'])
+
+    assert exit_.value.code == 3
+    assert capsys.readouterr().out.startswith('MAILQUEUE UNKNOWN - ')
 
 
 def test_a_state_that_there_is_not_is_told_with_those_that_there_are(mq_queue):

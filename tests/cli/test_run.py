@@ -19,9 +19,11 @@ from types import SimpleNamespace
 import pytest
 
 from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
+from tests.cli.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 CONTENT = b'Message-ID: <1@site.example>\r\nSubject: the sum is 4711\r\n\r\nIt is.\r\n'
@@ -148,6 +150,59 @@ def state(queue_dir):
 
 
 QUIET = (0, '', '')
+
+
+# --- what is told ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('logs', ['', CONSOLE.format(stream='stderr'), CONSOLE.format(stream='stdout'), 'none'])
+@pytest.mark.parametrize('options', [[], ['--watch=0.1', '--max-time=1']])
+def test_a_server_that_is_not_there_is_told_once(start, app_ini, queue_dir, options, logs):
+    MaildirQueue(queue_dir).put(Envelope('shop@site.example', ('ada@x.example',), CONTENT))
+    with ScriptedSMTPServer() as stopped:
+        nobody = CONSOLE.replace('handlers = console', 'handlers =').format(stream='stderr')
+        ini = app_ini(stopped, more=nobody if logs == 'none' else logs)
+
+    out, err = start(ini, *options).communicate(timeout=60)
+
+    assert (out + err).count('Cannot reach 127.0.0.1') == 1
+    assert err.startswith(f'mq-run: Cannot reach 127.0.0.1:{stopped.port}')
+
+
+def bury_long_ago(queue_dir):
+    """Leave a dead letter that is so for a hundred days."""
+    queue = MaildirQueue(queue_dir, clock=lambda: time.time() - 100 * 86400)
+    envelope = Envelope('shop@site.example', ('ada@x.example',), CONTENT)
+    queue.put_claimed(envelope).settle(Settlement(burials=(Burial(envelope.recipients, '550 no such user'),)))
+    for path in (queue_dir / 'dead').iterdir():
+        os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize('option', ['app', 'mqrunner'])
+def test_dead_letters_are_removed_when_their_time_is_over_and_that_is_told(start, ini, queue_dir, tmp_path, option):
+    bury_long_ago(queue_dir)
+    keys = 'queue_dir = %(here)s/queue', 'smtp_hostname = 127.0.0.1', 'queue_log = %(here)s/queue.log'
+    of_app = '[app:main]\nuse = egg:not_installed\n', 'mailqueue.'
+    head, prefix = of_app if option == 'app' else ('[mqrunner]\n', '')
+
+    def run(keep_dead):
+        lines = ''.join(f'{prefix}{line}\n' for line in (*keys, f'keep_dead = {keep_dead}'))
+        return start(ini(head + lines)).communicate(timeout=60)
+
+    assert run('none') == run('101d') == ('', '')
+    assert run('90d') == ('mq-run: 1 expired; 0 waiting\n', '')
+    assert run('90d') == ('', '')
+    (line,) = (tmp_path / 'queue.log').read_text().splitlines()
+    assert 'status=discarded' in line
+    assert 'msgid=<1@site.example>' in line
+    assert 'error="550 no such user" reason="a dead letter for longer than mailqueue.keep_dead"' in line
+
+
+def test_the_help_says_that_watch_may_go_without_a_time(capsys):
+    with pytest.raises(SystemExit):
+        run.main(['--help'])
+
+    assert '[--watch [SECONDS]]' in capsys.readouterr().out
 
 
 # --- a run ------------------------------------------------------------------
@@ -664,6 +719,13 @@ def test_with_the_application_its_own_transports_are_used(mq_run, shop_ini, put,
     assert mq_run(shop_ini(main), '--app') == QUIET
     assert (tmp_path / 'pigeons').read_text() == "shop@site.example ('ada@x.example',)\n"
     assert state() == {}
+
+
+def test_with_the_application_old_dead_letters_are_removed_too(mq_run, shop_ini, queue_dir):
+    bury_long_ago(queue_dir)
+
+    assert mq_run(shop_ini(), '--app') == QUIET
+    assert mq_run(shop_ini(keep_dead='90d'), '--app') == (0, 'mq-run: 1 expired; 0 waiting\n', '')
 
 
 @pytest.mark.parametrize('main', ['without_mail', 'without_pyramid'])

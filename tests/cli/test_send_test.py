@@ -18,7 +18,9 @@ import trustme
 from pyramid_mailqueue.cli import send_test
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Wait
+from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
+from tests.cli.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 TO = '--to=ada@x.example'
@@ -390,6 +392,45 @@ def test_a_server_that_is_not_there_may_be_later(mq_send_test, app_ini, state):
     assert (status, state()) == (75, {})
     assert f'Cannot reach 127.0.0.1:{stopped.port}' in err
     assert f'nc -vz 127.0.0.1 {stopped.port}' in err
+
+
+@pytest.mark.parametrize('logs', ['', CONSOLE.format(stream='stderr')])
+def test_a_server_that_is_not_there_is_told_once(mq_send_test, app_ini, logs):
+    with ScriptedSMTPServer() as stopped:
+        ini = app_ini(stopped, more=logs)
+
+    _, out, err = mq_send_test(ini, TO)
+
+    assert (out + err).count('Cannot reach') == 1
+
+
+@pytest.mark.parametrize(
+    ('step', 'awaited'),
+    [
+        ('connect', 'a connection, and the greeting of the server'),
+        ('EHLO', 'the reply to EHLO'),
+        ('RCPT', 'the reply to RCPT'),
+        ('.', 'the reply to the message'),
+    ],
+)
+def test_of_a_server_that_says_nothing_it_is_told_what_is_awaited(mq_send_test, app_ini, server, step, awaited):
+    server.script[step] = Silence()
+    # Of the application; longer ones are cut short.
+    ini = app_ini(server, smtp_timeout='3s', smtp_data_timeout='3s')
+
+    status, out, err = mq_send_test(ini, TO)
+
+    assert f'  ... waiting for {awaited} (at most 30 seconds for each step)\n' in out
+    assert (status, '3 seconds' in err) == (75, True)
+    assert ('465 goes with implicit' in err) == (step == 'connect')
+
+
+def test_no_step_takes_longer_than_half_a_minute_and_no_longer_than_the_application_says():
+    settings = Settings(smtp_connect_timeout=10, smtp_timeout=300, smtp_data_timeout=600)
+
+    impatient = send_test._impatient(settings)
+
+    assert (impatient.smtp_connect_timeout, impatient.smtp_timeout, impatient.smtp_data_timeout) == (10, 30, 30)
 
 
 @pytest.mark.parametrize('mechanism', ['PLAIN', 'LOGIN'])

@@ -158,6 +158,8 @@ def test_a_list_may_be_of_one_state(operator, queue, state):
         ('sender', '<>', {'b'}),
         ('older_than', '2h', {'a'}),
         ('newer_than', '90m', {'b', 'c'}),
+        ('message_id', '1@site.example', {'a', 'b', 'c'}),
+        ('message_id', '<1@site.exam>', set()),
     ],
 )
 @in_memory
@@ -207,6 +209,51 @@ def test_a_long_list_has_pages(operator, queue):
     assert third.forms[0]['state'].value == 'waiting'
 
 
+def caption_of(page):
+    return text_of(page.html.select_one('caption'))
+
+
+def test_a_list_tells_of_how_many_messages_it_shows_which(operator, queue):
+    put(queue, PAGE + 20)
+    put(queue, 3, 'eve@y.example')
+    make_dead(queue)
+
+    assert caption_of(operator.get('/mailqueue/messages')) == '1 to 100 of 124 messages, oldest first'
+    page = operator.get('/mailqueue/messages?state=waiting')
+    assert caption_of(page) == '1 to 100 of 123 messages, oldest first'
+    assert caption_of(page.click('Next page')) == '101 to 123 of 123 messages, oldest first'
+    assert caption_of(operator.get('/mailqueue/messages?recipient=eve@')) == (
+        '3 messages, oldest first: chosen out of 124 of 124 messages'
+    )
+
+
+@in_memory
+def test_many_messages_are_told_in_figures_that_can_be_read(operator, queue):
+    put(queue, 1234)
+
+    assert caption_of(operator.get('/mailqueue/messages?from=1100')) == '1,101 to 1,200 of 1,234 messages, oldest first'
+    assert '1,234 messages' in operator.get('/mailqueue/messages?recipient=ada')
+
+
+@pytest.mark.parametrize('many', [False, True])
+@in_a_maildir
+def test_a_damaged_file_is_counted_where_it_is_listed(operator, queue, monkeypatch, many):
+    put(queue, 2)
+    Path(queue.place('new', 'damaged')).write_bytes(b'not a queue file')
+    if many:
+        monkeypatch.setattr('pyramid_mailqueue.queues.maildir.LOOKED_INTO', 1)
+        monkeypatch.setattr('pyramid_mailqueue.dashboard.look.COUNTED', 1)
+
+    page = operator.get('/mailqueue')
+
+    if many:
+        assert 'damaged ones that nobody has tried' in text_of(page.html)
+        page = page.click('Count them')
+    assert [page.html.find(id=f'count-{state}').get_text() for state in ('waiting', 'corrupt')] == ['2', '1']
+    assert ids_on(operator.get('/mailqueue/messages?state=corrupt')) == ['damaged']
+    assert ids_on(page.click('^1 corrupt$')) == ['damaged']
+
+
 @in_memory
 def test_a_page_behind_the_end_says_so(operator, queue):
     put(queue, 1)
@@ -248,7 +295,7 @@ def test_a_search_for_what_is_rare_ends_and_can_be_continued(operator, queue, re
 
     page = operator.get('/mailqueue/messages?recipient=eve@')
 
-    assert 'None of 5000 messages is one of these; there are more' in page
+    assert 'None of 5,000 messages is one of these; there are more' in page
     assert ids_on(page.click('Search further')) == [last]
 
 

@@ -14,7 +14,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
-from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
 from pyramid_mailqueue.queues.rate_file import RateFile
@@ -1317,3 +1317,54 @@ def test_a_message_that_waits_and_is_refused_is_one(run, wait_since, says):
     report = run(says(SendResult({ADA: LATER, BOB: NEVER})))
 
     assert (report.deferred, report.refused, report.done) == (2, 2, 2)
+
+
+# --- dead letters -----------------------------------------------------------
+
+
+def test_dead_letters_are_removed_a_few_in_each_round_and_not_looked_for_all_the_time(
+    queue, envelope, says, monkeypatch
+):
+    monkeypatch.setattr(runner, 'MOST_EXPIRED', 2)
+    for _ in range(5):
+        queue.put(envelope('ada'))
+    handler = MessageHandler([says(SendResult({ADA: NEVER}))])
+    now = time.time()
+    assert Runner(queue, handler, clock=lambda: now).run().refused == 5
+    now += 1000
+
+    def removed():
+        return len(keeping.round().recovery.expired)
+
+    keeping = Runner(queue, handler, keep_dead=500, clock=lambda: now)
+    assert [removed(), queue.counts()['dead']] == [2, 3]
+    assert [removed(), removed(), queue.counts()['dead']] == [2, 1, 0]
+
+    asked = []
+    monkeypatch.setattr(
+        'pyramid_mailqueue.queues.maildir_admin.MaildirAdmin.expire', lambda *told: asked.append(told) or []
+    )
+    keeping.round()
+    assert asked == []
+    now += runner.EXPIRE_EVERY
+    keeping.round()
+    assert [(before, most) for _, before, most in asked] == [(now - 500, 2)]
+
+
+def test_without_a_limit_dead_letters_are_kept(queue, envelope, says):
+    queue.put(envelope('ada'))
+    handler = MessageHandler([says(SendResult({ADA: NEVER}))])
+    Runner(queue, handler).run()
+
+    report = Runner(queue, handler, clock=lambda: time.time() + 10**9).run()
+
+    assert (report.recovery, queue.counts()['dead']) == (Recovery(), 1)
+
+
+def test_a_queue_that_cannot_remove_dead_letters_is_a_matter_of_configuration(queue, says):
+    class Plain:
+        """A queue without a word for people."""
+
+    with pytest.raises(ConfigurationError, match=r'^mailqueue\.keep_dead: this queue cannot'):
+        Runner(Plain(), MessageHandler([says(YES)]), keep_dead=1)
+    Runner(Plain(), MessageHandler([says(YES)]))

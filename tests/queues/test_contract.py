@@ -627,11 +627,32 @@ def test_messages_are_listed_in_the_order_in_which_they_came(queue, admin, clock
     for make in (*makes.values(), make_waiting):
         names.append(make(queue))
         clock.now += 1
-    admin.retry(names[2])
 
     assert [entry.id for entry in admin.entries(STATES)] == names
-    assert [entry.id for entry in admin.entries(['waiting'])] == [names[0], names[2], names[-1]]
+    assert [entry.id for entry in admin.entries(['waiting'])] == [names[0], names[-1]]
     assert [entry.id for entry in admin.entries([])] == []
+
+
+@for_queues_with('state, method', [('dead', 'retry'), ('in doubt', 'release')])
+def test_what_has_a_new_start_is_listed_as_the_new_message_that_it_is(queue, admin, clock, state, method):
+    def names(count, make):
+        for _ in range(count):
+            clock.now += 10
+            yield make(queue)
+
+    first, *others = names(5, MAKE[state])
+    between = [*names(3, make_waiting)]
+    for name in (others[2], first):
+        clock.now += 10
+        getattr(admin, method)(name)
+    last = [*names(2, make_waiting)]
+    clock.now += 10
+    getattr(admin, method)(others[0])
+
+    listed = list(admin.entries(STATES))
+    assert [entry.id for entry in listed] == [others[1], others[3], *between, others[2], first, *last, others[0]]
+    ages = [entry.queued_at for entry in listed]
+    assert ages == sorted(ages)
 
 
 def test_counts_lists_and_stats_agree(queue, admin, makes):
@@ -737,6 +758,53 @@ def test_a_dead_letter_may_be_retried_and_die_again(queue, admin):
         name = admin.retry(make_dead(queue) if not entries(queue) else entries(queue)[0].id).id
         queue.claim(name).settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 still no'),)))
 
+    assert here(queue) == {'dead': 1}
+
+
+DAY = 24 * HOUR
+
+
+def test_dead_letters_that_are_old_enough_are_removed_and_told(queue, admin, clock, makes, caplog):
+    caplog.set_level('INFO', 'mailqueue.queue_log')
+    others = [make(queue) for state, make in makes.items() if state != 'dead']
+    waiting_for_long = put(queue, due=NOW + DAY)
+    first = make_dead(queue, reply='550 5.1.1 no such user')
+    clock.now += 10 * DAY
+    # It came long ago, and has died only now.
+    queue.claim(waiting_for_long).settle(Settlement(burials=(Burial(ENVELOPE.recipients, 'given up'),)))
+    second = make_dead(queue)
+    before = {entry.id for entry in entries(queue)}
+    caplog.clear()
+
+    assert admin.expire(clock.now - 10 * DAY, 100) == []
+    assert list(admin.expire(clock.now - 10 * DAY + 1, 100)) == [first]
+    assert {entry.id for entry in entries(queue)} == before - {first}
+    assert {second, *others} < before
+    (record,) = caplog.records
+    told = record.mailqueue
+    assert (told['status'], told['id'], told['msgid']) == ('discarded', first, '<1@site.example>')
+    assert (told['to'], told['error']) == ('ada@x.example,bob@x.example', '550 5.1.1 no such user')
+    assert 'keep_dead' in told['reason']
+
+
+def test_no_more_dead_letters_are_removed_than_was_said(queue, admin, clock):
+    names = {make_dead(queue) for _ in range(5)}
+    clock.now += DAY
+
+    removed = {*admin.expire(clock.now, 2)} | {*admin.expire(clock.now, 2)}
+    assert len(removed) == 4
+    assert {entry.id for entry in entries(queue)} == names - removed
+    assert len(admin.expire(clock.now, 2)) == 1
+    assert here(queue) == {}
+
+
+def test_a_dead_letter_that_was_retried_is_dead_for_a_short_time_when_it_dies_again(queue, admin, clock):
+    name = make_dead(queue)
+    clock.now += 10 * DAY
+    taken = queue.claim(admin.retry(name).id)
+    taken.settle(Settlement(burials=(Burial(ENVELOPE.recipients, '550 still no'),)))
+
+    assert list(admin.expire(clock.now - DAY, 100)) == []
     assert here(queue) == {'dead': 1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import random
@@ -19,6 +20,7 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
 from pyramid_mailqueue.queues import maildir_admin
 from pyramid_mailqueue.queues.entries import STATES, UNDELIVERED, QueueEntry
+from pyramid_mailqueue.queues.locked_file import LockedFile
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
 from pyramid_mailqueue.queues.queue_file import QueueHeader, read_header, serialize_header
@@ -554,6 +556,59 @@ def test_a_dead_letter_takes_nobody_s_place(queue, admin, folder):
     assert entry.id != 'same'
     assert at(queue, folder, 'same').read_bytes() == data
     assert at(queue, 'new', entry.id).exists()
+
+
+# --- expire -----------------------------------------------------------------
+
+
+def test_what_is_damaged_held_or_not_dead_for_so_long_is_kept(queue, admin, clock, told):
+    old = dead(queue, reason='1')
+    clock.now += 1
+    in_hand = dead(queue, reason='2')
+    clock.now += 1
+    moved = dead(queue, reason='3')
+    clock.now += 90 * DAY
+    young = dead(queue)
+    # A move from a database leaves the due time behind, which is from before its death.
+    os.utime(at(queue, 'dead', young), (1, 1))
+    # Copied without its times: it is kept for longer, and not for less.
+    os.utime(at(queue, 'dead', moved), (clock.now, clock.now))
+    at(queue, 'dead', 'damaged').write_bytes(GARBAGE)
+    os.utime(at(queue, 'dead', 'damaged'), (1, 1))
+
+    with contextlib.closing(queue.take('dead', in_hand)):
+        assert admin.expire(clock.now - 30 * DAY, 100) == [old]
+
+    assert {name for name, _ in listed(admin)} == {in_hand, moved, young, 'damaged'}
+    assert told(status='discarded', id=old, error='1')
+
+
+def test_a_dead_letter_that_cannot_be_removed_does_not_keep_the_others(queue, admin, clock, told, monkeypatch):
+    names = []
+    for _ in range(3):
+        clock.now += 1
+        names.append(dead(queue))
+    real = LockedFile.remove
+
+    def remove(file):
+        if file.name == names[1]:
+            raise OSError(errno.EACCES, 'Permission denied')
+        return real(file)
+
+    monkeypatch.setattr(LockedFile, 'remove', remove)
+
+    assert set(admin.expire(clock.now + DAY, 100)) == {names[0], names[2]}
+    assert [name for name, _ in listed(admin)] == [names[1]]
+    assert told(status='trouble', problem='is a dead letter that cannot be removed')
+
+
+def test_nothing_is_opened_that_cannot_be_old_enough(queue, admin, clock, monkeypatch):
+    for _ in range(3):
+        clock.now += DAY
+        dead(queue)
+    monkeypatch.setattr(MaildirFolders, 'take', None)
+
+    assert admin.expire(NOW, 100) == []
 
 
 # --- release ----------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_a_row_in_no_state_can_be_deleted(queue, names, look):
 
 @pytest.mark.parametrize(('kind', 'damage'), [('sqlite', "id = ''"), ('postgresql+psycopg', "id = ''")])
 def test_a_message_without_a_name_is_seen_and_put_aside(queue, names, run, look):
-    assert [entry.id for entry in queue.admin.entries(['waiting'])] == ['', names[0], names[2]]
+    assert [entry.id for entry in queue.admin.entries(['waiting'])] == [names[0], '', names[2]]
     look(*LOOKS, ['show', ''])
 
     assert run() == ['0', '2']
