@@ -261,26 +261,41 @@ def parse_address_list(value: str) -> list[AddressGroup]:
     """
     Return what is in the *value* of a header field such as ``To``.  Encoded words in names stay encoded.
 
+    A mailbox without a name has the comment beside it for one, as mail had once: ``ada@example.org (Ada)``.
+
     Raises :class:`~.exceptions.AddressError` as :func:`parse_header_addresses`.
     """
+    _address_tokens(value)
     groups: list[AddressGroup] = []
-    words: list[str] = []  # Of a phrase that is not complete yet.
     group: AddressGroup | None = None
-    tokens = _address_tokens(value)
-    for index, (kind, text) in enumerate(tokens):
-        if kind == '@':
-            mailbox = (' '.join(words), _check_token_pair(tokens[index - 1][1], tokens[index + 1][1], value))
-            words.clear()
-            group.mailboxes.append(mailbox) if group else groups.append(AddressGroup(None, [mailbox]))
+    words: list[str] = []
+    comments: list[str] = []
+    local_part = address = ''
+    for kind, text in [*_tokens(_FOLD.sub('', value), value), (',', ',')]:
+        if kind == 'c':
+            comments.append(text)
         elif kind == ':':
-            group = AddressGroup(' '.join(words), [])
+            group = AddressGroup(_plain(words), [])
             groups.append(group)
-            words.clear()
-        elif kind == ';':
-            group = None
-        elif kind in 'aq' and '@' not in (tokens[index - 1][0], *(kind for kind, _ in tokens[index + 1 : index + 2])):
-            words.append(_QUOTED_PAIR.sub(r'\1', text[1:-1]) if kind == 'q' else text)
+            words, comments = [], []
+        elif kind in ',;':
+            if address:
+                mailbox = (_plain(words or comments), address)
+                group.mailboxes.append(mailbox) if group else groups.append(AddressGroup(None, [mailbox]))
+            words, comments, address = [], [], ''
+            group = None if kind == ';' else group
+        elif kind == '@':
+            local_part = words.pop()
+        elif local_part:
+            address, local_part = _check_token_pair(local_part, text, value), ''
+        elif kind in 'aq':
+            words.append(text)
     return groups
+
+
+def _plain(words: list[str]) -> str:
+    """Return the text of *words*, some of which are quoted."""
+    return ' '.join(_QUOTED_PAIR.sub(r'\1', word[1:-1]) if word.startswith('"') else word for word in words)
 
 
 def _parse_value(value: str) -> Iterator[str]:
@@ -291,7 +306,7 @@ def _parse_value(value: str) -> Iterator[str]:
 
 
 def _address_tokens(value: str) -> list[tuple[str, str]]:
-    tokens = list(_tokens(_FOLD.sub('', value), value))
+    tokens = [token for token in _tokens(_FOLD.sub('', value), value) if token[0] != 'c']
     shape = ''.join(kind for kind, _ in tokens)
     if not _ADDRESS_LIST.fullmatch(shape):
         raise _unreadable(value, _what_is_wrong(tokens))
@@ -326,7 +341,7 @@ def _check_token_pair(local_part: str, domain: str, value: str) -> str:
 
 
 def _tokens(text: str, value: str) -> Iterator[tuple[str, str]]:
-    """Yield the letter and the text of each token, without blanks and comments."""
+    """Yield the letter and the text of each token, without blanks; a *c*omment without its parentheses."""
     position = 0
     while position < len(text):
         match = _TOKEN.match(text, position)
@@ -334,7 +349,8 @@ def _tokens(text: str, value: str) -> Iterator[tuple[str, str]]:
             raise _unreadable(value, f'the character {_shown(text[position])} has no meaning there')
         position = match.end()
         if match.lastgroup == 'open':
-            position = _end_of_comment(text, position, value)
+            begin, position = position, _end_of_comment(text, position, value)
+            yield 'c', text[begin : position - 1].strip(' \t')
         elif match.lastgroup == 'special':
             yield match.group(), match.group()
         elif match.lastgroup != 'blank':

@@ -17,12 +17,13 @@ import copy
 import secrets
 from base64 import encodebytes
 from binascii import b2a_qp
+from contextlib import suppress
 from email.message import Message
 from typing import Any
 
-from pyramid_mailqueue.encoded_words import LINE_MUST
+from pyramid_mailqueue.encoded_words import LINE_MUST, LINE_SHOULD
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, described
-from pyramid_mailqueue.fields import boundary_of, field_bytes, needs_utf8, with_boundary
+from pyramid_mailqueue.fields import boundary_of, charset_of, content_type, field_bytes, needs_utf8, with_boundary
 from pyramid_mailqueue.line_ends import normalize_line_ends
 
 __all__ = ['composed']
@@ -35,9 +36,6 @@ _AT_MOST_ONE = frozenset(
         *('mime-version', 'content-type', 'content-transfer-encoding', 'content-disposition', 'content-id'),
     }
 )
-# What a Content-Transfer-Encoding that encodes nothing is called (RFC 2045 section 6).
-_IDENTITIES = frozenset({'', '7bit', '8bit', 'binary'})
-
 _Fields = list[tuple[str, Any]]
 
 
@@ -50,6 +48,8 @@ def composed(message: Message) -> bytes:
         return composer.part(message, fields, is_top=True)
     except MailqueueError:
         raise
+    except RecursionError:
+        raise MessageError('The parts of the message are nested too deeply to be written.') from None
     except Exception as exc:
         # Whatever an odd message makes the library raise: UnicodeError, LookupError, TypeError, AttributeError, ...
         raise MessageError(f'The message cannot be turned into bytes: {described(exc)}') from exc
@@ -80,38 +80,45 @@ class _Composer:
         fields: _Fields | None = None,
         *,
         is_top: bool = False,
-        keeps_body: bool = False,
-        keeps_header: bool = False,
+        default_type: str = 'text/plain',
+        signed_for: int | None = None,
     ) -> bytes:
         """
         Return the bytes of *part*.
 
         :param fields: its header; by default all of it
         :param is_top: whether it is the whole message
-        :param keeps_body: whether a signature covers the bodies in it
-        :param keeps_header: whether one covers its header, too
+        :param default_type: what it is where it does not say so
+        :param signed_for: see :func:`~.fields.field_bytes`; the body stays as it is, too
         """
         fields = list(part.raw_items()) if fields is None else fields
+        if signed_for is None and _get(fields, 'dkim-signature') is not None:
+            signed_for = LINE_SHOULD
         own = [*fields]
         # The body may have a say in the header.
-        body = self._body(part, fields, keeps_body=keeps_body or _get(fields, 'dkim-signature') is not None)
+        body = self._body(part, fields, content_type(_get(fields, 'content-type'), default_type), signed_for)
         if is_top and fields != own and _get(fields, 'mime-version') is None:
             fields.append(('MIME-Version', '1.0'))
-        header = [field_bytes(name, value, utf8=self._utf8, is_signed=keeps_header) for name, value in fields]
-        return b''.join([*header, b'\r\n', body])
+        return b''.join([*(self._field(name, value, signed_for) for name, value in fields), b'\r\n', body])
 
-    def _body(self, part: Message, fields: _Fields, *, keeps_body: bool) -> bytes:
+    def _field(self, name: str, value: object, signed_for: int | None) -> bytes:
+        # It was added when the others had been signed.
+        is_signature = name.lower() == 'dkim-signature'
+        return field_bytes(name, value, utf8=self._utf8, signed_for=None if is_signature else signed_for)
+
+    def _body(self, part: Message, fields: _Fields, kind: str, signed_for: int | None) -> bytes:
         # get_payload() would decode 8-bit octets.
         payload: Any = part._payload  # type: ignore[attr-defined]  # noqa: SLF001
-        kind = part.get_content_type()
         is_composite = kind.startswith(('multipart/', 'message/'))
         if isinstance(payload, str):
-            return _octets(part, payload) if is_composite else _leaf(part, payload, fields, keeps_body=keeps_body)
+            data = _octets(payload, charset_of(_get(fields, 'content-type')))
+            return data if is_composite else _leaf(part, data, fields, kind, signed_for)
         parts = payload if isinstance(payload, list) else [] if payload is None else [payload]
         if kind.startswith('multipart/'):
-            return self._multipart(part, parts, fields, keeps_body=keeps_body)
+            return self._multipart(part, parts, fields, kind, signed_for)
         if kind == 'message/delivery-status':
-            return b'\r\n'.join(self.part(block).removesuffix(b'\r\n') for block in parts)
+            blocks = (self.part(block, signed_for=signed_for) for block in parts)
+            return b'\r\n'.join(block.removesuffix(b'\r\n') for block in blocks)
         if not parts:
             return b''
         if not is_composite or not isinstance(parts[0], Message):
@@ -119,24 +126,29 @@ class _Composer:
                 f'The payload of a part of the type {kind} must be text, not {type(payload).__name__}: let '
                 'EmailMessage.set_content() or add_attachment() set it.'
             )
-        return self.part(parts[0], keeps_body=keeps_body)
+        return self.part(parts[0], signed_for=signed_for)
 
-    def _multipart(self, part: Message, parts: list[Message], fields: _Fields, *, keeps_body: bool) -> bytes:
-        is_signed = part.get_content_subtype() == 'signed'
+    def _multipart(
+        self, part: Message, parts: list[Message], fields: _Fields, kind: str, signed_for: int | None
+    ) -> bytes:
         value = _get(fields, 'content-type')
         boundary = boundary_of(value)
         if boundary is None:
             boundary = f'==={secrets.token_hex(16)}==='
             _set(fields, 'Content-Type', with_boundary(value, boundary))
-        inner = [self.part(it, keeps_body=keeps_body or is_signed, keeps_header=is_signed) for it in parts]
+        # RFC 2046 section 5.1.5.
+        default_type = 'message/rfc822' if kind == 'multipart/digest' else 'text/plain'
+        if kind == 'multipart/signed' and signed_for is None:
+            signed_for = 0
+        inner = [self.part(it, default_type=default_type, signed_for=signed_for) for it in parts]
         delimiter = f'\r\n--{boundary}'.encode('ascii')
         return b''.join(
             [
-                b'' if part.preamble is None else _ascii(part.preamble) + b'\r\n',
+                b'' if part.preamble is None else _octets(part.preamble) + b'\r\n',
                 delimiter.removeprefix(b'\r\n') + b'\r\n',
                 (delimiter + b'\r\n').join(inner),
                 delimiter + b'--\r\n',
-                b'' if part.epilogue is None else _ascii(part.epilogue),
+                b'' if part.epilogue is None else _octets(part.epilogue),
             ]
         )
 
@@ -157,14 +169,22 @@ def _set(fields: _Fields, name: str, value: str) -> None:
 
 # --- a body -----------------------------------------------------------------
 
+# RFC 2045 section 6; the encodings that the library decodes.
+_IDENTITIES = frozenset({'', '7bit', '8bit', 'binary'})
+_ENCODINGS = frozenset({'quoted-printable', 'base64', 'x-uuencode', 'uuencode', 'uue', 'x-uue'})
 
-def _leaf(part: Message, payload: str, fields: _Fields, *, keeps_body: bool) -> bytes:
+
+def _leaf(part: Message, data: bytes, fields: _Fields, kind: str, signed_for: int | None) -> bytes:
     """Return the body of a part that has no parts; where it has to be encoded, *fields* say so."""
-    data = _octets(part, payload)
     body = normalize_line_ends(data)
-    if keeps_body or _can_go(body):
+    has_lines = not kind.startswith('text/') or _has_lines(charset_of(_get(fields, 'content-type')))
+    if signed_for is not None or (has_lines and _can_go(body)):
         return body
-    encoding, body = _encoded(part, data)
+    content = _content(part, data, str(_get(fields, 'content-transfer-encoding') or '').strip().lower())
+    if kind.startswith('text/') and has_lines and b'\0' not in content:
+        encoding, body = _encoded_text(normalize_line_ends(content))
+    else:
+        encoding, body = 'base64', encodebytes(content)
     _set(fields, 'Content-Transfer-Encoding', encoding)
     return body
 
@@ -174,32 +194,54 @@ def _can_go(body: bytes) -> bool:
     return body.isascii() and b'\0' not in body and max(map(len, body.split(b'\r\n'))) <= LINE_MUST
 
 
-def _encoded(part: Message, data: bytes) -> tuple[str, bytes]:
-    """Return a Content-Transfer-Encoding, and the body in it."""
-    if str(part.get('Content-Transfer-Encoding', '')).strip().lower() not in _IDENTITIES:
-        twin = copy.copy(part)
-        twin.defects = []
-        data = bytes(twin.get_payload(decode=True))
-    if part.get_content_maintype() != 'text' or b'\0' in data:
-        return 'base64', encodebytes(data)
-    lines = normalize_line_ends(data)
+def _has_lines(charset: str | None) -> bool:
+    """Whether CR and LF are line ends in *charset*; in UTF-16 they are halves of characters."""
+    try:
+        return '\r\n'.encode(charset or 'ascii') == b'\r\n'
+    except LookupError:
+        return True
+
+
+def _content(part: Message, data: bytes, encoding: str) -> bytes:
+    """Return what *data* is without its Content-Transfer-Encoding."""
+    if encoding in _IDENTITIES:
+        return data
+    if encoding not in _ENCODINGS:
+        raise MessageError(
+            f'A part of the message has the Content-Transfer-Encoding {ascii(encoding[:100])}, which is unknown, and a '
+            'body that not every server takes. Let EmailMessage.set_content() encode it.'
+        )
+    # It is not changed by that: what the library finds wrong with it is put into a list of its own.
+    twin = copy.copy(part)
+    twin.defects = []
+    twin.set_payload(_ascii_of(data, encoding))
+    return bytes(twin.get_payload(decode=True))
+
+
+def _ascii_of(data: bytes, encoding: str) -> str:
+    if data.isascii():
+        return data.decode('ascii')
+    raise MessageError(
+        f'A part of the message says that its body is {encoding}, and it is not: it holds text that is not ASCII. Let '
+        "EmailMessage.set_content() encode it, or set_payload(text, 'utf-8') of a part without that field."
+    )
+
+
+def _encoded_text(lines: bytes) -> tuple[str, bytes]:
+    """Return the better Content-Transfer-Encoding of *lines*, which end in CRLF, and them in it."""
     quoted, base64 = b2a_qp(lines, istext=True), encodebytes(lines)
     return ('quoted-printable', quoted) if len(quoted) <= len(base64) else ('base64', base64)
 
 
-def _octets(part: Message, payload: str) -> bytes:
+def _octets(text: str, charset: str | None = None) -> bytes:
+    """Return *text* in its *charset*, with the octets that a parser has found in it."""
+    with suppress(UnicodeEncodeError):
+        return text.encode('ascii', 'surrogateescape')
     try:
-        return _ascii(payload)
-    except UnicodeEncodeError:
-        charset = part.get_content_charset()
-        if charset is None:
-            raise MessageError(
-                'The body of the message is text that is not ASCII, and names no charset. Use EmailMessage and '
-                "set_content(text), MIMEText(text, _charset='utf-8'), or set_payload(text, 'utf-8')."
-            ) from None
-        return payload.encode(charset, 'surrogateescape')
-
-
-def _ascii(text: str) -> bytes:
-    """Return *text* with the octets that a parser has found in it."""
-    return text.encode('ascii', 'surrogateescape')
+        return text.encode(charset or 'ascii', 'surrogateescape')
+    except (LookupError, UnicodeError):
+        named = f'the charset {charset}, which cannot hold it' if charset else 'no charset'
+        raise MessageError(
+            f'The body of the message is text that is not ASCII, and names {named}. Use EmailMessage and '
+            "set_content(text), MIMEText(text, _charset='utf-8'), or set_payload(text, 'utf-8')."
+        ) from None

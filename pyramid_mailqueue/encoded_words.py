@@ -18,13 +18,14 @@ import re
 import string
 from base64 import b64encode
 from binascii import a2b_base64, a2b_qp
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple, TypeVar
 
 from pyramid_mailqueue.exceptions import MessageError
 
 __all__ = [
     'LINE_MUST',
+    'LINE_SHOULD',
     'SLOW_CODECS',
     'FieldLines',
     'chunks',
@@ -49,6 +50,7 @@ _FRAME = 12
 SLOW_CODECS = frozenset(('idna', 'punycode'))
 
 _T = TypeVar('_T', str, bytes)
+_Test = Callable[[str], object]
 
 
 # --- reading ----------------------------------------------------------------
@@ -131,8 +133,12 @@ def _data(encoding: str, text: str) -> bytes | None:
 # RFC 2047 section 5 (3): these may stand in a phrase, too.
 _SAFE = frozenset(f'{string.ascii_letters}{string.digits}!*+-/'.encode())
 _Q = tuple(chr(octet) if octet in _SAFE else '_' if octet == 0x20 else f'={octet:02X}' for octet in range(256))
+_BLANKS = frozenset(('_', b' '))
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _WORD = re.compile(r'([ \t]*)([^ \t]+)')
+_IRREGULAR_BLANKS = re.compile(r'\t|  |\A | \Z')
+# Of a phrase, without what a reader may take for encoded.
+_ATOM = re.compile(r"(?!.*=\?)[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+")
 # More than ASCII, and than the octets that a parser has found and not understood.
 _TEXT = re.compile('[^\x00-\x7f\udc80-\udcff]')
 
@@ -143,15 +149,23 @@ def is_text(text: str) -> bool:
 
 
 def chunks(units: Iterable[_T], first: int, most: int) -> Iterator[list[_T]]:
-    """Yield *units* in their order, as many at a time as have at most *most* characters together; *first* at first."""
+    """
+    Yield *units* in their order, as many at a time as have at most *most* characters together; *first* at first.
+
+    A chunk ends behind a blank if it has one: some readers show a blank between two encoded words.
+    """
     chunk: list[_T] = []
-    room = first
+    room, behind_blank = first, 0
     for unit in units:
-        if chunk and len(unit) > room:
-            yield chunk
-            chunk, room = [], most
+        while chunk and len(unit) > room:
+            end = behind_blank or len(chunk)
+            yield chunk[:end]
+            chunk, behind_blank = chunk[end:], 0
+            room = most - sum(map(len, chunk))
         chunk.append(unit)
         room -= len(unit)
+        if unit in _BLANKS:
+            behind_blank = len(chunk)
     if chunk:
         yield chunk
 
@@ -198,17 +212,25 @@ class FieldLines:
             self._add(blank + word, _ENCODED_LINE, _ENCODED_LINE)
             blank = ' '
 
+    def add_phrase(self, text: str) -> None:
+        """Add the words of *text*, a name in front of an address, which may hold anything (RFC 5322 section 3.2.5)."""
+        self._add_words(text, is_plain=_IRREGULAR_BLANKS.search(text) is None and _ATOM.fullmatch)
+
     def add_text(self, text: str, *, holds_encoded: bool = False) -> None:
         """
         Add the words of *text*, which has no line ends.
 
         :param holds_encoded: whether an encoded word in it is meant as one; otherwise it is text that looks like that
         """
-        everything = not holds_encoded and looks_encoded(text)
+        is_plain = (holds_encoded or not looks_encoded(text)) and self._is_plain
+        self._add_words(text, is_plain=is_plain, holds_encoded=holds_encoded)
+
+    def _add_words(self, text: str, *, is_plain: _Test | Literal[False], holds_encoded: bool = False) -> None:
+        stripped = text.rstrip(' \t')
         run: list[str] = []  # Words to encode, and the white space that is to be read around them.
         separator, after_plain = ' ', False
-        for blank, word in _WORD.findall(text):
-            if everything or self._has_to_be_encoded(word):
+        for blank, word in _WORD.findall(stripped):
+            if not (is_plain and is_plain(word)):
                 if not run and after_plain:
                     # One blank sets them apart from the word before; further ones are safe inside only.
                     separator, run = blank[0], [blank[1:], word]
@@ -219,16 +241,16 @@ class FieldLines:
             if run:
                 self.add_encoded(''.join([*run, blank if is_encoded else blank[:-1]]), separator)
                 separator, run, blank = ' ', [], blank[-1]
-            self.add(word, blank if self._has_text() else ' ')
+            self.add(word, (self._has_text() and blank) or ' ')
             after_plain = not is_encoded
-        self._end(''.join(run), separator, text[len(text.rstrip(' \t')) :])
+        self._end(''.join(run), separator, text[len(stripped) :])
 
-    def _has_to_be_encoded(self, word: str) -> bool:
+    def _is_plain(self, word: str) -> bool:
         if word.isascii():
-            return False
+            return True
         if self._utf8:
-            return not word.isprintable() or len(word.encode('utf-8', 'replace')) > LINE_MUST // 2
-        return is_text(word)
+            return word.isprintable() and len(word.encode('utf-8', 'replace')) <= LINE_MUST // 2
+        return not is_text(word)
 
     def _has_text(self) -> bool:
         return len(self._lines) > 1 or len(self._lines[0]) > len(self._name) + 1
@@ -238,7 +260,7 @@ class FieldLines:
             self.add_encoded(run + trailing, separator)
         elif not self._has_text():
             self._lines[-1] += ' '
-        elif len(self._lines[-1]) + len(trailing) <= LINE_SHOULD:
+        elif len(self._lines[-1]) + len(trailing) <= self._limit:
             self._lines[-1] += trailing
 
     def _add(self, piece: str, most: int, most_on_first: int) -> None:
@@ -256,7 +278,7 @@ class FieldLines:
         longest = max(map(_octets, self._lines))
         if longest > LINE_MUST:
             raise MessageError(
-                f'The header field {self._name} has a line of {longest} octets that has no white space to fold it at; '
+                f'The header field {self._name} has a line of {longest} octets without white space to fold it at; '
                 f'a line of a message has at most {LINE_MUST} (RFC 5322 section 2.1.1). Shorten it.'
             )
         return '\r\n'.join([*self._lines, ''])

@@ -15,12 +15,12 @@ a :class:`email.header.Header`, or an object of :mod:`email.headerregistry`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from email.errors import MessageDefect, NonASCIILocalPartDefect, ObsoleteHeaderDefect
-from email.header import Header
+from email.header import Header, decode_header
 from email.headerregistry import AddressHeader, BaseHeader, ParameterizedMIMEHeader
-from email.policy import SMTP, SMTPUTF8
-from typing import Any
+from email.policy import SMTP, SMTPUTF8, compat32
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from pyramid_mailqueue.addresses import (
@@ -30,10 +30,20 @@ from pyramid_mailqueue.addresses import (
     parse_address_list,
     parse_header_addresses,
 )
-from pyramid_mailqueue.encoded_words import LINE_MUST, FieldLines, chunks, decoded, is_text
+from pyramid_mailqueue.encoded_words import LINE_MUST, FieldLines, chunks, decoded, encoded_words, is_text
 from pyramid_mailqueue.exceptions import AddressError, MessageError
 
-__all__ = ['FIELD', 'MOST_IN_A_FIELD', 'MOST_TEXT', 'boundary_of', 'field_bytes', 'needs_utf8', 'with_boundary']
+__all__ = [
+    'FIELD',
+    'MOST_IN_A_FIELD',
+    'MOST_TEXT',
+    'boundary_of',
+    'charset_of',
+    'content_type',
+    'field_bytes',
+    'needs_utf8',
+    'with_boundary',
+]
 
 #: So many characters are in the value of a field at most: enough for the recipients of one message.
 MOST_IN_A_FIELD = 1_000_000
@@ -62,39 +72,80 @@ _HIDDEN_FIELDS = frozenset({'bcc', 'resent-bcc'})
 _PARAMETER_FIELDS = frozenset({'content-type', 'content-disposition'})
 
 
-def field_bytes(name: str, value: object, *, utf8: bool = False, is_signed: bool = False) -> bytes:
+def field_bytes(name: str, value: object, *, utf8: bool = False, signed_for: int | None = None) -> bytes:
     """
     Return the field *name* with its line ends.
 
     :param value: as in :meth:`email.message.Message.raw_items`
     :param utf8: whether the header may hold UTF-8 (RFC 6532)
-    :param is_signed: whether it is inside of ``multipart/signed``, where any other form breaks the signature
+    :param signed_for: the length of lines with which the library writes it, if a signature covers it; 0 folds nothing
     :raises MessageError: it is not one field, or cannot be written so that it is read as it was set
     """
     if not _NAME.fullmatch(name):
         raise _not_one_field(name)
-    field = _written(name, value, utf8=utf8 or name.lower() in _HIDDEN_FIELDS, is_signed=is_signed)
-    octets = field.encode('utf-8', 'surrogateescape')
+    if not isinstance(value, (str, Header)):
+        raise MessageError(f'The value of the header field {name} must be text, not {type(value).__name__}.')
+    _check(name, str(value))
+    if signed_for is None:
+        octets = _written(name, value, utf8=utf8 or name.lower() in _HIDDEN_FIELDS)
+    else:
+        octets = _as_signed(name, value, signed_for, utf8=utf8)
     if not FIELD.fullmatch(octets):
         raise _not_one_field(name)
     return octets
 
 
-def _written(name: str, value: object, *, utf8: bool, is_signed: bool) -> str:
+def _as_signed(name: str, value: str | Header, line_length: int, *, utf8: bool) -> bytes:
+    """Return the field as the library writes it: so it was, when it was signed."""
+    policy: Any = compat32.clone(linesep='\r\n')
+    if isinstance(value, BaseHeader):
+        policy = SMTPUTF8 if utf8 and needs_utf8(name, value) else SMTP
+    elif isinstance(value, str) and (unchanged := _unchanged(name, value)) is not None:
+        return _octets(unchanged)
+    return bytes(policy.clone(max_line_length=line_length).fold_binary(name, value))
+
+
+def _written(name: str, value: str | Header, *, utf8: bool) -> bytes:
     if isinstance(value, Header):
-        return _write(name, value, _LINE_END.sub('', _checked(name, str(value))), utf8=utf8)
-    if not isinstance(value, str):
-        raise MessageError(f'The value of the header field {name} must be text, not {type(value).__name__}.')
-    _checked(name, value)
-    if not isinstance(value, BaseHeader):
-        return _unchanged(name, value) or _write(name, value, _LINE_END.sub('', value), utf8=utf8)
-    if is_signed:
-        # As the library writes it for the one who signs.
-        return value.fold(policy=(SMTPUTF8 if utf8 else SMTP).clone(max_line_length=0))
-    return _write(name, value, str(value), utf8=utf8)
+        text = _of_header(name, value)
+        if not isinstance(text, Header):
+            return _octets(_write(name, text, _LINE_END.sub('', text), utf8=utf8))
+    elif not isinstance(value, BaseHeader):
+        unchanged = _unchanged(name, value)
+        if unchanged is not None:
+            return _octets(unchanged)
+    return _octets(_write(name, value, _LINE_END.sub('', str(value)), utf8=utf8))
 
 
-def _checked(name: str, text: str) -> str:
+# What a Header calls ASCII, and octets that a parser has found.
+_OCTETS = frozenset(('us-ascii', 'unknown-8bit'))
+
+
+def _of_header(name: str, header: Header) -> str | Header:
+    """
+    Return *header* as the older API takes it as text, with encoded words; itself, if that would not say the same.
+
+    What was given another character set than ASCII is not to be read as anything but text: not as an address.
+    """
+    pieces = [(octets, None if charset in _OCTETS else charset) for octets, charset in decode_header(header)]
+    if not any(charset for _, charset in pieces):
+        # Raw octets, copied from a message that was parsed, are not text in any of them.
+        return ' '.join(octets.decode('ascii', 'surrogateescape') for octets, _ in pieces)
+    if name.lower() not in _ADDRESS_FIELDS:
+        return header
+    text = ' '.join(
+        ' '.join(encoded_words(octets.decode(charset))) if charset else octets.decode('ascii', 'replace')
+        for octets, charset in pieces
+    )
+    # A whole address list in another character set names nobody then.
+    return text if _named_in(text) else header
+
+
+def _octets(field: str) -> bytes:
+    return field.encode('utf-8', 'surrogateescape')
+
+
+def _check(name: str, text: str) -> None:
     lines = _LINE_END.split(text)
     if any(not line.startswith((' ', '\t')) for line in lines[1:]):
         raise _not_one_field(name)
@@ -107,7 +158,6 @@ def _checked(name: str, text: str) -> str:
             f'The header field {name} holds the control character {ascii(control[0])}, which no mail may have there. '
             'Remove it; if the value came out of a form or a database, check it there.'
         )
-    return text
 
 
 def _not_one_field(name: str) -> MessageError:
@@ -130,10 +180,19 @@ def _write(name: str, value: object, text: str, *, utf8: bool) -> str:
     if isinstance(value, AddressHeader) or name.lower() in _ADDRESS_FIELDS:
         return _write_addresses(name, value, text, utf8=utf8)
     if isinstance(value, ParameterizedMIMEHeader) or name.lower() in _PARAMETER_FIELDS:
-        _add_parameters(lines, _source(value) if isinstance(value, ParameterizedMIMEHeader) else text)
-    else:
-        lines.add_text(text, holds_encoded=_holds_encoded(value))
+        _add_parameters(lines, name, _source(value))
+        return lines.text()
+    if name.lower() in _ID_FIELDS and not utf8 and _ID_NOT_ASCII.search(text):
+        raise MessageError(
+            f'The header field {name} holds an id that is not ASCII, {ascii(text[:100])}: no reader understands it '
+            '(RFC 5322 section 3.6.4).'
+        )
+    lines.add_text(text, holds_encoded=_holds_encoded(value))
     return lines.text()
+
+
+_ID_FIELDS = frozenset({'message-id', 'resent-message-id', 'content-id', 'in-reply-to', 'references'})
+_ID_NOT_ASCII = re.compile('<[!-;=-~]*[^\x00-\x7f\udc80-\udcff]')
 
 
 def _holds_encoded(value: object) -> bool:
@@ -151,20 +210,16 @@ _NEEDS_BACKSLASH = re.compile(r'(["\\])')
 # A quoted string is not folded: not every reader knows that it may be.
 _MOST_QUOTED = LINE_MUST - 78
 
-_VISIBLE_ADDRESS_FIELDS = frozenset(
-    {'from', 'sender', 'reply-to', 'to', 'cc', 'resent-from', 'resent-sender', 'resent-to', 'resent-cc'}
-)
 
-
-class _Text(str):
-    """A display name that has to be encoded."""
+class _Phrase(str):
+    """A display name of which some has to be encoded."""
 
     __slots__ = ()
 
 
 def needs_utf8(name: str, value: object) -> bool:
     """Tell whether the header has to be written in UTF-8 (RFC 6532): an address cannot hold an encoded word."""
-    if name.lower() not in _VISIBLE_ADDRESS_FIELDS or (isinstance(value, str) and value.isascii()):
+    if name.lower() not in _ADDRESS_FIELDS - _HIDDEN_FIELDS or (isinstance(value, str) and value.isascii()):
         return False
     text = _LINE_END.sub('', str(value))
     if _holds_encoded(value) and not is_text(text):
@@ -185,7 +240,7 @@ def _write_addresses(name: str, value: object, text: str, *, utf8: bool) -> str:
         return _write_odd_addresses(lines, name, value, text)
     for number, words in enumerate(items, 1):
         for word in [*words[:-1], words[-1] + (',' if number < len(items) else '')]:
-            lines.add_encoded(word) if isinstance(word, _Text) else lines.add(word)
+            lines.add_phrase(word) if isinstance(word, _Phrase) else lines.add(word)
     return lines.text()
 
 
@@ -200,12 +255,23 @@ def _groups(value: object, text: str) -> list[AddressGroup]:
         AddressGroup(group.display_name, [(it.display_name, check_address(it.addr_spec)) for it in group.addresses])
         for group in value.groups
     ]
-    if all(isinstance(defect, _HARMLESS_DEFECTS) for defect in _defects(value)):
+    mailboxes = [mailbox for group in groups for mailbox in group.mailboxes]
+    if not all(isinstance(defect, _HARMLESS_DEFECTS) for defect in _defects(value)):
+        ours = parse_header_addresses([_library_text(value)])
+        if ours != list(dict.fromkeys(address for _, address in mailboxes)):
+            raise AddressError('The library has not read the same addresses.')
+    if all(name for name, _ in mailboxes) or '(' not in _tree_text(value):
         return groups
-    ours = parse_header_addresses([_library_text(value)])
-    if ours != list(dict.fromkeys(address for group in groups for _, address in group.mailboxes)):
-        raise AddressError('The library has not read the same addresses.')
-    return groups
+    return _with_comments(groups, _library_text(value))
+
+
+def _with_comments(groups: list[AddressGroup], text: str) -> list[AddressGroup]:
+    """Give a mailbox without a name the comment in *text* that mail once had for it; the library forgets it."""
+    try:
+        names = {address: name for it in parse_address_list(text) for name, address in it.mailboxes}
+    except AddressError:
+        return groups
+    return [AddressGroup(it.name, [(name or names.get(ad, ''), ad) for name, ad in it.mailboxes]) for it in groups]
 
 
 def _is_read(value: Any) -> bool:
@@ -213,8 +279,19 @@ def _is_read(value: Any) -> bool:
     return not any(isinstance(it, str) for group in value.groups for it in (group, *group.addresses))
 
 
-def _defects(value: Any) -> tuple[MessageDefect, ...]:
-    return tuple(value.defects)
+def _defects(value: Any) -> Sequence[MessageDefect]:
+    defects: Sequence[MessageDefect] = value.defects
+    return defects
+
+
+def _tree_text(value: Any) -> str:
+    """Return what the program has set, as far as the library keeps it anywhere: not in the text of the object."""
+    return ''.join(map(_token_text, value._parse_tree))  # noqa: SLF001 - it has no other name
+
+
+def _token_text(token: Any) -> str:
+    # The parameters of a MIME field are a token that tells only of those that were understood.
+    return ''.join(map(str, token)) if isinstance(token, list) else str(token)
 
 
 def _library_text(value: Any) -> str:
@@ -228,7 +305,7 @@ def _group_items(group: AddressGroup, *, utf8: bool) -> list[list[str]]:
     if group.name is not None:
         items = items or [[]]
         *words, last = _phrase(group.name, utf8=utf8)
-        items[0][:0] = [*words, last, ':'] if isinstance(last, _Text) else [*words, f'{last}:']
+        items[0][:0] = [*words, last, ':'] if isinstance(last, _Phrase) else [*words, f'{last}:']
         items[-1][-1] += ';'
     return items
 
@@ -247,26 +324,38 @@ def _phrase(text: str, *, utf8: bool) -> list[str]:
         quoted = '"' + _NEEDS_BACKSLASH.sub(r'\\\1', text) + '"'
         if len(quoted.encode()) <= _MOST_QUOTED:
             return [quoted]
-    return [_Text(text)]
+    return [_Phrase(text)]
 
 
 def _write_odd_addresses(lines: FieldLines, name: str, value: object, text: str) -> str:
     """Write an address field as text; it must not come to name anybody whom it did not name before."""
     named: set[str] = set()
+    decoded_anything = False
     if isinstance(value, AddressHeader) and _is_read(value):
         text = _library_text(value)
         named = {mailbox.addr_spec for mailbox in value.addresses}
+        decoded_anything = _has_encoded_word(value._parse_tree)  # type: ignore[attr-defined]  # noqa: SLF001 - as above
     lines.add_text(text, holds_encoded=_holds_encoded(value))
     written = lines.text()
+    if decoded_anything or not _named_in(written.partition(':')[2].strip()) <= named:
+        raise AddressError(
+            f'The header field {name} cannot be written so that everybody reads the same addresses in it: '
+            f'{ascii(text[:100])}. Correct it.'
+        )
+    return written
+
+
+def _has_encoded_word(token: Any) -> bool:
+    kind = getattr(token, 'token_type', None)
+    return kind == 'encoded-word' or (isinstance(token, list) and any(map(_has_encoded_word, token)))
+
+
+def _named_in(text: str) -> set[str]:
+    """Return the addresses in *text*; none, if it can be read in more than one way."""
     try:
-        if set(parse_header_addresses([written.partition(':')[2].strip()])) <= named:
-            return written
+        return set(parse_header_addresses([text]))
     except AddressError:
-        return written  # Nobody will be read out of it.
-    raise AddressError(
-        f'The header field {name} cannot be written so that everybody reads the same addresses in it: '
-        f'{ascii(text[:100])}. Correct it.'
-    )
+        return set()
 
 
 # --- parameters of MIME fields ----------------------------------------------
@@ -274,67 +363,106 @@ def _write_odd_addresses(lines: FieldLines, name: str, value: object, text: str)
 _PARAMETER = re.compile(r';[ \t]*([0-9A-Za-z!#$%&\'*+.^_`{|}~-]+)[ \t]*=[ \t]*')
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"[ \t]*(?:\([^()]*\)[ \t]*)*(?=;|\Z)')
 _ESCAPED = re.compile(r'\\(["\\])')
-_TOKEN = re.compile(r"[0-9A-Za-z!#$%&'*+.^_`{|}~-]+")
 # What follows a token is a comment, or something that is no parameter.
-_TOKEN_AND_MORE = re.compile(rf'({_TOKEN.pattern})[ \t]*(?:\([^()]*\)[ \t]*)*(?:;|\Z)')
-# RFC 2231 section 4: charset, language, and octets of which some are escaped.
-_EXTENDED = re.compile(r"([^']*)'([^']*)'([!-~]*)")
+_TOKEN = re.compile(r"([0-9A-Za-z!#$%&'*+.^_`{|}~/?@:=-]+)[ \t]*(?:\([^()]*\)[ \t]*)*(?:;|\Z)")
+_COMMENT = re.compile(r'\([^()]*\)')
+# RFC 2231 section 4: charset, language, and octets of which some are escaped; section 3: the number of a piece.
+_EXTENDED = re.compile(r"([^']*)'[^']*'(.*)", re.DOTALL)
+_PIECE = re.compile(r'([^*]+)(?:\*([0-9]{1,4}))?(\*)?')
 _SEGMENT_ROOM = 60
-_QUOTED_PAIR = re.compile(r'\\(.)')
-_DELIMITER = re.compile('[ -~]*[!-~]')
-_BOUNDARY = re.compile(
-    r';\s*boundary\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s"();]+))\s*(?:\([^()]*\)\s*)*(?:;|\Z)', re.IGNORECASE
-)
+_DELIMITER = re.compile(r'[ !#-\[\]-~]*[!#-\[\]-~]')
 
 
-def _source(value: Any) -> str:
-    """Return what the program has set: if that is not as the RFC has it, the text of the object misses some of it."""
-    if not value.defects:
-        return str(value)
-    return ''.join(map(_token_source, value._parse_tree))  # noqa: SLF001 - nothing else holds all of it
+class _Parameter(NamedTuple):
+    name: str
+    value: str
+    #: Whether every reader finds the same value.
+    is_exact: bool
 
 
-def _token_source(token: Any) -> str:
-    return ''.join(map(str, token)) if isinstance(token, list) else str(token)
+def _source(value: object) -> str:
+    """Return what the program has set, in one line."""
+    if isinstance(value, ParameterizedMIMEHeader) and _defects(value):
+        return _tree_text(value)
+    return _LINE_END.sub('', str(value))
 
 
-def _add_parameters(lines: FieldLines, text: str) -> None:
-    match = _PARAMETER.search(text)
-    words = [text[: match.start()].strip(' \t') if match else text]
-    words += [word for name, parameter in _parameters(text) for word in _parameter_words(name, parameter)]
-    lines.add_text(words[0] + (';' if len(words) > 1 else ''), holds_encoded=True)
-    for number, word in enumerate(words[1:], 2):
-        lines.add(word + (';' if number < len(words) else ''))
-
-
-def _parameters(text: str) -> Iterator[tuple[str, str]]:
+def _parameters(text: str) -> Iterator[_Parameter]:
     """Yield the parameters in *text*; a value without quotes goes on until another parameter begins."""
     begin = _PARAMETER.search(text)
     while begin:
         quoted = _QUOTED.match(text, begin.end())
         following = _PARAMETER.search(text, quoted.end() if quoted else begin.end())
         if quoted:
-            yield begin[1], _ESCAPED.sub(r'\1', quoted[1])
+            yield _Parameter(begin[1], _ESCAPED.sub(r'\1', quoted[1]), is_exact=True)
         else:
-            yield begin[1], _unquoted(text[begin.end() : following.start() if following else len(text)].strip(' \t;'))
+            yield _unquoted(begin[1], text[begin.end() : following.start() if following else len(text)])
         begin = following
 
 
-def _unquoted(value: str) -> str:
-    """Return the value of a parameter that is no quoted string: a token, or whatever stands there."""
-    token = _TOKEN_AND_MORE.match(value)
+def _unquoted(name: str, text: str) -> _Parameter:
+    token = _TOKEN.match(text)
     if token:
-        return token[1]
-    return value[1:].removesuffix('"') if value.startswith('"') else value
+        return _Parameter(name, token[1], is_exact=True)
+    value = text.strip(' \t;')
+    return _Parameter(name, value[1:].removesuffix('"') if value.startswith('"') else value, is_exact=False)
+
+
+def _merged(parameters: Iterable[_Parameter]) -> Iterator[tuple[str, str]]:
+    """Yield names and values; of those that are not ASCII all pieces are put together (RFC 2231 section 3)."""
+    of_name: dict[str, list[_Parameter]] = {}
+    for parameter in parameters:
+        of_name.setdefault(parameter.name.partition('*')[0].lower(), []).append(parameter)
+    for pieces in of_name.values():
+        if all(it.value.isascii() and len(it.value) <= _MOST_QUOTED for it in pieces):
+            yield from ((it.name, it.value) for it in pieces)
+        else:
+            yield pieces[0].name.partition('*')[0], _put_together(pieces)
+
+
+def _put_together(pieces: list[_Parameter]) -> str:
+    # An encoded form beside a plain one says the same, and better.
+    encoded = [it for it in pieces if '*' in it.name] or pieces[:1]
+    charset = 'utf-8'
+    values = []
+    for number, it in enumerate(encoded):
+        value = it.value
+        if it.name.endswith('*'):
+            extended = _EXTENDED.fullmatch(value) if number == 0 else None
+            charset, value = (extended[1] or charset, extended[2]) if extended else (charset, value)
+            value = _unescaped(value, charset)
+        values.append(value)
+    return ''.join(values)
+
+
+def _unescaped(value: str, charset: str) -> str:
+    try:
+        return unquote(value, charset, 'replace')
+    except LookupError:
+        return unquote(value, errors='replace')
+
+
+def _add_parameters(lines: FieldLines, name: str, text: str) -> None:
+    begin = _PARAMETER.search(text)
+    main = text[: begin.start()].strip(' \t') if begin else text
+    if not main.isascii():
+        main = _COMMENT.sub('', main).strip(' \t')
+    if is_text(main):
+        raise MessageError(
+            f'The header field {name} cannot be written: {ascii(main[:100])} is not ASCII. Only a parameter such as '
+            'filename= may hold other text.'
+        )
+    words = [main] if main else []
+    words += [word for key, value in _merged(_parameters(text)) for word in _parameter_words(key, value)]
+    ended = [f'{word};' for word in words[:-1]] + words[-1:]
+    lines.add_text(ended[0] if ended else '', holds_encoded=True)
+    for word in ended[1:]:
+        lines.add(word)
 
 
 def _parameter_words(name: str, value: str) -> list[str]:
-    if name.endswith('*') and _TOKEN.fullmatch(value):
-        # Encoded already.
-        extended = _EXTENDED.fullmatch(value)
-        if len(name) + len(value) <= _MOST_QUOTED or not extended or '*' in name[:-1]:
-            return [f'{name}={value}']
-        name, value = name[:-1], unquote(extended[3], extended[1] or 'utf-8', 'replace')
+    if name.endswith('*'):
+        return [f'{name}={value}']  # Encoded already.
     quoted = f'{name}="' + _NEEDS_BACKSLASH.sub(r'\\\1', value) + '"'
     if value.isascii() and value.isprintable() and len(quoted) <= _MOST_QUOTED:
         return [quoted]
@@ -345,25 +473,47 @@ def _parameter_words(name: str, value: str) -> list[str]:
     return [f"{name}*0*=utf-8''{first}", *(f'{name}*{number}*={part}' for number, part in enumerate(others, 1))]
 
 
+# --- what a part is ---------------------------------------------------------
+
+_TYPE = re.compile(r'\s*([^\s;/()]+/[^\s;/()]+)\s*(?:[;(]|\Z)')
+
+
+def content_type(value: object, default: str) -> str:
+    """Return the type in the field ``Content-Type`` *value* in lower case, as readers understand it."""
+    if value is None:
+        return default
+    match = _TYPE.match(_LINE_END.sub('', str(value)))
+    # RFC 2045 section 5.2.
+    return match[1].lower() if match else 'text/plain'
+
+
+def charset_of(value: object) -> str | None:
+    """Return the charset in the field ``Content-Type`` *value*; None if it names none."""
+    named = (it.value for it in _parameters(_source(value)) if it.name.partition('*')[0].lower() == 'charset')
+    charset = next(named, None)
+    return charset and charset.rpartition("'")[2]
+
+
 def boundary_of(value: object) -> str | None:
     """
-    Return the boundary that a field ``Content-Type`` names (RFC 2046); None if not every reader finds one.
+    Return the boundary that a field ``Content-Type`` names (RFC 2046); None if not every reader finds the same one.
 
     :param value: as in :meth:`email.message.Message.raw_items`
     """
-    match = _BOUNDARY.search(_LINE_END.sub('', str(value)))
-    boundary = _QUOTED_PAIR.sub(r'\1', match[1] or match[2] or '') if match else ''
-    return boundary if _DELIMITER.fullmatch(boundary) else None
+    named = [it for it in _parameters(_source(value)) if it.name.partition('*')[0].lower() == 'boundary']
+    is_clear = len(named) == 1 and named[0].is_exact and '*' not in named[0].name
+    return named[0].value if is_clear and _DELIMITER.fullmatch(named[0].value) else None
 
 
 def with_boundary(value: object, boundary: str) -> str:
     """Return the text of the field ``Content-Type`` *value* with another *boundary*."""
-    text = _LINE_END.sub('', str(value))
+    text = _source(value)
     begin = _PARAMETER.search(text)
     kept = [
         word
-        for name, parameter in _parameters(text)
-        if name.partition('*')[0].lower() != 'boundary'
+        for name, parameter in _merged(
+            it for it in _parameters(text) if it.name.partition('*')[0].lower() != 'boundary'
+        )
         for word in _parameter_words(name, parameter)
     ]
     return '; '.join([text[: begin.start()] if begin else text.rstrip(' \t;'), *kept, f'boundary="{boundary}"'])

@@ -18,7 +18,7 @@ from pyramid_mailqueue.addresses import at_least_one, parse_header_addresses, pa
 from pyramid_mailqueue.content import Field, message_bytes, split_content
 from pyramid_mailqueue.exceptions import AddressError, MessageError, described
 from pyramid_mailqueue.fields import field_bytes, needs_utf8
-from pyramid_mailqueue.hosts import domain_of_this_host
+from pyramid_mailqueue.hosts import domain_of_this_host, is_ehlo_argument
 from pyramid_mailqueue.line_ends import joined
 
 __all__ = ['Parts', 'read_message']
@@ -49,7 +49,7 @@ def read_message(
     return Parts(
         envelope_sender,
         _find_recipients(recipients, fields),
-        _outgoing(fields, body, author, envelope_sender.rpartition('@')[2] or local_hostname, now),
+        _outgoing(fields, body, author, envelope_sender.rpartition('@')[2] or _host(local_hostname), now),
     )
 
 
@@ -76,11 +76,12 @@ def _author(sender: str | None, default_sender: str | None, *, is_complete: bool
 
     :param is_complete: whether it came as bytes, so that whoever names its sender has written all of it
     """
-    if sender is None:
+    if sender not in _NULL_SENDER and sender is not None:
+        return None if is_complete else sender
+    if default_sender and (sender is None or not is_complete):
+        parse_mailbox(default_sender)
         return default_sender
-    if is_complete:
-        return None
-    return default_sender if sender in _NULL_SENDER else sender
+    return None
 
 
 def _no_sender(what_it_needs: str) -> AddressError:
@@ -161,15 +162,19 @@ def _unwrap(
         raise MessageError(f'The message of pyramid_mailer cannot be used: {described(exc)}') from exc
 
 
+def _host(local_hostname: str | None) -> str:
+    if local_hostname and is_ehlo_argument(local_hostname):
+        return local_hostname
+    return domain_of_this_host() or 'localhost'
+
+
 # --- what goes out ----------------------------------------------------------
 
 _HIDDEN = frozenset({'bcc', 'resent-bcc'})
 _REQUIRED = frozenset({'date', 'message-id'})
 
 
-def _outgoing(
-    fields: list[Field], body: memoryview, author: str | None, domain: str | None, now: datetime | None
-) -> bytes:
+def _outgoing(fields: list[Field], body: memoryview, author: str | None, domain: str, now: datetime | None) -> bytes:
     # An empty one of these is as good as none, but must not stand beside a second one.
     completed = _REQUIRED | {'from'} if author else _REQUIRED
     kept = [entry for entry in fields if entry.name not in _HIDDEN and (entry.value or entry.name not in completed)]
@@ -180,6 +185,6 @@ def _outgoing(
     if 'date' in missing:
         lines.append(f'Date: {format_datetime(now or datetime.now(timezone.utc))}\r\n'.encode('ascii'))
     if 'message-id' in missing:
-        message_id = make_msgid(domain=domain or domain_of_this_host() or 'localhost')
+        message_id = make_msgid(domain=domain)
         lines.append(f'Message-ID: {message_id}\r\n'.encode('ascii'))
     return joined([*lines, b'\r\n', body])

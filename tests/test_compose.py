@@ -7,6 +7,7 @@ import email.policy
 import re
 from email import encoders
 from email.charset import QP, Charset
+from email.header import Header
 from email.message import EmailMessage, Message
 from email.mime.application import MIMEApplication
 from email.mime.base import MIMEBase
@@ -345,3 +346,110 @@ def test_a_message_of_flask_mail_arrives_as_it_was_written():
     assert found['Subject'] == 'Grüße'
     assert found['From'].addresses[0].display_name == 'Ü x'
     assert [(it.get_filename(), it.get_content()) for it in found.iter_attachments()] == [('ü.pdf', b'\0\xff')]
+
+
+# --- what a signature covers ------------------------------------------------
+
+
+def forwarded():
+    inner = modern('x\n')
+    inner['Subject'] = 'Grüße aus Köln'
+    part = EmailMessage()
+    part.set_content('hi\n')
+    part.add_attachment(inner)
+    return part
+
+
+def with_a_long_file_name():
+    part = EmailMessage()
+    part.set_content('hi\n')
+    part.add_attachment(b'x', maintype='a', subtype='b', filename='a' * 70 + '.pdf')
+    return part
+
+
+def of_the_older_api():
+    part = MIMEText('hi')
+    part['Subject'] = Header('Grüße', 'utf-8')
+    part['X-Subject'] = 'Grüße'
+    return part
+
+
+@pytest.mark.parametrize('make', [forwarded, with_a_long_file_name, of_the_older_api])
+def test_a_signed_part_is_written_as_it_was_signed(make):
+    part = make()
+    message = EmailMessage()
+    message['To'] = 'å@x.example'
+    message['Content-Type'] = 'multipart/signed; protocol="application/pgp-signature"; boundary="b"'
+    message.set_payload([part, MIMEApplication(b'sig', 'pgp-signature')])
+    policy = part.policy.clone(linesep='\r\n', max_line_length=0)
+
+    assert b'--b\r\n' + part.as_bytes(policy=policy) + b'\r\n--b\r\n' in message_bytes(message)
+
+
+def test_a_message_that_was_signed_for_its_domain_is_written_as_it_was_signed():
+    message = modern('x\n')
+    message['Subject'] = 'Уведомление о принятии в работу обращения'  # noqa: RUF001 - Russian
+    name = 'Übersicht der Rechnungen im Monat November.pdf'
+    message.add_attachment(b'x', maintype='a', subtype='b', filename=name)
+    signed = message.as_bytes(policy=email.policy.SMTP)
+    message['DKIM-Signature'] = f'v=1; a=rsa-sha256; b={"A" * 300}'
+
+    content = message_bytes(message)
+    assert re.sub(rb'DKIM-Signature:.*\r\n(?:[ \t].*\r\n)*', b'', content) == signed
+
+
+# --- text that is not what it says ------------------------------------------
+
+
+@pytest.mark.parametrize(('encoding', 'text'), [('quoted-printable', 'Кириллица'), ('base64', 'Grüße'), ('x-foo', 'ü')])
+def test_text_that_is_not_encoded_as_it_says_is_refused(encoding, text):
+    message = Message()
+    message['Content-Type'] = 'text/plain; charset=utf-8'
+    message['Content-Transfer-Encoding'] = encoding
+    message.set_payload(text)
+
+    with pytest.raises(MessageError, match=rf'{encoding}.*Let EmailMessage\.set_content\(\) encode it'):
+        message_bytes(message)
+
+
+@pytest.mark.parametrize('charset', ['utf-16', 'utf-16-le', 'utf-32', 'cp037'])
+@pytest.mark.parametrize('text', ['上海', 'abc\n', 'x\n' * 2000])
+def test_text_whose_line_ends_are_no_octets_arrives_as_it_was_written(charset, text):
+    try:
+        data = text.encode(charset)
+    except UnicodeEncodeError:
+        return
+    message = Message()
+    message['Content-Type'] = f'text/plain; charset={charset}'
+    message.set_payload(data.decode('ascii', 'surrogateescape'))
+
+    assert email.message_from_bytes(message_bytes(message)).get_payload(decode=True) == data
+
+
+@pytest.mark.parametrize('charset', ['us-ascii', 'nope'])
+def test_text_that_its_charset_cannot_hold_is_refused(charset):
+    message = Message()
+    message['Content-Type'] = f'text/plain; charset={charset}'
+    message.set_payload('Grüße')
+
+    with pytest.raises(MessageError, match=f'names the charset {charset}, which cannot hold it'):
+        message_bytes(message)
+
+
+def test_a_boundary_is_not_looked_for_in_other_parameters():
+    message = MIMEMultipart('related', start_info='a; boundary=x; y')
+    message.set_boundary('real')
+    message.attach(MIMEText('one'))
+
+    assert [part.get_payload() for part in read_back(message).get_payload()] == ['one']
+
+
+def test_parts_that_are_nested_too_deeply_are_refused():
+    message = MIMEText('x')
+    for _ in range(2000):
+        outer = MIMEMultipart()
+        outer.attach(message)
+        message = outer
+
+    with pytest.raises(MessageError, match='nested too deeply'):
+        message_bytes(message)

@@ -143,7 +143,7 @@ def test_a_long_field_is_folded_where_there_is_white_space():
 @pytest.mark.parametrize('name', ['X', 'X' * 100])
 def test_a_word_may_be_as_long_as_a_line(make, name):
     assert f'{name}:\r\n {"y" * 997}\r\n'.encode() in message_bytes(make(name, 'y' * 997))
-    with pytest.raises(MessageError, match=rf'field {name} has a line of \d+ octets that has no white space'):
+    with pytest.raises(MessageError, match=rf'field {name} has a line of \d+ octets without white space'):
         message_bytes(make(name, 'y' * 998))
 
 

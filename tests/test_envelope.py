@@ -441,7 +441,7 @@ def test_a_machine_whose_name_cannot_be_found_out_has_one(monkeypatch):
     [
         (None, 'Shop <shop@site.example>', 'Shop <shop@site.example>', 'shop@site.example'),
         (None, 'Ünal, x <shop@bücher.example>', None, None),
-        (None, '"Ünal, x" <u@bücher.example>', '=?utf-8?q?=C3=9Cnal=2C_x?= <u@xn--bcher-kva.example>', None),
+        (None, '"Ünal, x" <u@bücher.example>', '=?utf-8?q?=C3=9Cnal=2C?= x <u@xn--bcher-kva.example>', None),
         ('Me <me@x.example>', 'Shop <shop@site.example>', 'Me <me@x.example>', 'me@x.example'),
         ('me@x.example', None, 'me@x.example', 'me@x.example'),
         ('', 'shop@site.example', 'shop@site.example', ''),
@@ -458,6 +458,22 @@ def test_a_message_without_an_author_gets_one(sender, default, author, envelope_
 
     assert f'From: {author}' in fields_of(envelope)
     assert envelope_sender in (None, envelope.sender)
+
+
+@pytest.mark.parametrize('default', ['garbage', 'a@x.example, b@x.example', 'a@b@c'])
+def test_a_default_sender_that_is_none_does_not_become_the_author(default):
+    with pytest.raises(AddressError):
+        Envelope.from_message(make(From=None), '', default_sender=default)
+
+
+@pytest.mark.parametrize('name', ['x>\r\nBcc: e@x.example\r\nX: <', 'büro', 'host name'])
+def test_a_host_name_that_is_none_does_not_reach_the_header(name, monkeypatch):
+    monkeypatch.setattr(socket, 'getfqdn', lambda: 'mail.site.example')
+
+    envelope = Envelope.from_message(make(), '', local_hostname=name)
+
+    assert envelope.message_id.endswith('@mail.site.example>')
+    assert b'Bcc' not in envelope.content
 
 
 def test_an_author_that_is_empty_is_replaced():

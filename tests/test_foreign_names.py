@@ -25,6 +25,7 @@ TREES = {path: ast.parse(path.read_text('utf-8')) for path in sorted(ROOT.rglob(
 OVERRIDES = {
     'cli.config._Parser.optionxform': 'documented: to be set by subclasses',
     'cli.dialog.Dialog.emit': 'documented: what a handler is made of',
+    'cli.queue._Parser.error': 'documented: what is done about wrong usage',
     'queues.sql_tables.database_time.inherit_cache': 'documented: what an element of SQL says of itself',
     'queues.sql_tables.database_time.type': 'as inherit_cache',
     'testing.outbox.Outbox.clear': 'a list that is emptied as a whole',
@@ -93,7 +94,8 @@ def foreign_classes():
 
 
 def foreign_bases(kind):
-    return [base for base in inspect.getmro(kind)[:-1] if base.__module__.partition('.')[0] != PACKAGE]
+    # Some of zope.interface, which are written in C, have no module.
+    return [base for base in inspect.getmro(kind)[:-1] if str(base.__module__).partition('.')[0] != PACKAGE]
 
 
 def own_names(kind):

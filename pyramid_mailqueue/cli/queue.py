@@ -219,7 +219,7 @@ def _add(
 
 def _add_looking(add: Add) -> None:
     parser = add('list', queue_look.list_messages, 'list messages, oldest first')
-    _add_states(parser, 'only messages in this state')
+    _add_states(parser.add_argument, 'only messages in this state')
     parser.add_argument(
         '--recipient',
         metavar='TEXT',
@@ -246,7 +246,9 @@ def _add_looking(add: Add) -> None:
         'The columns are ages in minutes: "20" has the messages that are more than 10 and at most 20 minutes old.\n'
         'A message for several domains is counted in each of them.',
     )
-    _add_states(parser, 'count the domains of messages in this state (default: of all that are to be delivered)')
+    _add_states(
+        parser.add_argument, 'count the domains of messages in this state (default: of all that are to be delivered)'
+    )
     parser.add_argument(
         '--top', type=_whole, default=20, metavar='N', help='show the N largest domains (default: 20; JSON has all)'
     )
@@ -262,7 +264,7 @@ def _add_doing(add: Add) -> None:
         changes=True,
     )
     which = _add_which(parser)
-    which.add_argument(
+    which(
         '--all',
         action='store_const',
         dest='states',
@@ -344,11 +346,11 @@ def _add_setting_up(add: Add) -> None:
     where.add_argument('--to-maildir', action='store_const', dest='to', const='maildir', help='into the directory')
 
 
-def _add_which(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Add the ids, or what messages are chosen by; return the group of options for their state."""
+def _add_which(parser: argparse.ArgumentParser) -> Callable[..., object]:
+    """Add the ids, or what messages are chosen by; return what adds another option for their state."""
     parser.add_argument('ids', nargs='*', metavar='ID')
     which = parser.add_mutually_exclusive_group()
-    _add_states(which, 'all messages in this state')
+    _add_states(which.add_argument, 'all messages in this state')
     parser.add_argument(
         '--recipient',
         type=_whole_address,
@@ -361,11 +363,11 @@ def _add_which(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
     _add_ages(parser)
     parser.add_argument('-y', '--yes', action='store_true', help='do not ask')
     parser.add_argument('--dry-run', action='store_true', help='show which messages are meant, and change nothing')
-    return which
+    return which.add_argument
 
 
-def _add_dead(which: argparse._MutuallyExclusiveGroup) -> None:
-    which.add_argument('--dead', action='store_const', dest='states', const=('dead',), help='every dead letter')
+def _add_dead(add_argument: Callable[..., object]) -> None:
+    add_argument('--dead', action='store_const', dest='states', const=('dead',), help='every dead letter')
 
 
 def _add_ages(parser: argparse.ArgumentParser) -> None:
@@ -390,8 +392,8 @@ def _whole_address(text: str) -> str:
     return f'<{local}@{domain}>' if local else f'@{domain}>'
 
 
-def _add_states(parser: argparse._ActionsContainer, help_: str) -> None:
-    parser.add_argument(
+def _add_states(add_argument: Callable[..., object], help_: str) -> None:
+    add_argument(
         '--state',
         action='append',
         type=_state,
