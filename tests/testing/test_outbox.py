@@ -109,7 +109,8 @@ def test_a_field_that_the_library_cannot_read_takes_no_other_with_it():
     content = b'From: <"\r\nTo: ada@x.example\r\nSubject: Hello\r\n\r\n'
     message = CapturedMail(Envelope('', ('ada@x.example',), content)).message
 
-    assert message['From'] == ''
+    # From Python 3.15 on it can be read.
+    assert message['From'] in ('', '<>')
     assert message['To'].addresses[0].addr_spec == 'ada@x.example'
     assert message['Subject'] == 'Hello'
 
