@@ -150,8 +150,7 @@ class SMTPTransport:
                 try:
                     yield from session.run(transaction)
                 except ServerTrouble as trouble:
-                    if not session.was_stale(transaction):
-                        trouble.in_message = transaction.begun
+                    if not session.takes_no_more(transaction):
                         if not transaction.replies:
                             raise
                         yield SendResult(transaction.replies, self._name, trouble=trouble)
@@ -161,6 +160,7 @@ class SMTPTransport:
                     self._pool.discard(session)
                     yield ABOUT_TO_BLOCK
                     session = self._pool.take() or self._connect()
+                    session.instead_of = transaction.objection
                     transactions = deque(self._submit(session, offer) for offer in offers)
                     continue
                 offers.popleft()
