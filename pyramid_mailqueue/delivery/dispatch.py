@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
@@ -128,9 +129,11 @@ class _Delivery:
             if result.trouble is not None:
                 # When this process ends it may have broken off the connection itself.
                 if result.trouble is not told and not self.is_over:
-                    log.warning('%s Mail waits in the queue.', result.trouble)
+                    log.warning('%s %s', result.trouble, what_waits(claim.id, result))
                 told = result.trouble
-                self._postpone(claim)
+                if self._handler.rests_for:
+                    self._postpone(claim)
+                # Else the server broke off in the midst of it: mq-run tries it behind all others.
             if not self._in_hand:
                 self._at_rest()
 
@@ -141,7 +144,7 @@ class _Delivery:
 
     # --- see `Claims` ---
 
-    opens_first = False
+    opens_first = is_untried = False
 
     @property
     def is_over(self) -> bool:

@@ -37,7 +37,7 @@ from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins,
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
 from pyramid_mailqueue.delivery.results import Burial, Offer, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
-from pyramid_mailqueue.delivery.route import Route, Stumbles
+from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
@@ -68,6 +68,10 @@ class Claims(Protocol):
     @property
     def is_over(self) -> bool:
         """Whether to end now: what is not under way is released."""
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether there are others, and no message of this one had its outcome: its session may be one too many."""
 
     def take(self) -> IClaim | None:
         """Return the next claim, if need be after a while; None if there is nothing more to do."""
@@ -371,12 +375,14 @@ class _Claimed(_Attempt):
     An attempt at a message of a queue.
 
     :ivar number: its place in the order in which the claims were given
+    :ivar is_in_doubt: the server broke off in the midst of it, and may do so with others: that ends no message
     """
 
     def __init__(self, claim: IClaim, number: int) -> None:
         super().__init__(claim.envelope)
         self.claim = claim
         self.number = number
+        self.is_in_doubt = False
         # A second one in memory would cost more than a round trip; and whoever is announced behind one that kills its
         # deliverers is orphaned with it.
         self.goes_alone = len(self.envelope.content) > LARGE or bool(getattr(claim, 'deaths', 0))
@@ -415,6 +421,8 @@ class _Shift:
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
+        # The routes whose server took or refused a message as servers do.
+        self._worked: set[Route] = set()
         # The session that could not be opened, for as long as it is not known whether there is a message for it.
         self._vain: tuple[Route, ServerTrouble] | None = None
 
@@ -456,6 +464,9 @@ class _Shift:
             attempt = self._next.popleft()
             if attempt.is_valid():
                 return attempt
+        return self._taken(take)
+
+    def _taken(self, take: Callable[[], IClaim | None]) -> _Claimed | None:
         while (claim := take()) is not None:
             self._handler.load_plugins()
             try:
@@ -496,6 +507,7 @@ class _Shift:
                     # We have broken it off ourselves: it is nobody's fault.
                     self._put_back(attempt)
                     return
+                attempt.is_in_doubt = self._may_be_the_server(route, result)
                 if self._is_left_to_others(route, attempt, result):
                     return
                 attempt.note(result)
@@ -531,15 +543,21 @@ class _Shift:
         """Learn from *result* how the server is; whether this shift is over, and others have what is in hand."""
         if result.trouble is None:
             route.worked(self._stumbles)
+            self._worked.add(route)
             return False
-        if self._claims.is_over or route.forgives(result.trouble, self._stumbles):
+        if self._claims.is_over:
+            return False
+        # A server that has no room for one more session may say so as late as at MAIL.
+        is_one_too_many = result.trouble.at_mail and self._claims.is_untried
+        if not is_one_too_many and route.forgives(result.trouble, self._stumbles):
             return False
         untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
         if not (result.replies or attempt.has_outcome):
             untouched.insert(0, attempt)
         # If it has not worked since its last trouble it is not our session that is one too many.
         if route.pause.is_in_trouble or not self._claims.hand_over([it.claim for it in untouched]):
-            self._handler.rest(route, result.trouble)
+            if not (is_one_too_many and route.forgives(result.trouble, self._stumbles)):
+                self._handler.rest(route, result.trouble)
             return False
         log.warning('%s The run goes on with fewer connections.', result.trouble)
         if result.replies:
@@ -547,6 +565,22 @@ class _Shift:
         self._next = deque(it for it in (attempt, *self._under_way, *self._next) if it.has_outcome)
         self._under_way.clear()
         self._is_over = True
+        return True
+
+    def _may_be_the_server(self, route: Route, result: SendResult) -> bool:
+        """
+        Whether a server that broke off in the midst of a message may do the same with every other one.
+
+        It has not worked in this shift, and there are enough messages to tell: with these it is given up, too.
+        """
+        if result.trouble is None or not result.trouble.in_message or route in self._worked:
+            return False
+        missing = MAX_STUMBLES - self._stumbles.get(route, 0)
+        while len(self._under_way) + len(self._next) < missing:
+            other = self._taken(self._claims.take_now)
+            if other is None:
+                return False
+            self._put_back(other)
         return True
 
     def _more(self, route: Route) -> Offer | None:
@@ -566,8 +600,10 @@ class _Shift:
     def _conclude(self, attempt: _Claimed) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Settle the claim of an attempt that is over, and tell of it."""
         claim, result, now = attempt.claim, attempt.result, self._handler.clock()
+        # In doubt the server's outage is no reason to give up a message, however old it is.
+        queued_at = now if attempt.is_in_doubt and result.trouble is not None else claim.queued_at
         decide = self._handler.retry_policy.decide
-        settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
+        settlement = decide(attempt.recipients, claim.attempts, queued_at, result, now)
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)
@@ -604,7 +640,7 @@ class _One:
 
     def __init__(self, claim: IClaim) -> None:
         self._claim: IClaim | None = claim
-        self.opens_first = self.is_over = False
+        self.opens_first = self.is_over = self.is_untried = False
 
     def take(self) -> IClaim | None:
         claim, self._claim = self._claim, None

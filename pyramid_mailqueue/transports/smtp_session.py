@@ -57,13 +57,11 @@ class Session:
         about this transaction: it is raised for the next one.
         """
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
-        # Before MAIL was answered it may be about the message before, if it came with the reply to that.
-        is_innocent = self.dialogue.trouble is not None and not transaction.begun
         try:
             yield from self._go_on_until_done(transaction)
         except ServerTrouble as trouble:
             if not transaction.done:
-                trouble.in_message = transaction.announced and not is_innocent
+                trouble.in_message = transaction.announced
                 trouble.at_mail = not transaction.begun
                 raise
         finally:
@@ -108,10 +106,14 @@ class Session:
                 began = self._server.clock()
 
     def was_stale(self, transaction: MailTransaction) -> bool:
-        """The server had ended this session, or the mail in it, before anything of *transaction* was answered."""
+        """
+        The server had ended this session, or made it useless, before anything of *transaction* was answered.
+
+        Not by silence: nobody waits for that a second time.
+        """
         if transaction.answered or transaction.done or self._is_broken_off:
             return False
-        return self.was_used and (self.dialogue.closed_by_server or self.dialogue.refused_reset)
+        return self.was_used and self.dialogue.trouble is not None
 
     def takes_no_more(self, transaction: MailTransaction) -> bool:
         """
@@ -163,6 +165,7 @@ class Session:
         limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
         remaining = began + limit - self._server.clock()
         if remaining <= 0:
+            self._is_broken_off = True
             raise self.dialogue.timed_out(limit)
         return Wait(self._sock.fileno(), select.POLLIN | select.POLLOUT if has_more else select.POLLIN, remaining)
 

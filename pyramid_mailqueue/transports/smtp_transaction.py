@@ -325,9 +325,6 @@ class Dialogue:
     ) -> None:
         self.capabilities = capabilities
         self.trouble: ServerTrouble | None = None
-        self.closed_by_server = False
-        # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
-        self.refused_reset = False
         self.trace = trace
         self._server = server
         self._reader = ReplyReader(server)
@@ -428,7 +425,6 @@ class Dialogue:
 
     def connection_lost(self, what: str) -> ServerTrouble:
         """Note that the connection broke, and return the trouble; *what* says how, behind the name of the server."""
-        self.closed_by_server = True
         return self._end(ServerTrouble(f'{self._server} {what} {self._while()}.'))
 
     def timed_out(self, seconds: float) -> ServerTrouble:
@@ -527,7 +523,6 @@ class Dialogue:
         if code == 421:
             # If it answers the final dot, that is an answer: this message was not accepted.
             self._awaited.clear()
-            self.closed_by_server = True
             raise self._trouble(f'closed the session: {reply}.', code)
         if awaited is None or awaited.end > self._sent:
             raise self._unasked(awaited, reply)
@@ -549,7 +544,7 @@ class Dialogue:
 
     def _on_reset(self, awaited: _Awaited, reply: Reply) -> None:
         if not reply.accepted:
-            self.refused_reset = True
+            # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
             raise self._trouble(f'refused RSET: {reply}.', reply.code)
 
     def _on_mail(self, awaited: _Awaited, reply: Reply) -> None:

@@ -336,12 +336,13 @@ def test_close_and_abort_are_passed_on_where_they_exist():
 
 def test_the_smtp_transport_streams():
     offers = [offer(number) for number in range(3)]
-    with ScriptedSMTPServer({'MAIL': [None, None, '550 5.7.1 never']}) as server:
+    with ScriptedSMTPServer({'MAIL': [None, None, *['550 5.7.1 never'] * 2]}) as server:
         transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='c.example')
         found = results(transport, *offers)
         transport.close()
 
     assert said(found) == [{ADA: '250 2.0.0 accepted'}, {ADA: '250 2.0.0 accepted'}, {ADA: '550 5.7.1 never'}]
     assert [message.content for message in server.messages] == [it.content for it in offers[:2]]
-    # The third has no content.
+    # The third has no content; a refusal of its sender could be about the first session.
     assert server.sessions[0].round_trips == 2 + len(['EHLO', 'MAIL RCPT DATA', 'QUIT'])
+    assert len(server.sessions) == 2

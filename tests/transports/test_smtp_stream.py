@@ -491,17 +491,15 @@ def test_421_for_an_answer_to_the_final_dot_says_that_nothing_was_taken():
     [('what?', 'all'), ('what?', 'stepwise'), ('550 nobody asked', 'stepwise')],
     indirect=['extensions'],
 )
-def test_noise_behind_a_reply_is_the_trouble_of_the_next_message_and_not_of_the_one_that_was_answered(how, extensions):
+def test_noise_behind_a_reply_costs_a_new_session_and_nothing_else(how, extensions):
     script = {'.': [None, f'{ACCEPTED}\n{how}']}
     with ScriptedSMTPServer(script, extensions=extensions) as server, transport_to(server) as transport:
         course = play(transport, M1, M2, M3)
-        after = play(transport, M3)
 
-    assert course.outcomes == [{'m1@x.example': ACCEPTED}, {'m2@x.example': ACCEPTED}]
-    assert [result.trouble for result in course.results] == [None, None]
-    assert not course.trouble.in_message
-    assert after.outcomes == [{'m3@x.example': ACCEPTED}]
+    assert course.outcomes == [{offer.recipients[0]: ACCEPTED} for offer in (M1, M2, M3)]
+    assert [result.trouble for result in course.results] == [None] * 3
     assert received(server) == [M1, M2, M3]
+    assert len(server.sessions) == 2
 
 
 @pytest.mark.parametrize('step', ['MAIL', 'RCPT', 'DATA', 'content'])
