@@ -294,6 +294,11 @@ class MessageHandler:
         if self._has_loaded_plugins:
             load_plugins_module().registry.terminate()
 
+    def reload(self) -> None:
+        """Have the transports read again what may have changed outside."""
+        for route in self.routes:
+            route.reload()
+
     def make_room(self) -> None:
         """Called by one who delivers beside others, and has nothing more to do."""
         for route in self.routes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
@@ -67,6 +68,16 @@ class Objections:
         return count if self._clock() < until else 0
 
 
+class Address(NamedTuple):
+    """One of the addresses that a server has, as :func:`socket.getaddrinfo` gives them."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return str(self.sockaddr[0])
+
+
 @dataclass(frozen=True)
 class Server:
     """Where the server is, how long it may take, and what is known of it; see `SMTPTransport`."""
@@ -77,11 +88,31 @@ class Server:
     timeout: float
     data_timeout: float
     clock: Callable[[], float]
-    connect: Connect
+    connect: Connect | None = None
     objections: Objections = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'objections', Objections(self.clock))
+
+    def addresses(self) -> list[Address]:
+        """Return the addresses of the server, each once, the preferred one first.  Raises OSError, ValueError."""
+        if self.connect is not None:
+            return [Address(socket.AF_UNSPEC, (self.hostname, self.port))]
+        found = socket.getaddrinfo(self.hostname, self.port, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(Address(family, sockaddr) for family, _, _, _, sockaddr in found))
+
+    def open(self, address: Address, seconds: float) -> socket.socket:
+        """Return a socket that is connected to one of the addresses, in so many seconds at most.  Raises OSError."""
+        if self.connect is not None:
+            return self.connect((self.hostname, self.port), seconds)
+        sock = socket.socket(address.family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(seconds)
+            sock.connect(address.sockaddr)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def __str__(self) -> str:
         return f'[{self.hostname}]:{self.port}' if ':' in self.hostname else f'{self.hostname}:{self.port}'

@@ -61,7 +61,8 @@ def play(transport, *offers, asked_for_last=None):
 
 @contextmanager
 def transport_to(server, **options):
-    options = {'hostname': server.host, 'port': server.port, 'tls': 'off', 'local_hostname': 'c.example', **options}
+    where = {} if server is None else {'hostname': server.host, 'port': server.port}
+    options = {**where, 'tls': 'off', 'local_hostname': 'c.example', **options}
     with closing(SMTPTransport(**options)) as transport:
         yield transport
 
