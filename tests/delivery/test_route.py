@@ -313,7 +313,7 @@ def test_dead_letters_are_kept_where_that_can_be_done(caplog):
     assert 'cannot keep a dead letter' in caplog.text
 
 
-def test_close_and_abort_are_passed_on_where_they_exist():
+def test_close_abort_and_reload_are_passed_on_where_they_exist():
     class Closes:
         called = ()
 
@@ -323,12 +323,16 @@ def test_close_and_abort_are_passed_on_where_they_exist():
         def abort(self):
             self.called = (*self.called, 'abort')
 
+        def reload(self):
+            self.called = (*self.called, 'reload')
+
     transports = Closes(), Sends()
     for route in [Route(transport, Pause()) for transport in transports]:
         route.close()
         route.abort()
+        route.reload()
 
-    assert transports[0].called == ('close', 'abort')
+    assert transports[0].called == ('close', 'abort', 'reload')
 
 
 # --- with a real one --------------------------------------------------------

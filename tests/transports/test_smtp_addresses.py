@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence
+from pyramid_mailqueue.testing import EXTENSIONS, Close, Drip, ScriptedSMTPServer, Silence
 from pyramid_mailqueue.transports.smtp_server import VALID_FOR
 from tests.transports.stream_parts import ACCEPTED, M1, M2, play, received, transport_to
 
@@ -184,7 +184,7 @@ def test_all_addresses_that_are_silent_take_less_time_than_two_servers(relay, se
 
 
 def test_a_server_that_gives_byte_after_byte_holds_up_the_next_address_no_longer_than_a_silent_one(relay, serve):
-    first, second = serve({'EHLO': '250-' + '\n250-'.join(['x'] * 3), 'HELO': Silence()}), serve()
+    first, second = serve({'connect': Drip('220 ' + 60 * 'x', pause=0.1)}), serve()
     relay(first, second)
     with to_relay(timeout=2) as transport:
         play(transport, M1)
