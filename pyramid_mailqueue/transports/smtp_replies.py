@@ -17,7 +17,8 @@ from pyramid_mailqueue.delivery.results import Reply
 
 __all__ = ['is_about_login', 'is_about_us']
 
-_LOGIN_CODES = frozenset({523, 524, 525, 530, 534, 535, 538})
+# Not 523 to 525, which RFC 5248 has too: OpenSMTPD says 524 to an unknown recipient.
+_LOGIN_CODES = frozenset({530, 534, 535, 538})
 
 _LOGIN_ENHANCED = frozenset({'5.7.8', '5.7.9', '5.7.10', '5.7.11', '5.7.13', '5.7.14', '5.7.57'})
 
