@@ -131,9 +131,9 @@ class _Delivery:
                 if result.trouble is not told and not self.is_over:
                     log.warning('%s %s', result.trouble, what_waits(claim.id, result))
                 told = result.trouble
-                if self._handler.rests_for:
+                # What the server broke off in the midst of is left to mq-run, which tries it behind all others.
+                if self._handler.rests_for or not result.trouble.in_message:
                     self._postpone(claim)
-                # Else the server broke off in the midst of it: mq-run tries it behind all others.
             if not self._in_hand:
                 self._at_rest()
 

@@ -380,14 +380,15 @@ class _Claimed(_Attempt):
     An attempt at a message of a queue.
 
     :ivar number: its place in the order in which the claims were given
-    :ivar is_in_doubt: the server broke off in the midst of it, and may do so with others: that ends no message
+    :ivar missing: the server broke off in the midst of it, and has not worked yet: if it does so with so many others,
+        too, it is to blame; None where it is not
     """
 
     def __init__(self, claim: IClaim, number: int) -> None:
         super().__init__(claim.envelope)
         self.claim = claim
         self.number = number
-        self.is_in_doubt = False
+        self.missing: int | None = None
         # A second one in memory would cost more than a round trip; and whoever is announced behind one that kills its
         # deliverers is orphaned with it.
         self.goes_alone = len(self.envelope.content) > LARGE or bool(getattr(claim, 'deaths', 0))
@@ -512,7 +513,6 @@ class _Shift:
                     # We have broken it off ourselves: it is nobody's fault.
                     self._put_back(attempt)
                     return
-                attempt.is_in_doubt = self._may_be_the_server(route, result)
                 if self._is_left_to_others(route, attempt, result):
                     return
                 attempt.note(result)
@@ -552,6 +552,8 @@ class _Shift:
             return False
         if self._claims.is_over:
             return False
+        if result.trouble.in_message and route not in self._worked:
+            attempt.missing = MAX_STUMBLES - self._stumbles.get(route, 0)
         # A server that has no room for one more session may say so as late as at MAIL.
         is_one_too_many = result.trouble.at_mail and self._claims.is_untried
         if not is_one_too_many and route.forgives(result.trouble, self._stumbles):
@@ -572,16 +574,11 @@ class _Shift:
         self._is_over = True
         return True
 
-    def _may_be_the_server(self, route: Route, result: SendResult) -> bool:
-        """
-        Whether a server that broke off in the midst of a message may do the same with every other one.
-
-        It has not worked in this shift, and there are enough messages to tell: with these it is given up, too.
-        """
-        if result.trouble is None or not result.trouble.in_message or route in self._worked:
+    def _may_be_the_server(self, attempt: _Claimed) -> bool:
+        """Whether there are enough other messages to find out what it is that the server cannot stand."""
+        if attempt.missing is None:
             return False
-        missing = MAX_STUMBLES - self._stumbles.get(route, 0)
-        while len(self._under_way) + len(self._next) < missing:
+        while len(self._under_way) + len(self._next) < attempt.missing:
             other = self._taken(self._claims.take_now)
             if other is None:
                 return False
@@ -605,10 +602,11 @@ class _Shift:
     def _conclude(self, attempt: _Claimed) -> Iterator[tuple[IClaim, SendResult] | Wait]:
         """Settle the claim of an attempt that is over, and tell of it."""
         claim, result, now = attempt.claim, attempt.result, self._handler.clock()
-        # In doubt the server's outage is no reason to give up a message, however old it is.
-        queued_at = now if attempt.is_in_doubt and result.trouble is not None else claim.queued_at
         decide = self._handler.retry_policy.decide
-        settlement = decide(attempt.recipients, claim.attempts, queued_at, result, now)
+        settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
+        if settlement.burials and result.trouble is not None and self._may_be_the_server(attempt):
+            # An outage is no reason to give up a message, however old it is.
+            settlement = decide(attempt.recipients, claim.attempts, now, result, now)
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)

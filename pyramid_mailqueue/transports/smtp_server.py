@@ -39,7 +39,8 @@ class Objections:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._until: dict[Hashable, float] = {}
+        # By the hash: the addresses themselves may be many.
+        self._until: dict[int, float] = {}
         self._vain: dict[Hashable, tuple[int, float]] = {}
 
     def add(self, about: Hashable, said: Hashable) -> None:
@@ -48,12 +49,12 @@ class Objections:
             # Those who still have to wait are found out again.
             self._until.clear()
         until = self._clock() + VALID_FOR
-        self._until[about] = until
+        self._until[hash(about)] = until
         self._vain[said] = self._count(said) + 1, until
 
     def discard(self, about: Hashable) -> None:
         """Note that the server takes messages from a sender, or for some recipients."""
-        self._until.pop(about, None)
+        self._until.pop(hash(about), None)
 
     def was_of_session(self, said: Hashable) -> None:
         """Note that a used session has *said* this, and a new one has taken the message."""
@@ -61,7 +62,7 @@ class Objections:
 
     def holds(self, about: Hashable, said: Hashable) -> bool:
         """Whether it would be in vain to ask a new session."""
-        return self._clock() < self._until.get(about, 0) or self._count(said) >= MAX_VAIN
+        return self._clock() < self._until.get(hash(about), 0) or self._count(said) >= MAX_VAIN
 
     def _count(self, said: Hashable) -> int:
         count, until = self._vain.get(said, (0, 0))

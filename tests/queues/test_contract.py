@@ -522,7 +522,7 @@ def test_a_sender_at_which_the_session_ends_keeps_no_other_from_its_mail_and_is_
     assert (first.sent, second.sent, third.refused) == (5, 0, 1)
     assert sorted(message.recipients for message in server.messages) == [(f'{name}@x.example',) for name in 'abcde']
     assert here(queue) == {'dead': 1}
-    assert '421 4.3.2 closed' in entries(queue)[0].reason
+    assert '421 4.3.2 closed' in entries(queue)[0].last_reply
 
 
 def test_the_last_reply_is_kept_until_there_is_another_one(queue):
