@@ -105,12 +105,14 @@ class ServerTrouble(MailqueueError):
     :param code: the reply code where the server gave one, e.g. ``421``
     :param in_message: it came in the midst of a message: the server had been willing to take mail, and may be so for
         the next one
+    :param at_mail: it had not accepted the sender of that message
     """
 
-    def __init__(self, text: str, *, code: int | None = None, in_message: bool = False) -> None:
+    def __init__(self, text: str, *, code: int | None = None, in_message: bool = False, at_mail: bool = False) -> None:
         super().__init__(text)
         self.code = code
         self.in_message = in_message
+        self.at_mail = at_mail
 
 
 def described(error: BaseException) -> str:

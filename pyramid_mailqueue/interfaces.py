@@ -429,6 +429,9 @@ class ITransport(ISender, Contract, Protocol):
     ``abort()``
         Break off what is under way in other threads.
 
+    ``reload()``
+        Read again what may have changed outside, such as the authorities of TLS: called at SIGHUP.
+
     A queue that is used as a transport may have two more:
 
     ``leads_to(queue)``

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -154,6 +154,7 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
     """Make one run after the other, until told to stop.  What goes wrong is told of once, and tried again."""
     left, told = arguments.max_messages, ''
     end = math.inf if arguments.max_time is None else time.monotonic() + arguments.max_time
+    signals.reload = runner.handler.reload
     notify_systemd('READY=1')
     while not signals.stop.requested and left != 0 and (rest := end - time.monotonic()) > 0:
         try:
@@ -205,13 +206,14 @@ class _Signals:
         self.stop = Stop(on_news=self._tend_to_logs, on_ending=_tell_ending)
         self._logs_are_stale = False
         self._has_mail = False
+        self.reload: Callable[[], None] = _do_nothing
 
     def on_stop(self, _number: int, _frame: FrameType | None) -> None:
         """End when the messages in hand are finished: a process that dies over one counts against it."""
         self.stop.request()
 
     def on_rotation(self, _number: int, _frame: FrameType | None) -> None:
-        """Go on in new log files."""
+        """Go on in new log files, and with the certificate authorities that there are now."""
         self._logs_are_stale = True
         self.stop.wake()
 
@@ -234,7 +236,16 @@ class _Signals:
             self._logs_are_stale = False
             notify_systemd('RELOADING=1')
             reopen_log_files()
+            self.reload()
+            run_log.info(
+                'SIGHUP: the log files are opened anew and the certificate authorities are read again. Settings and '
+                'passwords are those of the start: restart to change them.'
+            )
             notify_systemd('READY=1')
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _tell_ending() -> None:

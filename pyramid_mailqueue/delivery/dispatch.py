@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
@@ -131,9 +132,13 @@ class _Delivery:
             if result.trouble is not None:
                 # When this process ends it may have broken off the connection itself.
                 if result.trouble is not told and not self.is_over:
-                    log.warning('%s Mail waits in the queue.', result.trouble)
+                    log.warning('%s %s', result.trouble, what_waits(claim.id, result))
                 told = result.trouble
-                self._postpone(claim)
+                # What the server broke off in the midst of is left to mq-run, which tries it behind all others.
+                if self._handler.rests_for or not result.trouble.in_message:
+                    self._postpone(claim)
+                else:
+                    self._left += 1
             elif self.is_over and result.deferred:
                 self._left += 1
             if not self._in_hand:
@@ -152,7 +157,7 @@ class _Delivery:
 
     # --- see `Claims` ---
 
-    opens_first = False
+    opens_first = is_untried = False
 
     @property
     def is_over(self) -> bool:

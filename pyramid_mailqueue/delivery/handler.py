@@ -37,7 +37,7 @@ from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins,
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
 from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
-from pyramid_mailqueue.delivery.route import Route, Stumbles
+from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
@@ -68,6 +68,10 @@ class Claims(Protocol):
     @property
     def is_over(self) -> bool:
         """Whether to end now: what is not under way is released."""
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether there are others, and no message of this one had its outcome: its session may be one too many."""
 
     def take(self) -> IClaim | None:
         """Return the next claim, if need be after a while; None if there is nothing more to do."""
@@ -290,6 +294,11 @@ class MessageHandler:
         if self._has_loaded_plugins:
             load_plugins_module().registry.terminate()
 
+    def reload(self) -> None:
+        """Have the transports read again what may have changed outside."""
+        for route in self.routes:
+            route.reload()
+
     def make_room(self) -> None:
         """Called by one who delivers beside others, and has nothing more to do."""
         for route in self.routes:
@@ -371,12 +380,15 @@ class _Claimed(_Attempt):
     An attempt at a message of a queue.
 
     :ivar number: its place in the order in which the claims were given
+    :ivar missing: the server broke off in the midst of it, and has not worked yet: if it does so with so many others,
+        too, it is to blame; None where it is not
     """
 
     def __init__(self, claim: IClaim, number: int) -> None:
         super().__init__(claim.envelope)
         self.claim = claim
         self.number = number
+        self.missing: int | None = None
         # A second one in memory would cost more than a round trip; and whoever is announced behind one that kills its
         # deliverers is orphaned with it.
         self.goes_alone = len(self.envelope.content) > LARGE or bool(getattr(claim, 'deaths', 0))
@@ -415,6 +427,8 @@ class _Shift:
         self._next: deque[_Claimed] = deque()
         self._under_way: deque[_Claimed] = deque()
         self._is_over = False
+        # The routes whose server took or refused a message as servers do.
+        self._worked: set[Route] = set()
         # The session that could not be opened, for as long as it is not known whether there is a message for it.
         self._vain: tuple[Route, ServerTrouble] | None = None
 
@@ -456,6 +470,9 @@ class _Shift:
             attempt = self._next.popleft()
             if attempt.is_valid():
                 return attempt
+        return self._taken(take)
+
+    def _taken(self, take: Callable[[], IClaim | None]) -> _Claimed | None:
         while (claim := take()) is not None:
             self._handler.load_plugins()
             try:
@@ -531,15 +548,23 @@ class _Shift:
         """Learn from *result* how the server is; whether this shift is over, and others have what is in hand."""
         if result.trouble is None:
             route.worked(self._stumbles)
+            self._worked.add(route)
             return False
-        if self._claims.is_over or route.forgives(result.trouble, self._stumbles):
+        if self._claims.is_over:
+            return False
+        if result.trouble.in_message and route not in self._worked:
+            attempt.missing = MAX_STUMBLES - self._stumbles.get(route, 0)
+        # A server that has no room for one more session may say so as late as at MAIL.
+        is_one_too_many = result.trouble.at_mail and self._claims.is_untried
+        if not is_one_too_many and route.forgives(result.trouble, self._stumbles):
             return False
         untouched = [it for it in (*self._under_way, *self._next) if not it.has_outcome]
         if not (result.replies or attempt.has_outcome):
             untouched.insert(0, attempt)
         # If it has not worked since its last trouble it is not our session that is one too many.
         if route.pause.is_in_trouble or not self._claims.hand_over([it.claim for it in untouched]):
-            self._handler.rest(route, result.trouble)
+            if not (is_one_too_many and route.forgives(result.trouble, self._stumbles)):
+                self._handler.rest(route, result.trouble)
             return False
         log.warning('%s The run goes on with fewer connections.', result.trouble)
         if result.replies:
@@ -547,6 +572,17 @@ class _Shift:
         self._next = deque(it for it in (attempt, *self._under_way, *self._next) if it.has_outcome)
         self._under_way.clear()
         self._is_over = True
+        return True
+
+    def _may_be_the_server(self, attempt: _Claimed) -> bool:
+        """Whether there are enough other messages to find out what it is that the server cannot stand."""
+        if attempt.missing is None:
+            return False
+        while len(self._under_way) + len(self._next) < attempt.missing:
+            other = self._taken(self._claims.take_now)
+            if other is None:
+                return False
+            self._put_back(other)
         return True
 
     def _more(self, route: Route) -> Offer | None:
@@ -568,6 +604,9 @@ class _Shift:
         claim, result, now = attempt.claim, attempt.result, self._handler.clock()
         decide = self._handler.retry_policy.decide
         settlement = decide(attempt.recipients, claim.attempts, claim.queued_at, result, now)
+        if settlement.burials and result.trouble is not None and self._may_be_the_server(attempt):
+            # An outage is no reason to give up a message, however old it is.
+            settlement = decide(attempt.recipients, claim.attempts, now, result, now)
         queued = result.queued or bool(settlement.waiting)
         result = SendResult(result.replies, result.transport, queued, result.trouble, settlement)
         account = Account(claim.id, attempt.envelope, attempt.answers, claim.attempts, claim.queued_at, now)
@@ -604,7 +643,7 @@ class _One:
 
     def __init__(self, claim: IClaim) -> None:
         self._claim: IClaim | None = claim
-        self.opens_first = self.is_over = False
+        self.opens_first = self.is_over = self.is_untried = False
 
     def take(self) -> IClaim | None:
         claim, self._claim = self._claim, None

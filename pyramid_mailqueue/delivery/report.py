@@ -21,7 +21,7 @@ from pyramid_mailqueue.envelope import Envelope
 if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent
 
-__all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell']
+__all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell', 'what_waits']
 
 #: A message that is older than this, in seconds, and still waits is worth a warning.
 LONG = 3600
@@ -253,3 +253,11 @@ def _events(account: Account, outcomes: Sequence[_Outcome], settlement: Settleme
         )
     for burial in settlement.burials:
         yield MailBuried(id=name, envelope=envelope, recipients=burial.recipients, reason=burial.reason)
+
+
+def what_waits(id_: str, result: SendResult) -> str:
+    """Return what the server's trouble means for the message *id_*, and for the others, in a sentence."""
+    if result.trouble is None or not result.trouble.in_message:
+        return 'Mail waits in the queue.'
+    is_given_up = result.settlement is not None and not result.settlement.waiting
+    return f'The message {id_} {"is given up" if is_given_up else "waits"}.'

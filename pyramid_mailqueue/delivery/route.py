@@ -185,6 +185,10 @@ class Route:
         """See `ITransport`."""
         self._call('abort')
 
+    def reload(self) -> None:
+        """See `ITransport`."""
+        self._call('reload')
+
     def make_room(self) -> None:
         """See `ITransport`."""
         self._call('make_room')

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
@@ -378,12 +379,12 @@ class _Crew:
             if share.succeeded() and not self._server_works:
                 self._server_works = True
                 self._stop.wake()
-        elif self._handler.is_paused or not result.trouble.in_message:
-            self._is_server_lost = True
-            self._supply.end()
         else:
-            waits = result.settlement is None or result.settlement.waiting
-            log.warning('%s The message %s %s.', result.trouble, claim.id, 'waits' if waits else 'is given up')
+            if result.trouble.in_message:
+                log.warning('%s %s', result.trouble, what_waits(claim.id, result))
+            if self._handler.is_paused or not result.trouble.in_message:
+                self._is_server_lost = True
+                self._supply.end()
         with self._lock:
             self._report.trouble = result.trouble or self._report.trouble
             if result.settlement is not None:

@@ -19,7 +19,7 @@ from pyramid_mailqueue.redirect import original_recipients
 __all__ = ['RedirectingTransport', 'redirecting']
 
 #: What a transport may have or not, and sends nothing.
-_PASSED_ON = frozenset({'abort', 'abort_opening', 'bury', 'leads_to', 'make_room'})
+_PASSED_ON = frozenset({'abort', 'abort_opening', 'bury', 'leads_to', 'make_room', 'reload'})
 
 
 def redirecting(transport: Any, to: str) -> ITransport:

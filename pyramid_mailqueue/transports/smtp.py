@@ -13,7 +13,6 @@ it said, and what to check.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -57,7 +56,8 @@ class SMTPTransport:
     :param idle_timeout: how long a session is kept for the next message, in seconds
     :param max_recipients: the most recipients of one mail transaction
     :param clock: seconds that never go back
-    :param connect: called with (host, port) and *connect_timeout*, returns a connected socket
+    :param connect: called with (*hostname*, *port*) and *connect_timeout*, returns a connected socket; by default the
+        addresses of the host are tried, one after the other, until mail can be sent
     :raises ConfigurationError: the arguments contradict each other
     """
 
@@ -79,7 +79,7 @@ class SMTPTransport:
         idle_timeout: float = 30,
         max_recipients: int = 100,
         clock: Callable[[], float] = time.monotonic,
-        connect: Connect = socket.create_connection,
+        connect: Connect | None = None,
     ) -> None:
         if not hostname:
             raise ConfigurationError('mailqueue.smtp_hostname is missing: name the mail server to send over.')
@@ -150,8 +150,7 @@ class SMTPTransport:
                 try:
                     yield from session.run(transaction)
                 except ServerTrouble as trouble:
-                    if not session.was_stale(transaction):
-                        trouble.in_message = transaction.begun
+                    if not session.takes_no_more(transaction):
                         if not transaction.replies:
                             raise
                         yield SendResult(transaction.replies, self._name, trouble=trouble)
@@ -161,6 +160,7 @@ class SMTPTransport:
                     self._pool.discard(session)
                     yield ABOUT_TO_BLOCK
                     session = self._pool.take() or self._connect()
+                    session.instead_of = transaction.objection
                     transactions = deque(self._submit(session, offer) for offer in offers)
                     continue
                 offers.popleft()
@@ -176,6 +176,11 @@ class SMTPTransport:
     def close(self) -> None:
         """See `ITransport`.  Sessions in use go on, and are kept when their message is sent."""
         self._pool.close()
+
+    def reload(self) -> None:
+        """See `ITransport`.  The authorities that certificates are checked against are read again."""
+        self._connector.forget_authorities()
+        self.close()
 
     def abort_opening(self) -> None:
         """See `ITransport`."""
@@ -195,7 +200,8 @@ class SMTPTransport:
         from pyramid_mailqueue.transports.smtp_session import Session
 
         with self._pool.opening(is_ahead=is_ahead) as opening:
-            session = Session(self._connector.connect(partial(self._pool.note, opening)), self._server)
+            client = self._connector.connect(partial(self._pool.note, opening), lambda: opening.is_given_up)
+            session = Session(client, self._server)
             if not self._pool.add(session, opening):
                 session.close()
                 raise ServerTrouble(f'The connection to {self._server} was given up by this process.')

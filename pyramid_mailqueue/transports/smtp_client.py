@@ -12,17 +12,20 @@ from __future__ import annotations
 import base64
 import hmac
 import logging
+import math
+import os
 import smtplib
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
+from pathlib import Path
 
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.hosts import domain_of_this_host
-from pyramid_mailqueue.transports.smtp_server import Server
+from pyramid_mailqueue.transports.smtp_server import VALID_FOR, Address, Server
 from pyramid_mailqueue.transports.smtp_transaction import ReplyReader, printable
 
 __all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
@@ -32,12 +35,19 @@ log = logging.getLogger('mailqueue.smtp')
 # More than a record of TLS: nothing that was decrypted stays behind, where poll() would not see it.
 READ_SIZE = 64 * 1024
 
+# What says of a server that it is there, and not as it should be.
+_WRONG_ANSWERS = smtplib.SMTPException, ssl.SSLError, TimeoutError, type(None)
+
 #: Told of each socket of a connection that is being opened, see :meth:`Connector.connect`.
 OnSocket = Callable[[socket.socket], object]
 
 
 def _tell_nobody(sock: socket.socket) -> None:
     pass
+
+
+class _LoginRefused(ServerTrouble):
+    """The password is wrong: no other address is asked, as too many tries lock the account."""
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -78,24 +88,62 @@ class Connector:
         self._tls_ca_file = tls_ca_file
         self._credentials = credentials
         self._given_local_hostname = local_hostname
+        # Until when each address is left out that could not be used.
+        self._failed: dict[Address, float] = {}
+        # The state of the authorities, and the context that knows them.
+        self._made_of: tuple[Sequence[object], ssl.SSLContext] | None = None
 
-    def connect(self, on_socket: OnSocket | None = None) -> Client:
+    def connect(self, on_socket: OnSocket | None = None, is_given_up: Callable[[], bool] = lambda: False) -> Client:
         """
         Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person.
+
+        Each address of the server is tried once (RFC 5321 section 5.1), whatever is wrong with the one before: all but
+        the last one have the timeout of a command together.  One that could not be used is left out for
+        :data:`~.smtp_server.VALID_FOR` seconds, as long as there is another one.
 
         :param on_socket: called with the socket when there is one, before the server has said anything, and with each
             one that takes its place: the one with TLS, before the handshake, and that of a second connection, if
             opportunistic TLS fails.  Another thread may :func:`shut_down` the last of them, which ends this call.
             One that came too late, for a socket that was just replaced, is made good here: shut down the new one, or
             raise ServerTrouble
+        :param is_given_up: whether somebody has shut down one of them, so that no other address is tried
         """
         try:
-            return self._open(on_socket or _tell_nobody)
+            # First: if the authorities cannot be read, no address is to blame.
+            context = self._context()
+            addresses = self._worth_trying(self._server.addresses())
+        except (OSError, ValueError) as error:
+            raise self._explained(error) from error
+        troubles: dict[Address, ServerTrouble] = {}
+        for address in addresses:
+            is_last = address == addresses[-1]
+            share = math.inf if is_last else self._server.timeout / len(addresses)
+            try:
+                client = self._connect_to(address, share, on_socket or _tell_nobody, context)
+            except ServerTrouble as trouble:
+                troubles[address] = trouble
+                if isinstance(trouble, _LoginRefused) or is_given_up():
+                    break
+                self._failed[address] = self._server.clock() + VALID_FOR
+                if not is_last:
+                    level = logging.WARNING if isinstance(trouble.__cause__, _WRONG_ANSWERS) else logging.INFO
+                    log.log(level, '%s This is its address %s; the next one is tried.', trouble, address)
+            else:
+                self._failed.pop(address, None)
+                return client
+        raise self._summary(troubles)
+
+    def _connect_to(
+        self, address: Address, seconds: float, on_socket: OnSocket, context: ssl.SSLContext | None
+    ) -> Client:
+        deadline = self._server.clock() + seconds
+        try:
+            return self._open(partial(Client, self._server, address, on_socket, deadline, context))
         except (OSError, ValueError, smtplib.SMTPException) as error:
             raise self._explained(error) from error
 
-    def _open(self, on_socket: OnSocket) -> Client:
-        client = self._greeted(on_socket)
+    def _open(self, new_client: Callable[..., Client]) -> Client:
+        client = self._greeted(new_client)
         try:
             if self._tls == 'starttls':
                 self._start_tls(client)
@@ -105,7 +153,7 @@ class Connector:
                 except (OSError, ServerTrouble, smtplib.SMTPException) as error:
                     log.info('%s: TLS failed, going on without: %s', self._server, error)
                     client.close()
-                    client = self._greeted(on_socket)
+                    client = self._greeted(new_client)
             if self._credentials:
                 client.authenticate(*self._credentials)
         except BaseException:
@@ -113,10 +161,25 @@ class Connector:
             raise
         return client
 
-    def _greeted(self, on_socket: OnSocket) -> Client:
+    def _worth_trying(self, addresses: list[Address]) -> list[Address]:
+        """Leave out what could not be used a short while ago; if that is all, the last one that worked leads."""
+        now = self._server.clock()
+        return [it for it in addresses if self._failed.get(it, 0) <= now] or sorted(
+            addresses, key=self._failed.__getitem__, reverse=True
+        )
+
+    def _summary(self, troubles: dict[Address, ServerTrouble]) -> ServerTrouble:
+        """Return what is wrong with the server: with each address, if that is not the same."""
+        last = [*troubles.values()][-1]
+        if len({str(trouble) for trouble in troubles.values()}) == 1:
+            return last
+        each = ' '.join(f'{address}: {trouble}' for address, trouble in troubles.items())
+        return ServerTrouble(f'{self._server} can be used at none of its addresses. {each}', code=last.code)
+
+    def _greeted(self, new_client: Callable[..., Client]) -> Client:
         # Before connecting: finding out our own name may take longer than a server waits.
         our_name = self._local_hostname
-        client = Client(self._server, self._context if self._tls == 'implicit' else None, on_socket)
+        client = new_client(is_implicit=self._tls == 'implicit')
         try:
             client.greet()
             client.local_hostname = our_name or client.address_literal
@@ -134,7 +197,7 @@ class Connector:
                 'should, somebody on the way may have removed the offer; nothing was sent.'
             )
         try:
-            client.start_tls(self._context)
+            client.start_tls()
         except smtplib.SMTPResponseException as error:
             raise ServerTrouble(
                 f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}.',
@@ -151,8 +214,21 @@ class Connector:
         name = domain_of_this_host()
         return name if '.' in name else ''
 
-    @cached_property
-    def _context(self) -> ssl.SSLContext:
+    def forget_authorities(self) -> None:
+        """Read the authorities again for the next connection, whether or not they seem to have changed."""
+        self._made_of = None
+
+    def _context(self) -> ssl.SSLContext | None:
+        """Return the context of a new connection: a new one when the authorities have changed."""
+        if self._tls == 'off':
+            return None
+        # Looked at before they are read: what is being written now is read again next time.
+        authorities = () if self._tls == 'opportunistic' else _state_of_authorities(self._tls_ca_file)
+        if self._made_of is None or self._made_of[0] != authorities:
+            self._made_of = authorities, self._new_context()
+        return self._made_of[1]
+
+    def _new_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if self._tls == 'opportunistic' else self._verifying_context()
         if self._tls == 'opportunistic':
             context.check_hostname = False
@@ -194,6 +270,28 @@ class Connector:
         )
 
 
+def _state_of_authorities(ca_file: str | PathLike[str] | None) -> Sequence[object]:
+    """Return what changes when the authorities of the system do, or those in *ca_file*."""
+    if ca_file is not None:
+        return [_state_of(ca_file)]
+    paths = ssl.get_default_verify_paths()
+    places = [os.environ.get(paths.openssl_cafile_env, paths.openssl_cafile)]
+    for folder in os.environ.get(paths.openssl_capath_env, paths.openssl_capath).split(os.pathsep):
+        places.append(folder)
+        with suppress(OSError):
+            # A few hundred: less than a millisecond, once for each connection.
+            places += sorted(entry.path for entry in os.scandir(folder))
+    return [_state_of(place) for place in places]
+
+
+def _state_of(path: str | PathLike[str]) -> object:
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 class Client(smtplib.SMTP):
     """
     smtplib up to the point where mail can be sent.
@@ -202,34 +300,55 @@ class Client(smtplib.SMTP):
     for, and never more than fits.  So there is no buffer either in which a forged line could wait for the end of the
     TLS handshake.
 
-    :param context: for TLS from the first byte
+    :param address: where to connect to
     :param on_socket: see :meth:`Connector.connect`
+    :param deadline: when mail can be sent, or another address is tried; by the clock of *server*
+    :param context: for TLS
+    :param is_implicit: TLS begins with the first byte
     """
 
     ehlo_msg = 'EHLO'
 
-    def __init__(self, server: Server, context: ssl.SSLContext | None, on_socket: OnSocket = _tell_nobody) -> None:
+    def __init__(
+        self,
+        server: Server,
+        address: Address,
+        on_socket: OnSocket,
+        deadline: float,
+        context: ssl.SSLContext | None,
+        *,
+        is_implicit: bool,
+    ) -> None:
         super().__init__(local_hostname='', timeout=server.timeout)
         self._server = server
-        self._context = context
+        self._address = address
         self._on_socket = on_socket
+        self._deadline = deadline
+        self._context = context
+        self._is_implicit = is_implicit
+
+    def _at_most(self, seconds: float) -> float:
+        """Return how many of so many *seconds* there are before the deadline."""
+        return min(seconds, max(self._deadline - self._server.clock(), 0.001))
 
     def _connected(self) -> socket.socket:
-        server = self._server
-        sock = server.connect((server.hostname, server.port), server.connect_timeout)
+        sock = self._server.open(self._address, self._at_most(self._server.connect_timeout))
         try:
-            sock.settimeout(server.timeout)
+            sock.settimeout(self._at_most(self._server.timeout))
             # What is to go out goes at once: we write whole groups of commands.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._on_socket(sock)
-            return self._encrypted(sock, self._context) if self._context else sock
+            return self._encrypted(sock) if self._is_implicit else sock
         except BaseException:
             sock.close()
             raise
 
-    def _encrypted(self, sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    def _encrypted(self, sock: socket.socket) -> ssl.SSLSocket:
+        assert self._context
         # This takes the connection away from the old socket: whoever wants to end it needs the new one.
-        encrypted = context.wrap_socket(sock, server_hostname=self._server.hostname, do_handshake_on_connect=False)
+        encrypted = self._context.wrap_socket(
+            sock, server_hostname=self._server.hostname, do_handshake_on_connect=False
+        )
         try:
             self._on_socket(encrypted)
             encrypted.do_handshake()
@@ -238,13 +357,13 @@ class Client(smtplib.SMTP):
             raise
         return encrypted
 
-    def start_tls(self, context: ssl.SSLContext) -> None:
+    def start_tls(self) -> None:
         """Say STARTTLS, shake hands, and forget what was said before (RFC 3207 section 4.2)."""
         assert self.sock
         code, text = self.docmd('STARTTLS')
         if code != 220:
             raise smtplib.SMTPResponseException(code, text)
-        self.sock = self._encrypted(self.sock, context)
+        self.sock = self._encrypted(self.sock)
         self.helo_resp = self.ehlo_resp = None
         self.esmtp_features = {}
         self.does_esmtp = False
@@ -296,7 +415,8 @@ class Client(smtplib.SMTP):
         )
 
     def _login_failed(self, username: str, why: str, code: int | None = None) -> ServerTrouble:
-        return ServerTrouble(
+        kind = _LoginRefused if code is not None and code >= 500 else ServerTrouble
+        return kind(
             f'{self._server} does not let {username!r} in: {why}. '
             'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
             code=code,
@@ -336,9 +456,10 @@ class Client(smtplib.SMTP):
 
     def _read_reply(self, shown: str | None = None) -> tuple[int, bytes]:
         reader = ReplyReader(str(self._server))
-        deadline = self._server.clock() + self._server.timeout
+        limit = self._at_most(self._server.timeout)
+        deadline = self._server.clock() + limit
         while (reply := reader.next_reply()) is None:
-            reader.feed(self._receive(deadline))
+            reader.feed(self._receive(deadline, limit))
         if not reader.is_empty:
             raise ServerTrouble(
                 f'{self._server} said more than it was asked for; somebody on the way may have added it.'
@@ -349,7 +470,7 @@ class Client(smtplib.SMTP):
                 log.debug('%s S: %d %s', self._server, code, shown or _text(line))
         return code, b'\n'.join(lines)
 
-    def _receive(self, deadline: float) -> bytes:
+    def _receive(self, deadline: float, limit: float) -> bytes:
         assert self.sock
         remaining = deadline - self._server.clock()
         data = None
@@ -358,8 +479,8 @@ class Client(smtplib.SMTP):
                 self.sock.settimeout(remaining)
                 data = self.sock.recv(READ_SIZE)
         if data is None:
-            raise TimeoutError(f'no reply within {self._server.timeout:g} seconds')
-        self.sock.settimeout(self._server.timeout)
+            raise TimeoutError(f'no reply within {round(limit, 1):g} seconds')
+        self.sock.settimeout(self._at_most(self._server.timeout))
         if not data:
             raise smtplib.SMTPServerDisconnected('it closed the connection')
         return data

@@ -3,53 +3,80 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
 from pyramid_mailqueue.settings import default_tls
 
-__all__ = ['MAX_POSTPONED', 'POSTPONED_FOR', 'Connect', 'PostponedSenders', 'Server', 'tls_mode']
+__all__ = ['MAX_KNOWN', 'MAX_VAIN', 'VALID_FOR', 'Address', 'Connect', 'Objections', 'Server', 'tls_mode']
 
 Connect = Callable[[tuple[str, int], float], socket.socket]
 
-#: How long it holds what a new session has said of a sender, in seconds.
-POSTPONED_FOR = 300
+#: How long it holds what a new session has said, and that an address could not be used, in seconds.
+VALID_FOR = 300
 
-#: Of so many senders at most.
-MAX_POSTPONED = 1000
+#: Of how many senders and groups of recipients it is known, at most.
+MAX_KNOWN = 1000
+
+#: So many new sessions may say the same in a row before the reply is believed in sessions that were used, too.
+MAX_VAIN = 3
 
 
-class PostponedSenders:
+class Objections:
     """
-    The senders from whom the server takes no message for now: it has said so (4xx to MAIL) to one in a new session.
+    What new sessions have said: to whom the server gives no answer but "not now".
 
-    In a session that was used the same reply may mean that no more messages are taken in it, and a new session finds
-    out.  For these it is known already.  A sender is here for :data:`POSTPONED_FOR` seconds, or until the server takes
-    a message from it.
+    In a session that has delivered, the same reply may mean that no more messages are taken in it, and a new session
+    finds out.  Here is what is known already: of a sender or of recipients, and of a reply (its code and enhanced code)
+    that :data:`MAX_VAIN` new sessions in a row have said too, as a server does that makes all strangers wait.  It is
+    known for :data:`VALID_FOR` seconds, or until the server takes a message from the sender or for the recipients.
 
     May be used by any number of threads at once: there is no lock, each step is one operation of a dict.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._until: dict[str, float] = {}
+        # By the hash: the addresses themselves may be many.
+        self._until: dict[int, float] = {}
+        self._vain: dict[Hashable, tuple[int, float]] = {}
 
-    def add(self, sender: str) -> None:
-        """Note what a new session has said."""
-        if len(self._until) >= MAX_POSTPONED:
+    def add(self, about: Hashable, said: Hashable) -> None:
+        """Note that a new session has *said* this *about* a sender, or some recipients."""
+        if len(self._until) >= MAX_KNOWN:
             # Those who still have to wait are found out again.
             self._until.clear()
-        self._until[sender] = self._clock() + POSTPONED_FOR
+        until = self._clock() + VALID_FOR
+        self._until[hash(about)] = until
+        self._vain[said] = self._count(said) + 1, until
 
-    def discard(self, sender: str) -> None:
-        """Note that the server takes messages from *sender*."""
-        self._until.pop(sender, None)
+    def discard(self, about: Hashable) -> None:
+        """Note that the server takes messages from a sender, or for some recipients."""
+        self._until.pop(hash(about), None)
 
-    def __contains__(self, sender: str) -> bool:
-        until = self._until.get(sender)
-        return until is not None and self._clock() < until
+    def was_of_session(self, said: Hashable) -> None:
+        """Note that a used session has *said* this, and a new one has taken the message."""
+        self._vain.pop(said, None)
+
+    def holds(self, about: Hashable, said: Hashable) -> bool:
+        """Whether it would be in vain to ask a new session."""
+        return self._clock() < self._until.get(hash(about), 0) or self._count(said) >= MAX_VAIN
+
+    def _count(self, said: Hashable) -> int:
+        count, until = self._vain.get(said, (0, 0))
+        return count if self._clock() < until else 0
+
+
+class Address(NamedTuple):
+    """One of the addresses that a server has, as :func:`socket.getaddrinfo` gives them."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return str(self.sockaddr[0])
 
 
 @dataclass(frozen=True)
@@ -62,11 +89,31 @@ class Server:
     timeout: float
     data_timeout: float
     clock: Callable[[], float]
-    connect: Connect
-    postponed: PostponedSenders = field(init=False, repr=False, compare=False)
+    connect: Connect | None = None
+    objections: Objections = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'postponed', PostponedSenders(self.clock))
+        object.__setattr__(self, 'objections', Objections(self.clock))
+
+    def addresses(self) -> list[Address]:
+        """Return the addresses of the server, each once, the preferred one first.  Raises OSError, ValueError."""
+        if self.connect is not None:
+            return [Address(socket.AF_UNSPEC, (self.hostname, self.port))]
+        found = socket.getaddrinfo(self.hostname, self.port, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(Address(family, sockaddr) for family, _, _, _, sockaddr in found))
+
+    def open(self, address: Address, seconds: float) -> socket.socket:
+        """Return a socket that is connected to one of the addresses, in so many seconds at most.  Raises OSError."""
+        if self.connect is not None:
+            return self.connect((self.hostname, self.port), seconds)
+        sock = socket.socket(address.family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(seconds)
+            sock.connect(address.sockaddr)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def __str__(self) -> str:
         return f'[{self.hostname}]:{self.port}' if ':' in self.hostname else f'{self.hostname}:{self.port}'

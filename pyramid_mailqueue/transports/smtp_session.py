@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import select
 import ssl
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from contextlib import suppress
 
+from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client, shut_down
@@ -30,6 +31,7 @@ class Session:
     stop reading until we have read its replies.
 
     :ivar was_used: a transaction was completed on it
+    :ivar instead_of: the reply that made it take the place of a session that was used
     :ivar idle_since: when it went into the pool
     """
 
@@ -37,6 +39,7 @@ class Session:
         assert client.sock
         self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
         self.was_used = False
+        self.instead_of: Reply | None = None
         self.idle_since = 0.0
         self._has_delivered = False
         self._is_broken_off = False
@@ -56,14 +59,26 @@ class Session:
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
         try:
             yield from self._go_on_until_done(transaction)
-        except ServerTrouble:
+        except ServerTrouble as trouble:
             if not transaction.done:
+                trouble.in_message = transaction.announced
+                trouble.at_mail = not transaction.begun
                 raise
+        finally:
+            self._learn_from(transaction)
         self.was_used = True
+
+    def _learn_from(self, transaction: MailTransaction) -> None:
+        known, objection = self._server.objections, transaction.objection
         if transaction.begun:
-            self._server.postponed.discard(transaction.sender)
-        elif transaction.postponed and not self._has_delivered:
-            self._server.postponed.add(transaction.sender)
+            known.discard(transaction.sender)
+        if transaction.delivered:
+            known.discard(transaction.recipients)
+            if self.instead_of is not None:
+                known.was_of_session(_said(self.instead_of))
+        elif objection is not None and not self._has_delivered:
+            known.add(_about(transaction), _said(objection))
+        self.instead_of = None
         self._has_delivered |= transaction.delivered
 
     def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
@@ -91,20 +106,24 @@ class Session:
                 began = self._server.clock()
 
     def was_stale(self, transaction: MailTransaction) -> bool:
-        """The server had ended this session, or the mail in it, before anything of *transaction* was answered."""
+        """
+        The server had ended this session, or made it useless, before anything of *transaction* was answered.
+
+        Not by silence: nobody waits for that a second time.
+        """
         if transaction.answered or transaction.done or self._is_broken_off:
             return False
-        return self.was_used and (self.dialogue.closed_by_server or self.dialogue.refused_reset)
+        return self.was_used and self.dialogue.trouble is not None
 
     def takes_no_more(self, transaction: MailTransaction) -> bool:
         """
-        The server has ended this session, or takes only so many messages in one (OpenSMTPD: 452 to MAIL).
+        The server has ended this session, or takes only so many messages in one.
 
-        In either case nothing of *transaction* has happened, and a new session may do.  Not if the last new one has
-        said the same of the sender.
+        In either case nothing of *transaction* has happened, and a new session may do.  A limit is told by whatever
+        reply to MAIL, or by 4xx to everybody at RCPT, DATA or the end of the data; not if new sessions say the same.
         """
-        if transaction.postponed and self._has_delivered:
-            return transaction.sender not in self._server.postponed
+        if transaction.objection is not None and self._has_delivered and not self._is_broken_off:
+            return not self._server.objections.holds(_about(transaction), _said(transaction.objection))
         return self.was_stale(transaction)
 
     @property
@@ -116,7 +135,9 @@ class Session:
             return False
 
     def say_quit(self) -> None:
-        """Say goodbye, if that does not take any time."""
+        """Say goodbye, if that does not take any time, and could not be taken for content."""
+        if self.dialogue.awaits_reply:
+            return
         with suppress(OSError):
             self._sock.send(b'QUIT\r\n')
 
@@ -144,6 +165,7 @@ class Session:
         limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
         remaining = began + limit - self._server.clock()
         if remaining <= 0:
+            self._is_broken_off = True
             raise self.dialogue.timed_out(limit)
         return Wait(self._sock.fileno(), select.POLLIN | select.POLLOUT if has_more else select.POLLIN, remaining)
 
@@ -175,3 +197,12 @@ class Session:
             # It may have said why before it closed.
             self._hear()
             raise self.dialogue.connection_lost(f'broke off the connection ({error})') from error
+
+
+def _about(transaction: MailTransaction) -> Hashable:
+    """Whom the objection to *transaction* is about, if it is about the message."""
+    return transaction.recipients if transaction.begun else transaction.sender
+
+
+def _said(reply: Reply) -> Hashable:
+    return reply.code, reply.enhanced

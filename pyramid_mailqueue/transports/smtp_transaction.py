@@ -50,6 +50,7 @@ from pyramid_mailqueue.addresses import check_address, needs_smtputf8
 from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.exceptions import NoRecipients, ServerTrouble
 from pyramid_mailqueue.line_ends import normalize_line_ends
+from pyramid_mailqueue.transports.smtp_replies import is_about_login, is_about_us
 
 __all__ = ['Capabilities', 'Dialogue', 'MailTransaction', 'ReplyReader', 'printable']
 
@@ -72,7 +73,6 @@ OUTCOME_UNKNOWN = Reply(
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*?))?\r?', re.DOTALL)
 
 # The server wants authentication or encryption first (RFC 4954 section 6, RFC 3207 section 4).
-_NOT_BEFORE_LOGIN = frozenset({530, 534, 535, 538})
 
 
 class Capabilities(NamedTuple):
@@ -187,10 +187,11 @@ class MailTransaction:
     :ivar is_ascii: no extension is needed for it
     :ivar replies: recipient to reply; who is missing here has no outcome
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
+    :ivar announced: MAIL is composed
     :ivar answered: the server has replied to at least one command of this transaction
     :ivar begun: the server has accepted the sender
-    :ivar postponed: the server would take no message from this sender now (4xx to MAIL)
     :ivar delivered: the server has accepted the content
+    :ivar objection: a reply that ended it for everybody, and may be about the session as well as about the message
     """
 
     def __init__(
@@ -203,12 +204,14 @@ class MailTransaction:
         self.is_ascii = content.isascii() and sender.isascii() and all(map(str.isascii, self.recipients))
         self.replies: dict[str, Reply] = {}
         self.done = False
+        self.announced = False
         self.answered = False
         self.begun = False
-        self.postponed = False
         self.delivered = False
+        self.objection: Reply | None = None
         self._taken: list[str] = []
         self._too_many: dict[str, Reply] = {}
+        self._about_us: dict[str, Reply] = {}
 
     @property
     def untried(self) -> tuple[str, ...]:
@@ -221,6 +224,11 @@ class MailTransaction:
         """The server took at least one recipient, so that the content can be sent."""
         return bool(self._taken)
 
+    @property
+    def refusal_of_us(self) -> Reply | None:
+        """What was said to a recipient and is not about it, if the server took nobody."""
+        return None if self._taken else next(iter(self._about_us.values()), None)
+
     # What follows is called by the dialogue.
 
     def refuse(self, reply: Reply, recipients: Iterable[str] | None = None) -> None:
@@ -231,6 +239,8 @@ class MailTransaction:
         """Note the reply to one RCPT."""
         if reply.accepted:
             self._taken.append(recipient)
+        elif is_about_us(reply):
+            self._about_us[recipient] = reply
         elif _is_too_many_recipients(reply):
             self._too_many[recipient] = reply
         else:
@@ -245,6 +255,12 @@ class MailTransaction:
         # "Too many" after nobody at all is no reason to try again at once.
         if not self._taken:
             self.replies.update(self._too_many)
+        for recipient, reply in self._about_us.items():
+            # Others are taken, so this is no reason to end the session, and no reason to give the recipient up.
+            self.replies[recipient] = Reply(451, f'refused for what we may mend: {reply}', '4.7.0', from_server=False)
+        if not self.delivered and self.objection is None:
+            deferred = (reply for reply in self.replies.values() if reply.deferred and reply.from_server)
+            self.objection = next(deferred, None)
         self.done = True
 
 
@@ -309,9 +325,6 @@ class Dialogue:
     ) -> None:
         self.capabilities = capabilities
         self.trouble: ServerTrouble | None = None
-        self.closed_by_server = False
-        # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
-        self.refused_reset = False
         self.trace = trace
         self._server = server
         self._reader = ReplyReader(server)
@@ -334,6 +347,11 @@ class Dialogue:
     def is_idle(self) -> bool:
         """Between two transactions: nothing to say, nothing awaited, and the session can go on."""
         return not (self._awaited or self._speaker or self._waiting or self._chunk or self.trouble)
+
+    @property
+    def awaits_reply(self) -> bool:
+        """Something was asked, and the server has not answered."""
+        return bool(self._awaited)
 
     @property
     def awaits_end_of_data(self) -> bool:
@@ -407,7 +425,6 @@ class Dialogue:
 
     def connection_lost(self, what: str) -> ServerTrouble:
         """Note that the connection broke, and return the trouble; *what* says how, behind the name of the server."""
-        self.closed_by_server = True
         return self._end(ServerTrouble(f'{self._server} {what} {self._while()}.'))
 
     def timed_out(self, seconds: float) -> ServerTrouble:
@@ -440,6 +457,7 @@ class Dialogue:
 
     def _say(self, transaction: MailTransaction, step: _Step, recipient: str) -> bytes:
         if step is _Step.MAIL:
+            transaction.announced = True
             sender = transaction.sender and check_address(transaction.sender)
             line = f'MAIL FROM:<{sender}>{self._mail_parameters(transaction)}'
         elif step is _Step.RCPT:
@@ -505,7 +523,6 @@ class Dialogue:
         if code == 421:
             # If it answers the final dot, that is an answer: this message was not accepted.
             self._awaited.clear()
-            self.closed_by_server = True
             raise self._trouble(f'closed the session: {reply}.', code)
         if awaited is None or awaited.end > self._sent:
             raise self._unasked(awaited, reply)
@@ -520,28 +537,24 @@ class Dialogue:
         # message would come back for ever; the rest of the session cannot be trusted.
         if awaited and awaited.step is _Step.DOT and (reply.deferred or reply.refused):
             awaited.transaction.answered = True
+            self._raise_if_about_us(awaited.transaction, reply)
             awaited.transaction.answer_data(reply)
             return self._trouble(f'replied before the end of the data: {reply}.', reply.code)
         return self._trouble(f'sent a reply that nobody asked for: {reply}.', reply.code)
 
     def _on_reset(self, awaited: _Awaited, reply: Reply) -> None:
         if not reply.accepted:
-            self.refused_reset = True
+            # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
             raise self._trouble(f'refused RSET: {reply}.', reply.code)
 
     def _on_mail(self, awaited: _Awaited, reply: Reply) -> None:
-        if reply.code in _NOT_BEFORE_LOGIN:
-            raise self._trouble(
-                f'takes no mail without a login or without TLS: {reply}. '
-                'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
-                reply.code,
-            )
+        self._raise_if_about_us(awaited.transaction, reply)
         if reply.accepted:
             self._needs_reset = True
             awaited.transaction.begun = True
         else:
             # What was said already, RCPT and DATA, will be answered too: with "MAIL first".
-            awaited.transaction.postponed = reply.deferred
+            awaited.transaction.objection = reply
             awaited.transaction.refuse(reply)
             self._commands.clear()
         self._finish_if_hopeless(awaited.transaction)
@@ -555,6 +568,9 @@ class Dialogue:
     def _on_data(self, awaited: _Awaited, reply: Reply) -> None:
         transaction = awaited.transaction
         if reply.code != 354:
+            if transaction.has_recipients:
+                # Else it is no more than "nobody to send to".
+                self._raise_if_about_us(transaction, reply)
             transaction.answer_data(reply)
             self._finish_without_data(transaction)
             return
@@ -562,10 +578,12 @@ class Dialogue:
         if transaction.has_recipients:
             self._begin_data(_Awaited(_Step.DOT, transaction), transaction.content)
         else:
+            self._raise_if_about_us(transaction, transaction.refusal_of_us)
             # RFC 2920 section 3.1: nobody was accepted, and the server wants a message all the same.
             self._begin_data(_Awaited(_Step.LONE_DOT, transaction), b'')
 
     def _on_dot(self, awaited: _Awaited, reply: Reply) -> None:
+        self._raise_if_about_us(awaited.transaction, reply)
         awaited.transaction.delivered = reply.accepted
         awaited.transaction.answer_data(reply)
         awaited.transaction.finish()
@@ -584,9 +602,20 @@ class Dialogue:
             self._finish_without_data(transaction)
 
     def _finish_without_data(self, transaction: MailTransaction) -> None:
+        self._raise_if_about_us(transaction, transaction.refusal_of_us)
         self._speaker = None
         self._commands.clear()
         transaction.finish()
+
+    def _raise_if_about_us(self, transaction: MailTransaction, reply: Reply | None) -> None:
+        if reply is None or not is_about_us(reply):
+            return
+        transaction.objection = reply
+        if is_about_login(reply):
+            what = 'takes no mail without a login or without TLS', 'smtp_username, smtp_password and smtp_tls'
+        else:
+            what = 'takes no mail from us', 'smtp_local_hostname and smtp_username'
+        raise self._trouble(f'{what[0]}: {reply}. Check mailqueue.{what[1]}.', reply.code)
 
     _ANSWERS: ClassVar[Mapping[_Step, Callable[[Dialogue, _Awaited, Reply], None]]] = {
         _Step.RSET: _on_reset,

@@ -7,6 +7,7 @@ import os
 import pwd
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trustme
 
 from pyramid_mailqueue.cli import run
 from pyramid_mailqueue.delivery.results import Burial, Settlement
@@ -1421,6 +1423,40 @@ def test_a_rotation_in_the_middle_of_a_message_is_heard(watch, app_ini, put, ser
 
     assert ended(process)[0] == 0
     assert 'status=sent' not in former.read_text()
+
+
+@pytest.mark.parametrize('hears_of_it', [True, False], ids=['SIGHUP', 'unsaid'])
+def test_who_watches_goes_on_with_a_new_certificate_and_tells_at_sighup_that_passwords_are_the_same(
+    watch, app_ini, put, systemd, until, state, tmp_path, hears_of_it
+):
+    ca_file = tmp_path / 'ca.pem'
+
+    def certificate():
+        ca, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ca.issue_cert('127.0.0.1').configure_cert(context)
+        # Of the same length and time: nobody sees that it has changed who is not told.
+        ca_file.write_bytes(ca.cert_pem.bytes().ljust(4096, b'\n'))
+        if hears_of_it:
+            os.utime(ca_file, (1, 1))
+        return context
+
+    with ScriptedSMTPServer({'.': lambda _: Close('250 2.0.0 ok')}, tls=certificate()) as server:
+        path = app_ini(server, more=LOGGING, smtp_tls='starttls', smtp_tls_ca_file=ca_file)
+        put()
+        process = watch(path, *OFTEN)
+        until(lambda: state() == {})
+
+        server.tls = certificate()
+        if hears_of_it:
+            process.send_signal(signal.SIGHUP)
+            systemd.wait_for('RELOADING=1')
+            systemd.wait_for('READY=1')
+        put()
+        until(lambda: state() == {})
+
+    assert ended(process)[0] == 0
+    told = path.with_name('app.log').read_text()
+    assert told.count('passwords are those of the start') == hears_of_it
 
 
 def test_who_watches_for_so_many_messages_ends_with_the_last_of_them(watch, app_ini, put_many, server):

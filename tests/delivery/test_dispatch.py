@@ -243,8 +243,9 @@ def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, cl
     assert len(transport.asked) == 2
 
 
-def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_resting, claims, queue, until):
-    with ScriptedSMTPServer({'RCPT': [Close()]}) as server:
+@pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
+def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_resting, claims, queue, until, caplog, step):
+    with ScriptedSMTPServer({step: [Close()]}) as server:
         transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
         make_resting(transport, Pause(first=300)).dispatch(claims(3))
         until(lambda: len(server.messages) == 2 and queue.state == {'waiting': 1})
@@ -252,6 +253,9 @@ def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_restin
         # It is not tried again and again, but left to mq-run.
         assert len(server.sessions) == 2
         transport.close()
+
+    (bad,) = [file.name.partition(',')[0] for file in queue.files('new')]
+    assert any(record.getMessage().endswith(f'The message {bad} waits.') for record in caplog.records)
 
 
 def test_over_a_pause_the_first_messages_are_remembered(make_resting, claims, queue, says, trouble, until):

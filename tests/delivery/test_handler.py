@@ -411,7 +411,7 @@ class Given:
         self.claims = list(claims)
         self.others = others
         self.handed_over = []
-        self.opens_first = self.is_over = False
+        self.opens_first = self.is_over = self.is_untried = False
 
     def take(self):
         return self.claims.pop(0) if self.claims else None

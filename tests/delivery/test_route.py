@@ -313,7 +313,7 @@ def test_dead_letters_are_kept_where_that_can_be_done(caplog):
     assert 'cannot keep a dead letter' in caplog.text
 
 
-def test_close_and_abort_are_passed_on_where_they_exist():
+def test_close_abort_and_reload_are_passed_on_where_they_exist():
     class Closes:
         called = ()
 
@@ -323,12 +323,16 @@ def test_close_and_abort_are_passed_on_where_they_exist():
         def abort(self):
             self.called = (*self.called, 'abort')
 
+        def reload(self):
+            self.called = (*self.called, 'reload')
+
     transports = Closes(), Sends()
     for route in [Route(transport, Pause()) for transport in transports]:
         route.close()
         route.abort()
+        route.reload()
 
-    assert transports[0].called == ('close', 'abort')
+    assert transports[0].called == ('close', 'abort', 'reload')
 
 
 # --- with a real one --------------------------------------------------------
@@ -336,12 +340,13 @@ def test_close_and_abort_are_passed_on_where_they_exist():
 
 def test_the_smtp_transport_streams():
     offers = [offer(number) for number in range(3)]
-    with ScriptedSMTPServer({'MAIL': [None, None, '550 5.7.1 never']}) as server:
+    with ScriptedSMTPServer({'MAIL': [None, None, *['550 5.7.1 never'] * 2]}) as server:
         transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='c.example')
         found = results(transport, *offers)
         transport.close()
 
     assert said(found) == [{ADA: '250 2.0.0 accepted'}, {ADA: '250 2.0.0 accepted'}, {ADA: '550 5.7.1 never'}]
     assert [message.content for message in server.messages] == [it.content for it in offers[:2]]
-    # The third has no content.
+    # The third has no content; a refusal of its sender could be about the first session.
     assert server.sessions[0].round_trips == 2 + len(['EHLO', 'MAIL RCPT DATA', 'QUIT'])
+    assert len(server.sessions) == 2

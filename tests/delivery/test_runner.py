@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -14,6 +15,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
+from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.queues.maildir import STALE_AFTER
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
@@ -525,15 +527,19 @@ def test_what_may_have_been_delivered_waits_and_a_second_transport_has_the_rest(
     assert ('deferred', m(2)[0]) in told('status', 'to')
 
 
-def test_noise_between_two_messages_is_the_servers_trouble_and_nothing_has_happened(run_over, queue, wait_all):
+@pytest.mark.parametrize('times', [1, 2])
+def test_noise_between_two_messages_is_no_trouble_unless_a_new_session_says_the_same(run_over, queue, wait_all, times):
     names = wait_all(4)
     before = snapshot(queue)
-    with ScriptedSMTPServer({'MAIL': [None, None, 'what?']}) as server:
+    with ScriptedSMTPServer({'MAIL': [None, None, *['what?'] * times]}) as server:
         report = run_over(server)
 
-    assert (report.sent, 'not an SMTP reply' in str(report.trouble)) == (2, True)
-    assert snapshot(queue) == subset(before, names[2:])
-    assert len(server.sessions) == 1
+    # The second time it is in the midst of the third message.
+    assert report == RunReport(sent=5 - times)
+    assert sorted(brought(server)) == sorted(m(0, 1, 2, 3) if times == 1 else m(0, 1, 3))
+    assert {name: it[2] for name, it in snapshot(queue).items()} == (
+        {} if times == 1 else {f'{names[2]},stumbles=1': before[names[2]][2]}
+    )
 
 
 # --- over several connections -----------------------------------------------
@@ -702,10 +708,6 @@ TROUBLES = {
     'no AUTH': ({}, {'username': 'shop', 'password': 'secret'}),
     '535 to AUTH': ({'AUTH': '535 5.7.8 no'}, {'username': 'shop', 'password': 'secret'}),
     '454 to AUTH': ({'AUTH': '454 4.7.0 not now'}, {'username': 'shop', 'password': 'secret'}),
-    '530 to MAIL': ({'MAIL': '530 5.7.0 log in first'}, {}),
-    '421 to MAIL': ({'MAIL': Close('421 4.3.2 closed')}, {}),
-    'closed at MAIL': ({'MAIL': Close()}, {}),
-    'noise at MAIL': ({'MAIL': 'what?'}, {}),
 }
 
 
@@ -727,21 +729,97 @@ def test_the_servers_trouble_costs_one_try_and_nothing_is_rewritten(run_over, qu
     assert (len(calls), told('status')) == (1, [])
 
 
-@pytest.mark.parametrize('step', ['RCPT', 'DATA', '.'])
-def test_a_server_that_says_421_to_each_message_ends_the_run_after_three(run_over, queue, wait_all, step):
+#: A message that one can tell from the others by its sender.
+BAD = Envelope('bad@site.example', ('bad@x.example',), b'Subject: bad\r\n\r\n')
+
+#: How a server may be in trouble as late as in the midst of a message, and the code that it gives.
+AT_ONE_MESSAGE = {
+    '421': (Close('421 4.3.2 closed'), 421),
+    '530': ('530 5.7.0 log in first', 530),
+    '504': ('504 5.5.2 <app>: Helo command rejected: need fully-qualified hostname', 504),
+    'noise': ('what?', None),
+    'closed': (Close(), None),
+    'silence': (Silence(), None),
+}
+
+
+@pytest.mark.parametrize(
+    ('how', 'step'),
+    [
+        *((how, step) for how in AT_ONE_MESSAGE for step in ('MAIL', 'RCPT', 'DATA')),
+        *((how, '.') for how in ('421', '530', '504')),
+    ],
+)
+def test_a_server_that_does_so_at_each_message_ends_the_run_after_three(run_over, queue, wait_all, how, step):
     names = wait_all(6)
     before = snapshot(queue)
-    with ScriptedSMTPServer({step: lambda command: Close('421 4.3.2 closed')}) as server:
-        report = run_over(server, 4)
+    answer, code = AT_ONE_MESSAGE[how]
+    with ScriptedSMTPServer({step: lambda command: answer}) as server:
+        report = run_over(server, 4, smtp={'timeout': 1})
 
     after = snapshot(queue)
     assert report == RunReport(trouble=report.trouble)
-    assert report.trouble.code == 421
+    assert report.trouble.code == code
     assert {f'{name},stumbles=1': before[name] for name in names[:3]} == {
         name: it for name, it in after.items() if 'stumbles' in name
     }
     assert subset(after, names[3:]) == subset(before, names[3:])
     assert len(server.sessions) == 3
+
+
+@pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
+@pytest.mark.parametrize('connections', [1, 4])
+@pytest.mark.parametrize('how', AT_ONE_MESSAGE)
+def test_one_sender_that_the_server_cannot_stand_keeps_no_other_from_it(
+    run_over, queue, wait_all, caplog, how, connections, step
+):
+    answer, _ = AT_ONE_MESSAGE[how]
+    bad = queue.put(BAD)
+    os.utime(queue.place('new', bad), (1, 1))
+    wait_all(8)
+
+    def by_sender(command):
+        return answer if '<bad@' in command else None
+
+    with ScriptedSMTPServer({step: by_sender}) as server:
+        report = run_over(server, connections, smtp={'timeout': 1})
+        assert report == RunReport(sent=8)
+        assert sorted(brought(server)) == m(*range(8))
+        assert [file.name for file in queue.files('new')] == [f'{bad},stumbles=1']
+        assert [record.levelname for record in caplog.records if f'The message {bad} waits.' in record.message] == [
+            'WARNING'
+        ]
+
+        # Behind one that is fine, and alone.
+        wait_all(1)
+        assert run_over(server, connections, smtp={'timeout': 1}).sent == 1
+        assert run_over(server, connections, smtp={'timeout': 1}).sent == 0
+    assert [file.name for file in queue.files('new')] == [f'{bad},stumbles=3']
+    assert [header.attempts for header in queue.headers('new')] == [0]
+
+
+@pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
+@pytest.mark.parametrize(('innocent', 'bad', 'given_up'), [(0, 1, 1), (0, 2, 2), (1, 3, 3), (0, 3, 0), (0, 6, 0)])
+def test_a_message_at_which_the_session_ends_is_given_up_after_its_lifetime_and_none_because_of_an_outage(
+    queue, wait_all, innocent, bad, given_up, step
+):
+    wait_all(innocent)
+    for _ in range(bad):
+        queue.put(BAD)
+    later = time.time() + 6 * 86400
+
+    def of_bad(command):
+        return Close('421 4.3.2 closed') if '<bad@' in command else None
+
+    with ScriptedSMTPServer({step: of_bad}) as server:
+        transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
+        handler = MessageHandler([transport], clock=lambda: later)
+        with closing(transport):
+            Runner(queue, handler, clock=lambda: later).run()
+
+    assert queue.state == {
+        state: number for state, number in (('waiting', bad - given_up), ('dead', given_up)) if number
+    }
 
 
 def test_a_server_that_goes_down_in_the_middle_of_a_run_costs_one_try_for_each_connection(run_over, queue, wait_all):

@@ -208,8 +208,9 @@ class Postfix(Server):
     )
     spool = ('var/spool/postfix/incoming', 'var/spool/postfix/active')
 
-    def configure(self, max_size=100_000, max_sessions=50, max_errors=20):
+    def configure(self, max_size=100_000, max_sessions=50, max_errors=20, wants_full_names=False):
         number = USERS['keeper']
+        names = 'reject_non_fqdn_helo_hostname reject_non_fqdn_sender' if wants_full_names else ''
         self.write(
             'etc/postfix/main.cf',
             f"""
@@ -236,6 +237,7 @@ class Postfix(Server):
             virtual_gid_maps = static:{number}
             message_size_limit = {max_size}
             smtpd_peername_lookup = no
+            smtpd_helo_restrictions = {names}
             smtpd_tls_security_level = may
             smtpd_tls_cert_file = /etc/certificate.pem
             smtpd_tls_key_file = /etc/key.pem

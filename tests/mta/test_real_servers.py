@@ -203,3 +203,26 @@ def test_a_server_with_room_for_fewer_sessions_than_we_may_open_gets_everything(
     assert left() == {}
     assert arrived(server) == sorted(map(content, range(50)))
     assert complaint in server.log()
+
+
+def test_a_server_that_does_not_like_our_name_makes_no_dead_letters(start, put, mq_run, left, content):
+    server = start(Postfix, wants_full_names=True)
+    for number in range(5):
+        put(content(number))
+
+    status, told = mq_run(server, smtp_local_hostname='localhost')
+    assert (status, told) == (75, 'mq-run: 0 sent; 5 waiting\n')
+    assert left() == {'new': [ADA] * 5}
+    assert 'Helo command rejected: need fully-qualified hostname' in server.log()
+
+    assert mq_run(server, smtp_local_hostname='app.example') == (0, 'mq-run: 5 sent; 0 waiting\n')
+    assert arrived(server) == sorted(map(content, range(5)))
+
+
+def test_a_server_that_does_not_like_a_senders_name_refuses_that_message(start, transport, content):
+    one = transport(start(Postfix, wants_full_names=True), local_hostname='app.example')
+
+    result = one.send('shop@localhost', [ADA], content(1))
+
+    assert result.refused == (ADA,)
+    assert 'Sender address rejected: need fully-qualified address' in result.replies[ADA].text

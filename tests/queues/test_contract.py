@@ -15,7 +15,9 @@ import threading
 import pytest
 from zope.interface.verify import verifyObject
 
+from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.results import Burial, Recovery, Settlement
+from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
@@ -23,6 +25,8 @@ from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, ExactId, QueueEnt
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
+from pyramid_mailqueue.transports.smtp import SMTPTransport
 from tests.crash.queue_parts import stage
 from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held, make_waiting
 from tests.sql.databases import create_queue_tables
@@ -497,6 +501,28 @@ def test_a_message_at_which_the_server_stumbles_keeps_no_other_from_it(queue):
 
     # Which of them comes first is the queue's business, but both do.
     assert {taken.id for taken in queue.claim_due(NOW)} == {stumbling, innocent}
+
+
+@pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
+def test_a_sender_at_which_the_session_ends_keeps_no_other_from_its_mail_and_is_given_up_in_the_end(queue, clock, step):
+    put(queue, Envelope('bad@site.example', ('bad@x.example',), CONTENT))
+    for name in 'abcde':
+        put(queue, Envelope('shop@site.example', (f'{name}@x.example',), CONTENT))
+
+    def of_bad(command):
+        return Close('421 4.3.2 closed') if '<bad@' in command else None
+
+    with ScriptedSMTPServer({step: of_bad}) as server:
+        transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='c.example')
+        runner = Runner(queue, MessageHandler([transport], clock=clock), clock=clock)
+        first, second = runner.run(), runner.run()
+        clock.now += 6 * 24 * HOUR
+        third = runner.run()
+
+    assert (first.sent, second.sent, third.refused) == (5, 0, 1)
+    assert sorted(message.recipients for message in server.messages) == [(f'{name}@x.example',) for name in 'abcde']
+    assert here(queue) == {'dead': 1}
+    assert '421 4.3.2 closed' in entries(queue)[0].last_reply
 
 
 def test_the_last_reply_is_kept_until_there_is_another_one(queue):

@@ -420,7 +420,8 @@ def test_what_is_not_the_fault_of_the_message_is_trouble(script, text, code):
         assert str(server.port) in str(caught.value)
         assert caught.value.code == code
         # It was willing to take mail, and stumbled over this one.
-        assert caught.value.in_message == bool({'RCPT', 'DATA', 'content', '.'} & script.keys())
+        assert caught.value.in_message == bool({'MAIL', 'RCPT', 'DATA', 'content', '.'} & script.keys())
+        assert caught.value.at_mail == ('MAIL' in script)
         assert server.messages == []
         server.wait_for(lambda: server.sessions[0].is_over)
 
