@@ -9,7 +9,7 @@ from hypothesis import given
 
 from demo.inbox import Inbox
 from pyramid_mailqueue.cli.queue_look import list_messages, show_message
-from pyramid_mailqueue.delivery.plugins import Message
+from pyramid_mailqueue.delivery.plugins import PluginMessage
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.contents import MOST_TEXT, body_of, read_contents
 from pyramid_mailqueue.queues.entries import header_lines, tell_from_header
@@ -106,7 +106,7 @@ def all_text_of(content):
         yield from (name, value)
     for other in contents.parts:
         yield other.kind
-    msg = Message('1', Envelope('', ('ada@x.example',), content), 1, 0)
+    msg = PluginMessage('1', Envelope('', ('ada@x.example',), content), 1, 0)
     yield msg.msg_id or ''
 
 
@@ -120,7 +120,14 @@ def test_whatever_a_message_holds_what_is_shown_of_it_is_text(content):
 def test_whatever_a_message_holds_its_queue_can_be_listed_and_it_can_be_shown(content):
     queue = MemoryQueue()
     name = queue.put(Envelope('', ('ada@x.example',), content))
-    chosen = {'sender': None, 'recipient': None, 'older_than': None, 'newer_than': None, 'states': None}
+    chosen = {
+        'sender': None,
+        'recipient': None,
+        'older_than': None,
+        'newer_than': None,
+        'states': None,
+        'message_id': None,
+    }
 
     for options in ({'raw': False, 'json': False}, {'raw': False, 'json': True}):
         arguments = argparse.Namespace(prog='mq-queue', ids=[name], **chosen, **options)
