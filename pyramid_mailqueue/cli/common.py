@@ -70,7 +70,6 @@ class _TellVersion(argparse.Action):
 
 def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the ini file, ``--name``, ``--set`` and ``--queue-dir``; and ``--version``."""
-    parser.add_argument('--version', action=_TellVersion, nargs=0, help="show the package's version and exit")
     parser.add_argument(
         'ini', metavar='INI', help="the application's ini file, as pserve takes it: app.ini or app.ini#name"
     )
@@ -91,6 +90,7 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ini_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--version', action=_TellVersion, nargs=0, help="show the package's version and exit")
     parser.add_argument('-n', '--name', help='the name of the application in the ini file (default: main)')
     parser.add_argument(
         '--set',

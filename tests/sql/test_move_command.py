@@ -91,7 +91,7 @@ def test_what_is_left_behind_is_counted_and_is_status_1(mq_queue, place):
     status, out, err = mq_queue('move', '--to-sql')
 
     assert status == 1
-    assert out.splitlines()[-1] == f'left in {place.maildir.path}: 22 waiting, 1 in progress'
+    assert out.splitlines()[-1] == f'left in {place.maildir.path}: 1 in progress, 22 corrupt'
     assert err.splitlines()[0].startswith('mq-queue: damaged00 cannot be moved: its file is damaged: ')
     assert err.splitlines()[-1] == 'mq-queue: 2 more cannot be moved'
     claim.release()
@@ -111,7 +111,7 @@ def test_a_program_is_told_in_json(mq_queue, place):
         'settled': 0,
         'half_way': 0,
         'refused': [{'id': 'damaged'}],
-        'left': {'waiting': 1},
+        'left': {'corrupt': 1},
     }
 
 
