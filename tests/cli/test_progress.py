@@ -360,7 +360,8 @@ def test_what_is_written_to_stderr_appears_above_the_bar(terminal):
 
     *written, bar = screen.wait_for('2400').splitlines()
 
-    assert written == ['one', 'two', '<string>:1: UserWarning: three']
+    # From Python 3.13 on a warning is followed by its line of the source, which this one has not.
+    assert [line for line in written if line] == ['one', 'two', '<string>:1: UserWarning: three']
     assert bar.startswith('━')
 
 
