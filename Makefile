@@ -35,7 +35,7 @@ test: $(TEST)/installed-$(VERSION) system-packages
 test-pythons: system-packages
 	$(PYTHON) -m tests.pythons.suites
 
-# For CI: the oldest Python that is here with the oldest versions that setup.cfg allows, and the newest with the newest.
+# The oldest Python that is here with the oldest versions that setup.cfg allows, and the newest with the newest.
 test-ends: | check-python
 	$(PYTHON) -m tests.pythons.suites --plain
 
