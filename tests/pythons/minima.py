@@ -41,5 +41,8 @@ def minima(setup):
     return [f'{name}=={version}{marker}' for (name, marker), version in sorted(found.items())]
 
 
+# Pyramid 2.0 imports pkg_resources, which writes a warning to the stderr of every command since setuptools 80.9.
+_SILENT = ['setuptools<80.9']
+
 if __name__ == '__main__':
-    print(*minima(read_setup()), sep='\n')
+    print(*minima(read_setup()), *_SILENT, sep='\n')
