@@ -31,7 +31,7 @@ UNSETTLED_REST = 300
 
 @implementer(IClaim)
 class MaildirClaim:
-    """See `IClaim`.  Made for a file in ``cur/`` that is held."""
+    """See `IClaim`.  Made for a file that is held: in ``new/`` until it is begun, and then in ``cur/``."""
 
     def __init__(self, folders: MaildirFolders, file: LockedFile) -> None:
         self._folders = folders
@@ -42,6 +42,20 @@ class MaildirClaim:
 
     def __repr__(self) -> str:
         return f'<MaildirClaim {self._file.name}>'
+
+    def begin(self) -> bool:
+        """See `IClaim`.  In ``new/`` a file is what it was when its process dies, and in ``cur/`` an orphan."""
+        if self._file.closed:
+            return False
+        if self._file.folder != 'new':
+            return True
+        try:
+            self._file.move(self._folders.place('cur', self._file.name))
+        except OSError as error:
+            log_trouble('cannot be claimed, and has to wait', self._file.path, error)
+            self._file.close()
+            return False
+        return True
 
     @property
     def deaths(self) -> int:
@@ -124,7 +138,9 @@ class MaildirClaim:
 
     def release(self) -> None:
         """See `IClaim`."""
-        if not self._file.closed:
+        if self._file.folder == 'new':
+            self._file.close()
+        elif not self._file.closed:
             self._back_to_new(self._file.name)
 
     def orphaned(self) -> bool:
@@ -176,7 +192,7 @@ class MaildirClaim:
             sync_folder(self._folders.place('dead'))
         if not settlement.waiting:
             if self._file.remove():
-                self._folders.removed('cur', self._file)
+                self._folders.removed(self._file.folder, self._file)
         elif self._is_changed_by(settlement):
             self._rewrite(settlement)
             # Its deliverer has lived, so the deaths before do not count any more.

@@ -15,6 +15,7 @@ import resource
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from pyramid_mailqueue.delivery.logs import log_trouble, why
@@ -204,8 +205,10 @@ class _UnsyncedChanges:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        # Held while a batch is made durable: who has filled the next one meanwhile has to wait.
+        # Held by who makes a batch durable, or has it done: who has filled the next one meanwhile has to wait.
         self._syncing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._troubles: deque[tuple[str, OSError]] = deque()
         # Of two batches no more are kept open than a quarter of what this process may have open.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_files = SYNC_EVERY if limit == resource.RLIM_INFINITY else limit // 8
@@ -230,17 +233,42 @@ class _UnsyncedChanges:
             self._count += 1
             if self._count < SYNC_EVERY and now - self._since < SYNC_SECONDS:
                 return
-        self._syncing.acquire()
-        batch = self._take()
-        try:
-            threading.Thread(target=self._end, args=batch, name='mailqueue-sync', daemon=True).start()
-        except RuntimeError:
-            # There can be no more threads.
-            self._end(*batch)
+        with self._syncing:
+            self._wait()
+            folders, files = self._take()
+            thread = threading.Thread(target=self._end, args=(folders, files), name='mailqueue-sync', daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError:
+                # There can be no more threads.
+                self._end(folders, files)
+            except BaseException:
+                self._folders |= folders
+                raise
+        self._tell()
 
     def flush(self) -> None:
-        self._syncing.acquire()
-        self._end(*self._take())
+        with self._syncing:
+            self._wait()
+            folders, files = self._take()
+            try:
+                self._end(folders, files)
+            except BaseException:
+                self._folders |= folders
+                raise
+        self._tell()
+
+    def _tell(self) -> None:
+        """Called when nothing is held: who hears of it may deliver mail."""
+        while self._troubles:
+            path, error = self._troubles.popleft()
+            log_trouble('holds changes that a power cut may undo', path, error)
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _take(self) -> tuple[set[str], list[LockedFile]]:
         with self._lock:
@@ -249,20 +277,13 @@ class _UnsyncedChanges:
         return batch
 
     def _end(self, folders: set[str], files: list[LockedFile]) -> None:
-        # Told of when nothing is held any more: who hears of it may deliver mail.
-        troubles = []
-        try:
-            for folder in folders:
-                path = os.path.join(self._path, folder)
-                try:
-                    sync_folder(path)
-                except OSError as error:
-                    troubles.append((path, error))
-            abandon_all(files)
-        finally:
-            self._syncing.release()
-        for path, trouble in troubles:
-            log_trouble('holds changes that a power cut may undo', path, trouble)
+        for folder in folders:
+            path = os.path.join(self._path, folder)
+            try:
+                sync_folder(path)
+            except OSError as error:
+                self._troubles.append((path, error))
+        abandon_all(files)
 
 
 def _create_folder(path: str) -> bool:

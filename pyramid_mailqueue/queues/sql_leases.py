@@ -11,6 +11,9 @@ messages:
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written because the database is away is written when it is back.
 
+A claim belongs to whoever delivers it: what is noted here does not keep it alive.  One that nobody has any more, because
+an interruption has taken it from its owner in the midst of something, is given back (:meth:`Leases.let_go`).
+
 A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
 without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
 little is left of the lease asks the database.
@@ -22,9 +25,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from sqlalchemy import select, update
 
@@ -33,7 +37,7 @@ from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import Claimed, begin, delete_done, in_ascii, named, owned, release, settle
 from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
@@ -65,6 +69,9 @@ class HeldClaim(Claimed, Protocol):
     # Until when the lease holds at least, by the timer; and whether the row was seen.
     deadline: float
     is_confirmed: bool
+    # Whether a row may wait for its end; and whether nobody has it any more.
+    is_open: bool
+    is_forgotten: bool
 
 
 def elapsed() -> float:
@@ -99,7 +106,7 @@ class Leases:
         """In a forked child too: what is held is the parent's."""
         self._changed = threading.Condition()
         self._writing = threading.Lock()
-        self._held: dict[str, HeldClaim] = {}
+        self._held: WeakValueDictionary[str, HeldClaim] = WeakValueDictionary()
         self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
         self._under_way = 0
         self._renewed = self.timer()
@@ -125,8 +132,47 @@ class Leases:
 
     def forget(self, claim: HeldClaim) -> bool:
         """End a claim without writing anything; False if it had ended before."""
+        claim.is_open = False
         with self._changed:
             return self._held.pop(claim.token, None) is not None
+
+    def let_go(self, claims: Iterable[HeldClaim]) -> None:
+        """
+        Give back, soon, what nobody has any more.
+
+        Called by the garbage collector too, which may have interrupted whoever holds a lock: waits for none.
+        """
+        for claim in claims:
+            if claim.is_open:
+                claim.is_open, claim.is_forgotten = False, True
+                self._held.pop(claim.token, None)
+                self._ended.append((claim, None))
+        if self._changed.acquire(blocking=False):
+            try:
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
+
+    def watch(self) -> None:
+        """Have a heartbeat for what may be let go."""
+        with self._changed:
+            self._see_to_thread()
+
+    def begin(self, claim: HeldClaim) -> bool:
+        """See `IClaim`."""
+        if claim.has_begun or not self.holds(claim):
+            return self.holds(claim)
+        # A claim that is released meanwhile is one that has begun: its death was counted, or nothing is taken back.
+        claim.has_begun = True
+        try:
+            is_there = self.database.run(partial(begin, claim=claim))
+        except MailqueueError as error:
+            log.error('%s The message %s is not sent now.', error, claim.id)
+            return False
+        if not is_there:
+            self.lose([claim])
+        claim.is_confirmed = is_there
+        return is_there
 
     def make_sure(self, claim: HeldClaim) -> bool:
         """Whether the message is still *claim*'s, and will be for long enough to begin sending it."""
@@ -262,7 +308,12 @@ class Leases:
 
     def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
         for claim in claims:
-            if claim.token not in ours:
+            if claim.is_forgotten:
+                # One whose row is not there was aborted.
+                if claim.token in ours:
+                    reason = 'whoever was about to deliver it was interrupted; it waits'
+                    log_event(queue_log, logging.WARNING, status='released', id=claim.id, reason=reason)
+            elif claim.token not in ours:
                 reason = 'its lease ran out before its outcome was written; it may be delivered again'
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
@@ -323,7 +374,8 @@ class Leases:
                 return False
             renewal = self._renewed + self.lease / 3
             while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
-                self._changed.wait(rest)
+                # Whoever lets go of a claim may not be able to wake this.
+                self._changed.wait(min(rest, IDLE))
             # What is done waits for others.
             until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
             while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:

@@ -312,10 +312,35 @@ def test_published_messages_are_claimed_or_wait_as_they_were_added(queue):
 
     first, second, third = staging.publish()
 
-    assert where(queue) == {'new': 1, 'cur': 2}
+    assert where(queue) == {'new': 3}
     assert (first.envelope, second, third.envelope) == (ENVELOPE, None, ENVELOPE)
     assert list(MaildirQueue(queue.path).recover(LATER).orphans) == []
     assert claim(queue).envelope == OTHER
+
+
+def test_a_process_that_dies_leaves_what_it_has_not_begun_as_it_was_and_what_it_has_begun_as_an_orphan(queue):
+    claims = stage(queue, *[(ENVELOPE, True)] * 3).publish()
+    begun, waiting, given_back = [it.id for it in claims]
+    before = {name: at(queue, 'new', name).stat().st_mtime_ns for name in (waiting, given_back)}
+
+    assert [claims[0].begin(), claims[0].begin(), claims[2].begin()] == [True] * 3
+    claims[2].release()
+    forget(*claims)
+
+    assert MaildirQueue(queue.path).recover(LATER).orphans == (begun,)
+    assert {name: at(queue, 'new', name).stat().st_mtime_ns for name in before} == before
+    assert [taken.deaths for taken in queue.claim_due(LATER)] == [0, 0, 1]
+
+
+def test_what_cannot_be_begun_waits(queue, told):
+    (taken,) = stage(queue, (ENVELOPE, True)).publish()
+    at(queue, 'cur').rmdir()
+
+    assert not taken.begin()
+
+    at(queue, 'cur').mkdir()
+    assert told(level='ERROR', status='trouble', problem='cannot be claimed, and has to wait')
+    assert claim(queue).envelope == ENVELOPE
 
 
 def test_discard_leaves_nothing_and_may_be_repeated(queue):
@@ -345,7 +370,7 @@ def test_discard_is_blind_to_what_is_published(queue):
 
     assert staging.discard() == []
 
-    assert where(queue) == {'new': 1, 'cur': 1}
+    assert where(queue) == {'new': 2}
     assert taken.envelope == ENVELOPE
 
 
@@ -402,7 +427,7 @@ def test_an_interrupt_while_messages_are_published_discards_none_of_them(queue):
         staging.publish()
     staging.discard()
 
-    assert where(queue) == {'prepared': 1, 'cur': 1}
+    assert where(queue) == {'new': 2}
 
 
 def test_files_are_locked_whenever_they_get_a_new_name(queue):
@@ -613,7 +638,7 @@ def test_somebodys_log_handler_that_raises_tells_a_commit_nothing(queue):
         logger.removeHandler(broken)
         logger.setLevel(level)
 
-    assert where(queue) == {'new': 2, 'cur': 1}
+    assert where(queue) == {'new': 3}
     claims[0].release()
 
 
@@ -783,10 +808,10 @@ def test_what_may_be_the_trouble_of_one_file_is_told_of_and_passed_over(queue, t
 def test_a_message_that_is_asked_for_while_none_can_be_claimed_waits_for_a_run(queue, told):
     name = put(queue)
 
-    with intercepted(Fault('EMFILE', 1)):
-        assert queue.claim(name) is None
+    with intercepted(Fault('EMFILE', 1)), pytest.raises(QueueError, match='Too many open files'):
+        queue.claim(name)
 
-    assert told(level='ERROR', status='trouble', id=name, problem='cannot be claimed')
+    assert (where(queue), told()) == ({'new': 1}, [])
     assert queue.claim(name)
 
 
@@ -1630,8 +1655,7 @@ def test_a_commit_makes_three_syncs_and_two_more_for_each_further_message(queue)
 
 def end_of_sync(queue):
     """Wait until the batch that is being made durable is."""
-    with queue._changes._syncing:
-        pass
+    queue._changes._wait()
 
 
 def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatch):

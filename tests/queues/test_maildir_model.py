@@ -125,6 +125,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.messages[name].state = 'claimed' if claimed else 'waiting'
             if claimed:
                 assert claim.id == name
+                assert claim.begin()
                 self.claims.append(claim)
         assert staging.discard() == []
 
