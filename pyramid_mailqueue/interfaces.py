@@ -369,9 +369,9 @@ class IClaim(Contract, Protocol):
         """
         Take the message in hand: from here on the death of this process counts as one of its deliverers' deaths.
 
-        Called before its content is read.  Until then a claim of ``publish`` only keeps others away; every other claim
-        is begun when it is made, and then this does nothing.  False if the message is not this claim's any more, or has
-        to wait; that is logged.  Never raises.
+        Called before its content is read.  Until then a claim of ``publish`` at most keeps others away; every other
+        claim is begun when it is made, and then this does nothing.  False if the message is not this claim's any more,
+        or has to wait; what goes wrong is logged.  Never raises.
         """
 
     def settle(self, settlement: Settlement) -> None:

@@ -112,14 +112,10 @@ class LockedFile:
         self._goal = None
 
     def find(self) -> None:
-        """See where the file is, if a move was interrupted."""
+        """See where the file is, if a move was interrupted: nobody else moves it."""
         goal, self._goal = self._goal, None
-        if goal is None or self.closed:
-            return
-        with contextlib.suppress(OSError):
-            opened, named = os.fstat(self.fd), os.stat(goal, follow_symlinks=False)
-            if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino):
-                self.path = goal
+        if goal is not None and not os.path.lexists(self.path):
+            self.path = goal
 
     def remove(self) -> bool:
         """Remove the file from its folder, and keep it locked; False if it is gone already.  Raises OSError."""
@@ -204,6 +200,21 @@ class Holder:
             file.close()
             return None
         return file
+
+    def is_held(self, path: str) -> bool:
+        """Whether somebody holds the file at *path*, and has not let go of it yet.  Raises OSError."""
+        try:
+            file = self._open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            # Shared: those who only ask do not take each other for its holder.
+            fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            file.close()
+        return False
 
     def take_over(self, file: LockedFile) -> LockedFile:
         """Return another one that holds what *file* has held, which is closed by that."""

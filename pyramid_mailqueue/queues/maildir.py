@@ -5,7 +5,8 @@ The queue that is a directory: durable with what every machine has, readable wit
 
     queue_dir/            0700; files 0600
         tmp/              being written; nobody has voted yes for it
-        prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock
+        prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock.  NAME+7 has that
+                          of NAME, the first message of the same transaction
         new/              waiting; the file's mtime is its due time
         cur/              claimed: the holder has it open and locked
         held/             not to be delivered until a person says so; the file's mtime is still its due time
@@ -54,7 +55,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStagi
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
-from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL_MOVES, leave_some_files, standstill
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL_MOVES, leave_some_files, may_stay_open, standstill
 from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
@@ -336,8 +337,9 @@ class MaildirStaging(StagedMail):
         try:
             for envelope, _ in self._added:
                 self._files.append(queue.create(envelope))
-            for file in self._files:
-                file.move(queue.place('prepared', file.name))
+                if len(self._files) > 1:
+                    _keep_or_close(self._files[-1])
+            queue.prepare(self._files)
             # A "yes" must outlive a power cut where other resources commit on the strength of it.
             if not alone:
                 sync_folder(queue.place('prepared'))
@@ -350,9 +352,9 @@ class MaildirStaging(StagedMail):
     def publish(self) -> list[IClaim | None]:
         """See `IStaging`."""
         files, added = self._files, self._added
-        for file in files:
-            # In a forked child they are closed, and the parent's to publish.
-            if not file.closed and not self._is_published(file):
+        # The first one leaves last: it holds the others that are closed.
+        for file in reversed(files):
+            if self._are_ours and not self._is_published(file):
                 self._publish(file)
         if files:
             self._sync_new()
@@ -360,7 +362,8 @@ class MaildirStaging(StagedMail):
         for file, (envelope, claimed) in zip(files, added, strict=True):
             if self._is_published(file):
                 log_queued(file.name, envelope)
-            if claimed and not file.closed and self._is_published(file):
+            if claimed and self._is_published(file):
+                _keep_or_close(file)
                 claims.append(MaildirClaim(self._queue, file))
             else:
                 # Without a lock it is anybody's; what could not be published mq-run reports as in doubt.
@@ -368,6 +371,11 @@ class MaildirStaging(StagedMail):
                 file.close()
         self._forget()
         return claims
+
+    @property
+    def _are_ours(self) -> bool:
+        """A forked child has closed the first one, too: they are its parent's."""
+        return bool(self._files) and not self._files[0].closed
 
     def _is_published(self, file: LockedFile) -> bool:
         file.find()
@@ -398,13 +406,11 @@ class MaildirStaging(StagedMail):
             # Interrupted: the decision is known nevertheless, because it is ours or because others act on it already.
             self.publish()
             return
-        files, self._files = self._files, []
+        files, self._files = self._files if self._are_ours else [], []
         self._added = []
-        # In a forked child they are closed, and are its parent's.
-        held = [file for file in files if not file.closed]
-        for file in held:
+        for file in reversed(files):
             file.close()
-        for file in held:
+        for file in files:
             reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
             log_event(queue_log, logging.CRITICAL, status='in_doubt', id=file.name, reason=reason)
 
@@ -423,8 +429,7 @@ class MaildirStaging(StagedMail):
         dropped = []
         while self._files:
             file = self._files[-1]
-            # In a forked child they are closed, and are its parent's to drop.
-            if not file.closed:
+            if self._are_ours:
                 dropped.append(self._queue.drop(file))
             # Not before that: if this is interrupted, the next call goes on with it.
             self._files.pop()
@@ -436,3 +441,8 @@ class MaildirStaging(StagedMail):
         except OSError as error:
             problem = 'may show dropped messages again after a power cut'
             log_trouble(problem, self._queue.place('prepared'), error)
+
+
+def _keep_or_close(file: LockedFile) -> None:
+    if not may_stay_open(file.fd):
+        file.close()

@@ -11,12 +11,11 @@ import itertools
 import logging
 import os
 import re
-import resource
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pyramid_mailqueue.delivery.logs import log_trouble, why
 from pyramid_mailqueue.envelope import Envelope
@@ -24,7 +23,7 @@ from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, abandon_all, sync_folder
 from pyramid_mailqueue.queues.maildir_inspection import FOLDERS, MOVING, NoQueue, check_access, lack_of_queue
-from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, standstill
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, may_stay_open, standstill
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
@@ -33,6 +32,10 @@ __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
 #: after the others began.
 SYNC_EVERY = 100
 SYNC_SECONDS = 0.5
+
+#: In ``prepared/`` the file ``NAME+7`` is held by whoever holds ``NAME``, the first message of its transaction, which
+#: comes there before all others and leaves after them.
+FOLLOWER = '+'
 
 #: The room on the disk of a removed file that is larger than this, in octets, is not kept until then.
 LARGE = 64 * 1024
@@ -119,7 +122,20 @@ class MaildirFolders:
 
     def hold(self, folder: str, name: str) -> LockedFile | None:
         """Hold one file; None if it is gone or is held by somebody else.  Raises OSError if it cannot be opened."""
+        first, is_follower, _ = name.rpartition(FOLLOWER)
+        if is_follower and folder == 'prepared' and self._holder.is_held(self.place(folder, first)):
+            return None
         return self._holder.take(self.place(folder, name))
+
+    def prepare(self, files: Sequence[LockedFile]) -> None:
+        """
+        Move the new files of one transaction to ``prepared/``.
+
+        Those that are closed are held there by the first one (see :data:`FOLLOWER`).  Raises OSError.
+        """
+        for number, file in enumerate(files, 1):
+            name = f'{files[0].name}{FOLLOWER}{number}' if file.closed else file.name
+            file.move(self.place('prepared', name))
 
     def create(self, envelope: Envelope) -> LockedFile:
         """Write a new message to ``tmp/``, durably, and hold it.  Raises OSError."""
@@ -128,8 +144,15 @@ class MaildirFolders:
     def write(self, path: str, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
         """Write a version of a message, durably, put it at *path* and hold it.  Raises OSError."""
         file = self._write(header, content, due)
-        with self.dropped_on_error(file):
+        try:
             file.move(path)
+        except BaseException:
+            file.find()
+            # What is in its place already is the only version that there is.
+            if file.folder == 'tmp':
+                self.drop(file)
+            file.close()
+            raise
         return file
 
     def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
@@ -209,9 +232,6 @@ class _UnsyncedChanges:
         self._syncing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._troubles: deque[tuple[str, OSError]] = deque()
-        # Of two batches no more are kept open than a quarter of what this process may have open.
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_files = SYNC_EVERY if limit == resource.RLIM_INFINITY else limit // 8
         self._begin()
 
     def _begin(self) -> None:
@@ -226,7 +246,7 @@ class _UnsyncedChanges:
             if not self._count:
                 self._since = now
             self._folders.add(folder)
-            if file is not None and len(self._files) < self._most_files:
+            if file is not None and may_stay_open(file.fd):
                 self._files.append(file)
             elif file is not None:
                 file.abandon()

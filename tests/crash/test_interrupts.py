@@ -66,6 +66,7 @@ def _no_logs():
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.usefixtures('files')
 @pytest.mark.parametrize('delivery', ['background', 'inline'])
 def test_mail_in_a_directory(tmp_path, recorder, message, delivery):
     told, counts = 0, {0: 0, 3: 0}

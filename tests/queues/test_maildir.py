@@ -10,6 +10,7 @@ import logging
 import os
 import pwd
 import re
+import resource
 import socket
 import stat
 import tempfile
@@ -24,7 +25,7 @@ from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
-from pyramid_mailqueue.queues import maildir, maildir_folders
+from pyramid_mailqueue.queues import locked_file, maildir, maildir_folders, maildir_trouble
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from tests.crash.children import Child, no_open_files_are_left, run_in_child
@@ -1709,15 +1710,40 @@ def test_removed_files_are_closed_together_and_a_large_one_at_once(queue):
 
 
 def test_a_process_that_may_open_few_files_keeps_few_of_them_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(maildir_folders.resource, 'getrlimit', lambda _: (64, 64))
     queue = MaildirQueue(tmp_path)
     claims = [queue.put_claimed(ENVELOPE) for _ in range(20)]
+    few = {taken._file.fd for taken in claims[:5]}
+    monkeypatch.setattr(maildir_folders, 'may_stay_open', lambda fd: fd in few)
 
     with intercepted(Log()) as log:
         for taken in claims:
             taken.settle(Settlement())
 
-    assert log.names.count('close') == 20 - 64 // 8
+    assert log.names.count('close') == 15
+
+
+@pytest.mark.parametrize(('limit', 'most'), [(256, 32), (1024, 128), (65536, 128), (resource.RLIM_INFINITY, 128)])
+def test_what_waits_may_have_an_eighth_of_the_files_and_of_1024_at_most(monkeypatch, limit, most):
+    monkeypatch.setattr(maildir_trouble.resource, 'getrlimit', lambda _: (limit, limit))
+
+    assert [fd for fd in range(2000) if maildir_trouble.may_stay_open(fd)] == [*range(most)]
+
+
+def test_a_new_version_that_is_interrupted_when_it_is_in_its_place_is_not_removed(queue, monkeypatch):
+    taken = queue.put_claimed(ENVELOPE)
+    rename = os.rename
+
+    def interrupted_behind(*paths):
+        rename(*paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locked_file.os, 'rename', interrupted_behind)
+        with pytest.raises(KeyboardInterrupt):
+            taken.keep(ENVELOPE.recipients[1:])
+    taken.release()
+
+    assert claim(queue).envelope.recipients == ENVELOPE.recipients[1:]
 
 
 def test_where_there_can_be_no_thread_a_batch_is_made_durable_at_once(queue, monkeypatch):
