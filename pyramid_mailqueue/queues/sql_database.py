@@ -127,7 +127,9 @@ class Database:
             return engine.connect()
         except PoolExhausted:
             # Whoever has its turn finds a connection there, but if an interruption has taken one from the pool.
-            log.error('The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name)
+            log.error(
+                'The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name
+            )
             engine.dispose()
             return engine.connect()
 
