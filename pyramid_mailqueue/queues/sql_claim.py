@@ -101,8 +101,8 @@ class SQLClaim:
         self._pid = os.getpid()
 
     def __del__(self) -> None:
-        # An interruption (Ctrl-C, the time limit of a server) has taken it from whoever had it.  What a forked child has
-        # is its parent's.
+        # An interruption (Ctrl-C, the time limit of a server) has taken it from its owner.  In a forked child it is
+        # the parent's.
         if self.is_open and self._pid == os.getpid():
             self._leases.let_go([self])
 

@@ -21,8 +21,8 @@ def interrupting(number, package='pyramid_mailqueue'):
     """
     Raise :class:`Interrupted` in this thread at the so-manieth moment at which Python could do that.
 
-    That is when a function of *package* begins or returns, or one that it has called; one in C when it returns.  The list
-    that is given has the number when that has happened.
+    That is when a function of *package* begins or returns, or one that it has called; one in C when it returns.  The
+    list that is given has the number when that has happened.
     """
     hit = []
     left = number

@@ -90,9 +90,8 @@ def test_what_is_committed_leaves(url, make_settings, make_queue, smtp_server, m
 def test_whoever_is_interrupted_takes_no_connection_along(url, package):
     database = Database(url)
     for number in itertools.count(1, STRIDE):
-        with interrupting(number, package) as hit:
-            with contextlib.suppress(Interrupted):
-                database.run(lambda connection: connection.exec_driver_sql('SELECT 1').scalar())
+        with interrupting(number, package) as hit, contextlib.suppress(Interrupted):
+            database.run(lambda connection: connection.exec_driver_sql('SELECT 1').scalar())
         if not hit:
             break
     began = time.monotonic()
