@@ -315,7 +315,9 @@ class _Turn:
     """What one thread has, or waits for."""
 
     def __init__(self) -> None:
-        self.given = threading.Event()
+        # Not an Event, which an interruption in set() locks for ever.
+        self.given = threading.Lock()
+        self.given.acquire()
 
 
 class _Turns:
@@ -340,7 +342,7 @@ class _Turns:
             with self._lock:
                 self._waiting.append(weakref.ref(turn))
             self._give()
-            while not turn.given.wait(GLANCE):
+            while not turn.given.acquire(timeout=GLANCE):
                 self._give()
             yield
         finally:
@@ -358,4 +360,4 @@ class _Turns:
                 turn = self._waiting.popleft()()
                 if turn is not None:
                     self._taken.add(turn)
-                    turn.given.set()
+                    turn.given.release()

@@ -104,7 +104,9 @@ class Leases:
 
     def _start_anew(self) -> None:
         """In a forked child too: what is held is the parent's."""
-        self._changed = threading.Condition()
+        # Held by its own name: an interruption may keep a Condition from letting go of it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._writing = threading.Lock()
         self._held: WeakValueDictionary[str, HeldClaim] = WeakValueDictionary()
         self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
@@ -119,7 +121,7 @@ class Leases:
         """Take care of new claims until they end."""
         if not claims:
             return
-        with self._changed:
+        with self._lock:
             if not self._held:
                 self._renewed = self.timer()
             self._held.update({claim.token: claim for claim in claims})
@@ -132,7 +134,7 @@ class Leases:
     def forget(self, claim: HeldClaim) -> bool:
         """End a claim without writing anything; False if it had ended before."""
         claim.is_open = False
-        with self._changed:
+        with self._lock:
             return self._held.pop(claim.token, None) is not None
 
     def let_go(self, claims: Iterable[HeldClaim]) -> None:
@@ -146,15 +148,15 @@ class Leases:
                 claim.is_open, claim.is_forgotten = False, True
                 self._held.pop(claim.token, None)
                 self._ended.append((claim, None))
-        if self._changed.acquire(blocking=False):
+        if self._lock.acquire(blocking=False):
             try:
                 self._changed.notify_all()
             finally:
-                self._changed.release()
+                self._lock.release()
 
     def watch(self) -> None:
         """Have a heartbeat for what may be let go."""
-        with self._changed:
+        with self._lock:
             self._see_to_thread()
 
     def begin(self, claim: HeldClaim) -> bool:
@@ -210,7 +212,7 @@ class Leases:
     def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
         """See `IClaim`."""
         is_done = not (settlement.waiting or settlement.burials)
-        with self._changed:
+        with self._lock:
             if not self.holds(claim):
                 return
             # In this order: an interruption may have it written twice, but not never.
@@ -226,7 +228,7 @@ class Leases:
 
     def release(self, claims: Sequence[HeldClaim]) -> None:
         """See `IClaim`."""
-        with self._changed:
+        with self._lock:
             ended = [claim for claim in claims if self.holds(claim)]
             for claim in ended:
                 self._ended.append((claim, None))
@@ -256,7 +258,7 @@ class Leases:
 
     def _replace(self, number: int, left: Sequence[tuple[HeldClaim, Settlement | None]]) -> None:
         """Put those that are *left* in the place of the first so many."""
-        with self._changed:
+        with self._lock:
             for _ in range(number):
                 self._ended.popleft()
             self._ended.extendleft(reversed(left))
@@ -326,7 +328,7 @@ class Leases:
     def close(self) -> None:
         """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
         self.flush()
-        with self._changed:
+        with self._lock:
             self._held.clear()
             self._is_closing = True
             self._changed.notify_all()
@@ -383,7 +385,7 @@ class Leases:
 
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
-        with self._changed:
+        with self._lock:
             if not (self._has_work or self._is_closing):
                 self._changed.wait(IDLE)
             if not self._has_work or self._is_closing:
@@ -400,7 +402,7 @@ class Leases:
         return True
 
     def _renew_all(self) -> None:
-        with self._changed:
+        with self._lock:
             claims = [*self._held.values()]
         self._renewed = self.timer()
         try:
