@@ -22,8 +22,8 @@ The traps, each of which has a test:
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
 * A transaction may never end at all: its thread, its manager or the interpreter does, or ``begin()`` aborts it, where
   nobody has decided anything about it.  That is told at ERROR, which an abort is not (:func:`_log_left`).
-* A commit may be interrupted at any instruction (Ctrl-C, the time limit of a server).  What was published stays with the
-  staging, or with this manager, until a dispatcher has it; the abort that follows finds it there.
+* A commit may be interrupted at any instruction (Ctrl-C, the time limit of a server).  What was published stays with
+  the staging, or with this manager, until a dispatcher has it; the abort that follows finds it there.
 * After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
   transaction then hands over the claims, which nobody would settle otherwise.
 """

@@ -139,7 +139,8 @@ class IMailQueue(Contract, Protocol):
         """
         Return the claim of one message; None if it is not waiting, not due, or held by somebody else.
 
-        Raises :class:`~.exceptions.QueueError`, or :class:`~.exceptions.ConfigurationError`, if the queue cannot be used.
+        Raises :class:`~.exceptions.QueueError`, or :class:`~.exceptions.ConfigurationError`, if the queue cannot be
+        used.
         """
 
     def recover(self, now: float) -> Recovery:
@@ -333,8 +334,8 @@ class IClaim(Contract, Protocol):
     """
     One message, taken for delivery: until it is settled nobody else can take it.
 
-    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, or forgets them, its
-    claims end too, and their messages are up for the next run.
+    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, or forgets them,
+    its claims end too, and their messages are up for the next run.
 
     A claim that can be lost while it is held has one method more:
 

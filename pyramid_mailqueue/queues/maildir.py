@@ -32,8 +32,9 @@ A dead letter is a new file, and is written for the recipients that are given up
 ``cur/`` that cannot be parsed moves to ``corrupt/``.  What a person does is told in :mod:`~.maildir_admin`.
 
 What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``new/`` before
-the commit returns (b), ``dead/`` before the message changes.  While a queue is drained d and e are made durable in batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of
-one batch, and of a second one that was on its way to the disk, and cannot lose one.
+the commit returns (b), ``dead/`` before the message changes.  While a queue is drained d and e are made durable in
+batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of one batch, and of
+a second one that was on its way to the disk, and cannot lose one.
 """
 
 from __future__ import annotations

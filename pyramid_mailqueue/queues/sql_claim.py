@@ -101,8 +101,8 @@ class SQLClaim:
         self._pid = os.getpid()
 
     def __del__(self) -> None:
-        # An interruption (Ctrl-C, the time limit of a server) has taken it from whoever had it.  A forked child's is its
-        # parent's.
+        # An interruption (Ctrl-C, the time limit of a server) has taken it from its owner.  In a forked child it is
+        # the parent's.
         if self.is_open and self._pid == os.getpid():
             self._leases.let_go([self])
 
@@ -290,7 +290,12 @@ def claiming(statement: Update) -> Update:
     It is put together once, and executed with the values of :func:`claim_values`.
     """
     lease = database_time() + bindparam('seconds', type_=Float(53))
-    values = {'state': 'in progress', 'claimed_by': bindparam('process'), 'lease': lease, 'deaths': MESSAGES.c.deaths + 1}
+    values = {
+        'state': 'in progress',
+        'claimed_by': bindparam('process'),
+        'lease': lease,
+        'deaths': MESSAGES.c.deaths + 1,
+    }
     statement = statement.values(**values, claim=bindparam('token', type_=Text()) + MESSAGES.c.id)
     # As it was before.
     others = {'recipients': RECIPIENTS, 'deaths': (MESSAGES.c.deaths - 1).label('deaths')}

@@ -128,7 +128,9 @@ class Database:
             return engine.connect()
         except PoolExhausted:
             # Whoever has its turn finds a connection there, but if an interruption has taken one from the pool.
-            log.error('The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name)
+            log.error(
+                'The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name
+            )
             engine.dispose()
             return engine.connect()
 
@@ -314,7 +316,9 @@ class _Turn:
     """What one thread has, or waits for."""
 
     def __init__(self) -> None:
-        self.given = threading.Event()
+        # Not an Event, which an interruption in set() locks for ever.
+        self.given = threading.Lock()
+        self.given.acquire()
 
 
 class _Turns:
@@ -339,7 +343,7 @@ class _Turns:
             with self._lock:
                 self._waiting.append(weakref.ref(turn))
             self._give()
-            while not turn.given.wait(GLANCE):
+            while not turn.given.acquire(timeout=GLANCE):
                 self._give()
             yield
         finally:
@@ -357,4 +361,4 @@ class _Turns:
                 turn = self._waiting.popleft()()
                 if turn is not None:
                     self._taken.add(turn)
-                    turn.given.set()
+                    turn.given.release()

@@ -35,6 +35,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    true,
     update,
 )
 
@@ -142,7 +143,7 @@ def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
 
 @lru_cache
 def _release(dialect: str, has_begun: bool) -> Executable:
-    values = {'state': 'waiting', **UNCLAIMED} | (_ALIVE if has_begun else {})
+    values: dict[str, Any] = {'state': 'waiting', **UNCLAIMED, **(_ALIVE if has_begun else {})}
     return update(MESSAGES).where(owned(dialect)).values(**values).returning(MESSAGES.c.id)
 
 
@@ -161,7 +162,7 @@ def _beginning(dialect: str) -> Executable:
     if dialect != 'postgresql':
         return statement
     # Not worth waiting for the disk of the server: it outlives the death of this process.
-    return statement.where(func.set_config('synchronous_commit', 'off', True).is_not(None))
+    return statement.where(func.set_config('synchronous_commit', 'off', true()).is_not(None))
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:

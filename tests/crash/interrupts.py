@@ -21,8 +21,8 @@ def interrupting(number, package='pyramid_mailqueue'):
     """
     Raise :class:`Interrupted` in this thread at the so-manieth moment at which Python could do that.
 
-    That is when a function of *package* begins or returns, or one that it has called; one in C when it returns.  The list that is given
-    has the number when that has happened.
+    That is when a function of *package* begins or returns, or one that it has called; one in C when it returns.  The
+    list that is given has the number when that has happened.
     """
     hit = []
     left = number
@@ -46,7 +46,7 @@ def interrupting(number, package='pyramid_mailqueue'):
 
 def _is_of(frame, package):
     """Whether it is in *package*, or is called from there."""
-    return any(it is not None and it.f_globals['__name__'].startswith(package) for it in (frame, frame.f_back))
+    return any(it is not None and it.f_globals.get('__name__', '').startswith(package) for it in (frame, frame.f_back))
 
 
 def _is_in_destructor(frame):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -756,6 +757,40 @@ def test_a_process_ends_though_the_server_hangs(leaving, queue, server, held):
 
 def test_the_end_of_a_process_waits_five_seconds_at_most(background):
     assert background._patience == dispatch.PATIENCE == 5
+
+
+WAITRESS = """
+import signal, sys, transaction
+from waitress import serve
+from pyramid_mailqueue import mailer_from_settings
+
+mailer = mailer_from_settings({
+    'mailqueue.queue_dir': sys.argv[1], 'mailqueue.smtp_hostname': '127.0.0.1', 'mailqueue.smtp_port': sys.argv[2],
+})
+# As docs/deployment.rst says.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with transaction.manager:
+    for _ in range(5):
+        mailer.send(b'\\r\\n', 'shop@site.example', ['ada@x.example'])
+serve(lambda *_: [], listen='127.0.0.1:0')
+"""
+
+
+def test_waitress_gives_back_what_waits_at_sigterm_where_it_is_told_to(queue, server, held, until):
+    process = run_python(WAITRESS, queue.path, server.port, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        server.wait_for(lambda: has_begun(server), 30)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: len(queue.files('cur')) <= 2)
+        held.set()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert process.returncode == 0, errors
+    assert queue.recover(time.time()).orphans == ()
+    assert queue.state == {'waiting': 5 - len(server.messages)}
 
 
 # --- inline -----------------------------------------------------------------
