@@ -353,8 +353,8 @@ class MaildirStaging(StagedMail):
     def publish(self) -> list[IClaim | None]:
         """See `IStaging`."""
         files, added = self._files, self._added
-        # The first one leaves last: it holds the others that are closed.
-        for file in reversed(files):
+        # Those that are closed leave before the first one, which holds them.
+        for file in sorted(files, key=lambda file: not file.closed):
             if self._are_ours and not self._is_published(file):
                 self._publish(file)
         if files:
