@@ -178,6 +178,8 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
     """
     Return a mailer for an application without Pyramid, or for a script.
 
+    One for each process is enough, and all of its threads may use it: each has connections and a thread of its own.
+
     :param settings: a mapping with ``mailqueue.*`` keys
     :param manager: the transaction manager that ``send()`` joins; None is the one of the thread
         (``transaction.manager``), which is not explicit: mail that nobody commits is only told in the log

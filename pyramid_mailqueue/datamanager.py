@@ -22,6 +22,8 @@ The traps, each of which has a test:
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
 * A transaction may never end at all: its thread, its manager or the interpreter does, or ``begin()`` aborts it, where
   nobody has decided anything about it.  That is told at ERROR, which an abort is not (:func:`_log_left`).
+* A commit may be interrupted at any instruction (Ctrl-C, the time limit of a server).  What was published stays with
+  the staging, or with this manager, until a dispatcher has it; the abort that follows finds it there.
 * After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
   transaction then hands over the claims, which nobody would settle otherwise.
 """
@@ -42,7 +44,7 @@ import transaction.interfaces
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.logs import log_event
-from pyramid_mailqueue.delivery.results import DROPPED
+from pyramid_mailqueue.delivery.results import DROPPED, Dropped
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, IStaging
@@ -96,6 +98,8 @@ class MailDataManager:
         # Always the same list, and without a way back from it to this object.
         self._added: list[_Added] = []
         self._end = weakref.finalize(self, _log_left, self._added)
+        # What publish() has returned, until it is sorted out.
+        self._published: Sequence[IClaim | Dropped | None] | None = None
         self._queued: list[tuple[str, Envelope]] = []
         self._claims: list[tuple[str, IClaim]] = []
         self._joined = False
@@ -166,18 +170,24 @@ class MailDataManager:
 
     def tpc_finish(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`.  Never raises."""
-        added = [(delivery, envelope) for delivery, envelope, _ in self._added]
-        self._added.clear()
         try:
-            published = [*zip(added, self._staging.publish(), strict=True)]
-            there = [(*message, claim) for message, claim in published if claim is not DROPPED]
-            self._claims = [(delivery, claim) for delivery, _, claim in there if claim is not None]
-            self._queued = [(claim.id if claim is not None else '', envelope) for _, envelope, claim in there]
-            _log_discarded([envelope for (_, envelope), claim in published if claim is DROPPED])
+            self._published = self._staging.publish()
         except Exception:
             # The queue broke its promise; but the others have committed, and must not be told that this failed.
             self._staging.leave_in_doubt()
             log.critical('Mail of a committed transaction could not be published', exc_info=True)
+        self._sort_out()
+
+    def _sort_out(self) -> None:
+        if self._published is None:
+            return
+        published = [*zip(self._added, self._published, strict=True)]
+        there = [(*message, claim) for message, claim in published if claim is not DROPPED]
+        self._claims = [(delivery, claim) for delivery, _, _, claim in there if claim is not None]
+        self._queued = [(claim.id if claim is not None else '', envelope) for _, envelope, _, claim in there]
+        self._published = None
+        self._added.clear()
+        _log_discarded([message.envelope for message, claim in published if claim is DROPPED])
 
     def tpc_abort(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
@@ -192,6 +202,7 @@ class MailDataManager:
         self._dispatch(committed=False)
 
     def _discard(self) -> None:
+        self._sort_out()
         self._joined = False
         self._added.clear()
         if self._decided:
@@ -215,6 +226,7 @@ class MailDataManager:
 
     def _dispatch(self, committed: bool) -> None:
         """The after-commit hook; *committed* says nothing about our claims (see the docstring of the module)."""
+        self._sort_out()
         queued, self._queued = self._queued, []
         for name, envelope in queued:
             if self._tell_queued is not None:

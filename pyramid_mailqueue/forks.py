@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
+from types import MethodType
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 __all__ = ['call_in_children']
+
+# The functions of the objects that are alive, in the order in which these were made.
+_inherited: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
 
 
 def call_in_children(method: Callable[[], None]) -> None:
     """
     Call a bound *method* first thing in every forked child, for as long as its object lives.
 
-    There is no way to take such a registration back (see :func:`os.register_at_fork`), so only a weak reference is
-    registered.
+    An object has one such method; another one takes its place.
     """
-    reference = weakref.WeakMethod(method)
+    bound = cast('MethodType', method)
+    _inherited[bound.__self__] = bound.__func__
 
-    def call() -> None:
-        found = reference()
-        if found is not None:
-            found()
 
-    os.register_at_fork(after_in_child=call)
+def _call_all() -> None:
+    with ExitStack() as stack:
+        # Each is called, even if another one fails.
+        for found, function in reversed([*_inherited.items()]):
+            stack.callback(function, found)
+
+
+# There is no way to take such a registration back, so there is one for all.
+os.register_at_fork(after_in_child=_call_all)

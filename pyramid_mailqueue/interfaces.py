@@ -136,7 +136,12 @@ class IMailQueue(Contract, Protocol):
         """Return how many messages :meth:`claim_due` would yield now, for a person who wants to know how far it is."""
 
     def claim(self, id: str) -> IClaim | None:
-        """Return the claim of one message; None if it is not waiting, not due, or held by somebody else."""
+        """
+        Return the claim of one message; None if it is not waiting, not due, or held by somebody else.
+
+        Raises :class:`~.exceptions.QueueError`, or :class:`~.exceptions.ConfigurationError`, if the queue cannot be
+        used.
+        """
 
     def recover(self, now: float) -> Recovery:
         """
@@ -329,8 +334,8 @@ class IClaim(Contract, Protocol):
     """
     One message, taken for delivery: until it is settled nobody else can take it.
 
-    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, its claims end
-    too, and their messages are up for the next run.
+    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, or forgets them,
+    its claims end too, and their messages are up for the next run.
 
     A claim that can be lost while it is held has one method more:
 
@@ -360,6 +365,15 @@ class IClaim(Contract, Protocol):
     @property
     def envelope(self) -> Envelope:
         """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
+
+    def begin(self) -> bool:
+        """
+        Take the message in hand: from here on the death of this process counts as one of its deliverers' deaths.
+
+        Called before its content is read.  Until then a claim of ``publish`` at most keeps others away; every other
+        claim is begun when it is made, and then this does nothing.  False if the message is not this claim's any more,
+        or has to wait; what goes wrong is logged.  Never raises.
+        """
 
     def settle(self, settlement: Settlement) -> None:
         """

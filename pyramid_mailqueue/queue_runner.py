@@ -119,6 +119,10 @@ class QueuedMessage:
         """See `IClaim`."""
         return self._claim.envelope
 
+    def begin(self) -> bool:
+        """See `IClaim`."""
+        return self._claim.begin()
+
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""
         self._claim.keep(recipients)

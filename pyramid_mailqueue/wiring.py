@@ -70,6 +70,7 @@ def build_mailer(
 
     queue = build_queue(settings, access='create', on_away=_warn)
     handler = build_handler(settings, lookup, notify)
+    _import_for_delivery(settings)
     dispatchers = _build_dispatchers(settings, handler, queue)
     return Mailer(
         queue,
@@ -80,6 +81,21 @@ def build_mailer(
         transactions=transactions,
         notify=notify,
     )
+
+
+def _import_for_delivery(settings: Settings) -> None:
+    """
+    Import what a delivery thread needs, before there is one.
+
+    A process that forks while a thread of it imports has a child with half a module, in which that can never be used.
+    """
+    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib']
+    if 'smtp' in settings.transports:
+        names += [f'{__package__}.transports.{name}' for name in ('smtp_client', 'smtp_session')]
+    if settings.queue == 'sql':
+        names += [f'{__package__}.queues.{name}' for name in ('sql_session', 'sql_staging')]
+    for name in names:
+        import_module(name)
 
 
 def build_compose(settings: Settings) -> Callable[..., Envelope]:

@@ -184,7 +184,7 @@ def test_mail_is_in_memory_until_the_vote_invisible_until_the_finish_and_then_re
     post.send('waiting', delivery='queue')
     tm.commit()
 
-    assert seen == [{}, {'prepared': 2}, {'cur': 1, 'new': 1}]
+    assert seen == [{}, {'prepared': 2}, {'new': 2}]
     assert (post.sent, post.files) == (['claimed'], {'new': 1})
 
 

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 
+from pyramid_mailqueue import enqueue_message, forks
 from pyramid_mailqueue.forks import call_in_children
 
 # Other tests may have left threads behind; these children do nothing that could wait for one.
@@ -58,3 +59,26 @@ def test_an_object_that_is_gone_is_not_kept_alive_for_it():
 
     assert reference() is None
     assert told == []
+
+
+def test_there_is_one_hook_for_all_and_it_forgets_what_is_gone(tmp_path, monkeypatch):
+    hooks = []
+    monkeypatch.setattr(os, 'register_at_fork', lambda **hook: hooks.append(hook))
+    before = len(forks._inherited)
+
+    for _ in range(50):
+        enqueue_message(b'\r\nHello', tmp_path / 'queue', 'shop@site.example', ['ada@x.example'])
+
+    # Without waiting for the garbage collector.
+    assert (hooks, len(forks._inherited)) == ([], before)
+
+
+def test_one_that_fails_keeps_no_other_from_its_turn():
+    fork = told_by_a_child()
+    writer = next(fork)
+    broken, inheritance = Inheritance('no descriptor'), Inheritance(writer)
+    call_in_children(broken.forget)
+    call_in_children(inheritance.forget)
+    told, child = next(fork)
+
+    assert told == [child]

@@ -24,8 +24,8 @@ LAYERS = (
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-# What has to be one per process: signals and plugins find each other through it.
-SHARED_STATE = {('delivery.plugins', 'registry')}
+# What has to be one per process: signals and plugins find each other through it; and a hook for forks is for ever.
+SHARED_STATE = {('delivery.plugins', 'registry'), ('forks', '_inherited')}
 
 MUTABLE_TYPES = {
     'Condition', 'ContextVar', 'Counter', 'Event', 'Lock', 'OrderedDict', 'Queue', 'RLock', 'SimpleQueue',

@@ -147,7 +147,7 @@ def test_background_does_not_wait_for_the_server(make_mailer, make_event, messag
         server.wait_for(lambda: len(server.messages) == 1)
         until(lambda: not waiting(mailer))
 
-    assert after_the_commit == {'in progress': 1}
+    assert sum(after_the_commit.values()) == 1
 
 
 def test_inline_is_delivered_when_the_commit_returns(make_mailer, smtp_server, message):

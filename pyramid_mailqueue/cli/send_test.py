@@ -226,6 +226,10 @@ class ClaimForOneAttempt:
         self.queued_at = claim.queued_at
         self.envelope = claim.envelope
 
+    def begin(self) -> bool:
+        """See `IClaim`."""
+        return self._claim.begin()
+
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
         self._claim.settle(Settlement())

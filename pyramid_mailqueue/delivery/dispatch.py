@@ -5,9 +5,10 @@ Who tries the mail of a transaction that has just committed.
     The thread of the request, before it returns.
 
 ``background``
-    One delivery thread for the process.  It is started with the first mail after a fork, uses a warm SMTP session
-    again, sends in a stream what comes fast, and takes at most :data:`MAX_CLAIMS` claims; what is beyond that waits for
-    mq-run.
+    One delivery thread for each mailer of the process.  It is started with the first mail after a fork, uses a warm
+    SMTP session again, sends in a stream what comes fast, and takes at most :data:`MAX_CLAIMS` claims; what is beyond
+    that waits for mq-run.  It ends when there was nothing to do for :data:`IDLE` seconds, or when its mailer is gone.
+    A message is begun when its turn comes: what only waits for the thread is no orphan if the process dies.
 
 ``queue``
     Nobody; there is no dispatcher for it.
@@ -29,12 +30,15 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import what_waits
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 
@@ -52,7 +56,7 @@ PATIENCE = 5
 LAST_PATIENCE = 1
 
 #: How long the delivery thread waits for the next message before it ends, in seconds.
-IDLE = 60
+IDLE = 5
 
 
 @implementer(IDispatcher)
@@ -67,7 +71,7 @@ class InlineDispatcher:
         """See `IDispatcher`."""
         left = deque(claims)
         try:
-            _Delivery(self._handler, lambda _: left.popleft() if left else None).work()
+            _Delivery(self._handler, lambda: left.popleft() if left else None).work()
         finally:
             # A request can be cut short in the middle (by the timeout of its server): nobody comes back to the others.
             for claim in claims:
@@ -87,7 +91,7 @@ class _Delivery:
     """
     One thread that delivers what a dispatcher has: its `Claims`.
 
-    :param next_claim: called with whether it may wait; returns None if there is no more, or no more at once
+    :param next_claim: returns None if there is no more at once
     :param postpone: called with a claim that has ended because its message could not be tried now
     :param at_rest: called when an attempt is over and nothing else is in hand
     :param is_over: whether to end as soon as the message in hand is done
@@ -96,7 +100,7 @@ class _Delivery:
     def __init__(
         self,
         handler: MessageHandler,
-        next_claim: Callable[[bool], IClaim | None],
+        next_claim: Callable[[], IClaim | None],
         *,
         postpone: Callable[[IClaim], None] = _do_nothing,
         at_rest: Callable[[], None] = _do_nothing,
@@ -111,11 +115,15 @@ class _Delivery:
         self._left = 0
 
     def work(self) -> None:
-        """Deliver until there is nothing more to do.  A defect ends no more than the attempts at what is in hand."""
+        """
+        Deliver until there is nothing more to do.  A defect ends no more than the attempts at what is in hand.
+
+        What is no Exception (Ctrl-C, the time limit of a server) is somebody's wish to end, and ends this.
+        """
         while True:
             try:
                 self._deliver()
-            except (Exception, SystemExit):
+            except Exception:
                 if not self._in_hand:
                     raise
                 names = ', '.join(self._in_hand)
@@ -166,15 +174,12 @@ class _Delivery:
     def take(self) -> IClaim | None:
         # What could not be read has ended without a result.
         self._in_hand.clear()
-        return self._take(may_wait=True)
+        return self.take_now()
 
     def take_now(self) -> IClaim | None:
-        return self._take(may_wait=False)
-
-    def _take(self, *, may_wait: bool) -> IClaim | None:
-        while (claim := self._next_claim(may_wait)) is not None:
+        while (claim := self._next_claim()) is not None:
             self._in_hand[claim.id] = claim
-            if not self._handler.rests_for and self._handler.may_send(claim):
+            if not self._handler.rests_for and claim.begin() and self._handler.may_send(claim):
                 return claim
             claim.release()
             del self._in_hand[claim.id]
@@ -211,9 +216,13 @@ class BackgroundDispatcher:
         self._idle = idle
         self._closing = False
         self._make_lock()
+        # While the queue cannot be asked for what was postponed.
+        self._queue_pause = Pause()
         self._start_anew()
         call_in_children(self._make_lock)
-        atexit.register(_close, weakref.ref(self))
+        at_exit = partial(_close, weakref.ref(self))
+        atexit.register(at_exit)
+        weakref.finalize(self, atexit.unregister, at_exit).atexit = False
 
     def _make_lock(self) -> None:
         # Guards everything but the deliveries themselves.
@@ -221,8 +230,9 @@ class BackgroundDispatcher:
 
     def _start_anew(self) -> None:
         self._pid = os.getpid()
-        # None wakes the thread, to look at what has changed.
-        self._claims: queue.SimpleQueue[IClaim | None] = queue.SimpleQueue()
+        # What waits keeps its dispatcher alive; None wakes the thread, to look at what has changed.
+        self._claims: _Waiting = queue.SimpleQueue()
+        self._next: IClaim | None = None
         self._postponed: deque[str] = deque()
         self._thread: threading.Thread | None = None
         self._delivery: _Delivery | None = None
@@ -240,10 +250,18 @@ class BackgroundDispatcher:
 
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """See `IDispatcher`."""
-        for claim in claims:
-            if not self._take(claim):
+        left = deque(claims)
+        try:
+            while left:
+                claim = left.popleft()
+                if not self._take(claim):
+                    claim.release()
+                    self._postpone(claim)
+        except BaseException:
+            # A request can be cut short here.  What was put into the queue is the thread's.
+            for claim in left:
                 claim.release()
-                self._postpone(claim)
+            raise
 
     def _take(self, claim: IClaim) -> bool:
         with self._lock:
@@ -252,7 +270,7 @@ class BackgroundDispatcher:
                 return False
             if not self._has_thread():
                 return False
-            self._claims.put(claim)
+            self._claims.put((self, claim))
             return True
 
     def _postpone(self, claim: IClaim) -> None:
@@ -283,7 +301,10 @@ class BackgroundDispatcher:
             return True
         # A daemon: the interpreter waits for other threads before it calls what atexit knows, which is where this one
         # is told to end.
-        thread = threading.Thread(target=self._run, name='mailqueue-delivery', daemon=True)
+        claims = self._claims
+        reference = weakref.ref(self, lambda _: claims.put(None))
+        arguments = (reference, claims, self._handler)
+        thread = threading.Thread(target=_run, args=arguments, name='mailqueue-delivery', daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -293,7 +314,13 @@ class BackgroundDispatcher:
         self._thread = thread
         return True
 
-    def _run(self) -> None:
+    def work(self, claim: IClaim | None) -> float:
+        """
+        Deliver *claim*, and what else there is; return how many seconds to wait for more.
+
+        Called by the delivery thread.  Whatever happens to it there, it goes on with what waits.
+        """
+        self._next = claim
         self._delivery = delivery = _Delivery(
             self._handler,
             self._next_claim,
@@ -304,41 +331,53 @@ class BackgroundDispatcher:
         try:
             delivery.work()
         except BaseException:
-            # A thread that does not end by its own decision must not take along what waits for it.
-            self._release_waiting()
-            raise
+            log.critical('The delivery thread was about to end, and goes on', exc_info=True)
+        with self._lock:
+            self._left += delivery.left
+            # It knows this object, which nobody else may need any more.
+            self._delivery = None
+        return max(self._handler.rests_for, self._queue_pause.remaining) if self._postponed else self._idle
 
     def _flush_if_idle(self) -> None:
         if self._claims.empty():
             self._mail_queue.flush()
 
-    def _next_claim(self, may_wait: bool) -> IClaim | None:
-        """Return what is to be delivered next; None when the thread is to end, or if it may not wait for that."""
-        while not self._closing:
-            if (claim := self._resumed_claim()) is not None:
-                return claim
-            try:
-                claim = self._claims.get(may_wait, self._handler.rests_for if self._postponed else self._idle)
-            except queue.Empty:
-                if not may_wait or self._is_idle():
-                    return None
-            if claim is not None:
-                return claim
+    def _next_claim(self) -> IClaim | None:
+        """Return what is to be delivered next, if there is something at once."""
+        claim, self._next = self._next, None
+        if claim is not None or self._closing:
+            return claim
+        if (claim := self._resumed_claim()) is not None:
+            return claim
+        with suppress(queue.Empty):
+            while True:
+                if (waiting := self._claims.get_nowait()) is not None:
+                    return waiting[1]
         return None
 
-    def _is_idle(self) -> bool:
-        """Whether the thread may end; then the next mail starts another one."""
+    def may_end(self, *, is_idle: bool) -> bool:
+        """Whether the delivery thread may end; then the next mail starts another one."""
         with self._lock:
-            if not self._claims.empty() or self._postponed:
+            if self._closing:
+                return True
+            if not is_idle or not self._claims.empty() or self._postponed:
                 return False
-            self._thread = self._delivery = None
+            self._thread = None
             self._left = 0
             return True
 
     def _resumed_claim(self) -> IClaim | None:
         """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
-        while self._postponed and not self._handler.rests_for:
-            claim = self._mail_queue.claim(self._postponed.popleft())
+        while self._postponed and not (self._handler.rests_for or self._queue_pause.remaining):
+            try:
+                claim = self._mail_queue.claim(self._postponed[0])
+            except MailqueueError as error:
+                if not self._queue_pause.is_in_trouble:
+                    log.error('%s Mail that was put off waits in it, until it is back.', error)
+                self._queue_pause.begin(ServerTrouble(str(error)))
+                return None
+            self._queue_pause.end()
+            self._postponed.popleft()
             if claim is not None:
                 return claim
         return None
@@ -383,14 +422,43 @@ class BackgroundDispatcher:
         released = 0
         while True:
             try:
-                claim = self._claims.get_nowait()
+                waiting = self._claims.get_nowait()
             except queue.Empty:
                 break
-            if claim is not None:
-                claim.release()
+            if waiting is not None:
+                waiting[1].release()
                 released += 1
         with self._lock:
             self._left += released
+
+
+_Waiting = queue.SimpleQueue[tuple[BackgroundDispatcher, IClaim] | None]
+
+
+def _run(reference: weakref.ref[BackgroundDispatcher], claims: _Waiting, handler: MessageHandler) -> None:
+    """
+    Be the delivery thread.
+
+    It keeps its dispatcher alive only while there is something to do: when nobody can send any more, it ends.
+    """
+    waiting: tuple[BackgroundDispatcher | None, IClaim | None] | None = (reference(), None)
+    while True:
+        dispatcher, claim = waiting or (reference(), None)
+        if dispatcher is None:
+            for route in handler.routes:
+                route.close()
+            return
+        seconds = dispatcher.work(claim)
+        if dispatcher.may_end(is_idle=False):
+            return
+        waiting = dispatcher = claim = None
+        try:
+            waiting = claims.get(timeout=seconds)
+        except queue.Empty:
+            found = reference()
+            if found is not None and found.may_end(is_idle=True):
+                return
+            del found
 
 
 def _close(reference: weakref.ref[BackgroundDispatcher]) -> None:

@@ -44,9 +44,14 @@ class LockedFile:
     :param fd: its descriptor, which holds the lock
     """
 
+    # An interruption may leave it at that.
+    fd = -1
+
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
+        # Where it may be instead, if a move was interrupted (Ctrl-C) before its end was noted.
+        self._goal: str | None = None
         # Looked at when it was taken: nobody else changes it from then on.
         self._stat: os.stat_result | None = None
 
@@ -59,6 +64,11 @@ class LockedFile:
     def name(self) -> str:
         """The name of the file without its folder."""
         return self.path.rpartition('/')[2]
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder in which the file is."""
+        return self.path.rpartition('/')[0].rpartition('/')[2]
 
     @property
     def modified(self) -> float:
@@ -95,11 +105,21 @@ class LockedFile:
 
     def move(self, path: str) -> None:
         """Rename the file to *path*, on the same file system, and keep it locked.  Raises OSError."""
+        self.find()
+        self._goal = path
         os.rename(self.path, path)
         self.path = path
+        self._goal = None
+
+    def find(self) -> None:
+        """See where the file is, if a move was interrupted: nobody else moves it."""
+        goal, self._goal = self._goal, None
+        if goal is not None and not os.path.lexists(self.path):
+            self.path = goal
 
     def remove(self) -> bool:
         """Remove the file from its folder, and keep it locked; False if it is gone already.  Raises OSError."""
+        self.find()
         try:
             os.unlink(self.path)
         except FileNotFoundError:
@@ -180,6 +200,21 @@ class Holder:
             file.close()
             return None
         return file
+
+    def is_held(self, path: str) -> bool:
+        """Whether somebody holds the file at *path*, and has not let go of it yet.  Raises OSError."""
+        try:
+            file = self._open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            # Shared: those who only ask do not take each other for its holder.
+            fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            file.close()
+        return False
 
     def take_over(self, file: LockedFile) -> LockedFile:
         """Return another one that holds what *file* has held, which is closed by that."""

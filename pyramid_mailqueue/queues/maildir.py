@@ -5,7 +5,8 @@ The queue that is a directory: durable with what every machine has, readable wit
 
     queue_dir/            0700; files 0600
         tmp/              being written; nobody has voted yes for it
-        prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock
+        prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock.  NAME+7 has that
+                          of NAME, the first message of the same transaction
         new/              waiting; the file's mtime is its due time
         cur/              claimed: the holder has it open and locked
         held/             not to be delivered until a person says so; the file's mtime is still its due time
@@ -15,27 +16,25 @@ The queue that is a directory: durable with what every machine has, readable wit
 
 How a message goes through it; each arrow is one ``rename``, and the file is locked while it moves::
 
-    tmp --a--> prepared --b--> cur --d--> (gone)
-                   |           | ^
-                   |           e f
-                   |           v |
-                   +-----c---> new
+    tmp --a--> prepared --b--> new --c--> cur --d--> (gone)
+                                ^          |
+                                +----e-----+
 
     a  MaildirStaging.prepare: the "yes" of the first phase
-    b  MaildirStaging.publish: the transaction has committed, and this process will try the message
-    c  the same, for a later run; and what mq-run does with a message in doubt if told to send it
+    b  MaildirStaging.publish: the transaction has committed.  If this process will try the message it stays locked; and
+       what mq-run does with a message in doubt if told to send it
+    c  MaildirClaim.begin: the process takes the message in hand; MaildirQueue.claim_due; MaildirQueue.claim
     d  MaildirClaim.settle: nobody is open any more.  The one change that is an ``unlink``
     e  MaildirClaim.settle: somebody is still open (a new version was renamed over the file first);
        MaildirClaim.release: as it was; MaildirQueue.recover: its deliverer died, which is counted in its name
-    f  MaildirQueue.claim_due; MaildirQueue.claim
 
 A dead letter is a new file, and is written for the recipients that are given up before d or e happens.  A file in
 ``cur/`` that cannot be parsed moves to ``corrupt/``.  What a person does is told in :mod:`~.maildir_admin`.
 
-What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``cur/`` and
-``new/`` before the commit returns (b, c), ``dead/`` before the message changes.  While a queue is drained d and e are
-made durable in batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of
-one batch, and of a second one that was on its way to the disk, and cannot lose one.
+What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``new/`` before
+the commit returns (b), ``dead/`` before the message changes.  While a queue is drained d and e are made durable in
+batches of :data:`SYNC_EVERY` changes or :data:`SYNC_SECONDS`: a power cut may repeat the messages of one batch, and of
+a second one that was on its way to the disk, and cannot lose one.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStagi
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, modified_time
-from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL_MOVES, leave_some_files, standstill
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL_MOVES, leave_some_files, may_stay_open, standstill
 from pyramid_mailqueue.queues.staged import StagedMail
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
@@ -146,11 +145,7 @@ class MaildirQueue(MaildirFolders):
 
     def claim(self, id: str) -> MaildirClaim | None:
         """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
-        try:
-            return self._claim(id, self.clock())
-        except QueueError as error:
-            log_event(queue_log, logging.ERROR, status='trouble', id=id, problem='cannot be claimed', error=error)
-            return None
+        return self._claim(id, self.clock())
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
@@ -330,17 +325,22 @@ class MaildirStaging(StagedMail):
         super().__init__()
         # The files of these, in their order, from prepare() to publish() or discard().
         self._files: list[LockedFile] = []
+        self._is_alone = False
+        # From the first file that was made real on, nothing may be discarded.
+        self._is_real = False
 
     def prepare(self, alone: bool = False) -> None:
         """See `IStaging`."""
         if not self._added:
             return
         queue = self._queue
+        self._is_alone = alone
         try:
             for envelope, _ in self._added:
                 self._files.append(queue.create(envelope))
-            for file in self._files:
-                file.move(queue.place('prepared', file.name))
+                if len(self._files) > 1:
+                    _keep_or_close(self._files[-1])
+            queue.prepare(self._files)
             # A "yes" must outlive a power cut where other resources commit on the strength of it.
             if not alone:
                 sync_folder(queue.place('prepared'))
@@ -352,64 +352,88 @@ class MaildirStaging(StagedMail):
 
     def publish(self) -> list[IClaim | None]:
         """See `IStaging`."""
-        # From here on nothing may be discarded, even if something interrupts us half-way.
-        files, self._files = self._files, []
-        added, self._added = self._added, []
-        claims = [self._publish(file, claimed) for file, (_, claimed) in zip(files, added, strict=True)]
-        for folder in {os.path.dirname(file.path) for file in files}:
-            try:
-                sync_folder(folder)
-            except OSError as error:
-                log_trouble('holds messages that a power cut may lose', folder, error, logging.CRITICAL)
-        for file, (envelope, _) in zip(files, added, strict=True):
-            if not file.path.startswith(self._queue.place('prepared')):
+        files, added = self._files, self._added
+        # Those that are closed leave before the first one, which holds them.
+        for file in sorted(files, key=lambda file: not file.closed):
+            if self._are_ours and not self._is_published(file):
+                self._publish(file)
+        if files:
+            self._sync_new()
+        claims: list[IClaim | None] = []
+        for file, (envelope, claimed) in zip(files, added, strict=True):
+            if self._is_published(file):
                 log_queued(file.name, envelope)
+            if claimed and self._is_published(file):
+                _keep_or_close(file)
+                claims.append(MaildirClaim(self._queue, file))
+            else:
+                # Without a lock it is anybody's; what could not be published mq-run reports as in doubt.
+                claims.append(None)
+                file.close()
+        self._forget()
         return claims
 
-    def _publish(self, file: LockedFile, claimed: bool) -> IClaim | None:
-        if file.closed:
-            # In a forked child: it is the parent's to publish.
-            return None
-        if claimed and self._moved(file, 'cur', 'cannot be claimed, and has to wait', logging.ERROR):
-            return MaildirClaim(self._queue, file)
-        # Only a person can help if that fails too.  Without a lock mq-run reports the message as in doubt.
-        self._moved(
-            file, 'new', 'is in doubt: its transaction has committed, and it cannot be published', logging.CRITICAL
-        )
-        file.close()
-        return None
+    @property
+    def _are_ours(self) -> bool:
+        """A forked child has closed the first one, too: they are its parent's."""
+        return bool(self._files) and not self._files[0].closed
 
-    def _moved(self, file: LockedFile, folder: str, problem: str, level: int) -> bool:
+    def _is_published(self, file: LockedFile) -> bool:
+        file.find()
+        return file.folder == 'new'
+
+    def _publish(self, file: LockedFile) -> None:
+        self._is_real = True
         try:
-            file.move(self._queue.place(folder, file.name))
+            file.move(self._queue.place('new', file.name))
         except OSError as error:
-            log_trouble(problem, file.path, error, level)
-            return False
-        return True
+            # Only a person can help.
+            problem = 'is in doubt: its transaction has committed, and it cannot be published'
+            log_trouble(problem, file.path, error, logging.CRITICAL)
+
+    def _sync_new(self) -> None:
+        folder = self._queue.place('new')
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            log_trouble('holds messages that a power cut may lose', folder, error, logging.CRITICAL)
+
+    def _forget(self) -> None:
+        self._files, self._added, self._is_real = [], [], False
 
     def leave_in_doubt(self) -> None:
         """See `IStaging`."""
-        files, self._files = self._files, []
+        if self._is_real or (self._is_alone and self._files):
+            # Interrupted: the decision is known nevertheless, because it is ours or because others act on it already.
+            self.publish()
+            return
+        files, self._files = self._files if self._are_ours else [], []
         self._added = []
-        # In a forked child they are closed, and are its parent's.
-        held = [file for file in files if not file.closed]
-        for file in held:
+        for file in reversed(files):
             file.close()
-        for file in held:
+        for file in files:
             reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
             log_event(queue_log, logging.CRITICAL, status='in_doubt', id=file.name, reason=reason)
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
+        if self._is_real:
+            # An interruption has kept it from its end.
+            self.publish()
+            return []
         dropped = [envelope for envelope, _ in self._added]
         self._added = []
         self._drop_files()
         return dropped
 
     def _drop_files(self) -> None:
-        files, self._files = self._files, []
-        # In a forked child they are closed, and are its parent's to drop.
-        dropped = [self._queue.drop(file) for file in files if not file.closed]
+        dropped = []
+        while self._files:
+            file = self._files[-1]
+            if self._are_ours:
+                dropped.append(self._queue.drop(file))
+            # Not before that: if this is interrupted, the next call goes on with it.
+            self._files.pop()
         if not dropped:
             return
         try:
@@ -418,3 +442,8 @@ class MaildirStaging(StagedMail):
         except OSError as error:
             problem = 'may show dropped messages again after a power cut'
             log_trouble(problem, self._queue.place('prepared'), error)
+
+
+def _keep_or_close(file: LockedFile) -> None:
+    if not may_stay_open(file.fd):
+        file.close()

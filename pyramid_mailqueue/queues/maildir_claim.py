@@ -18,6 +18,7 @@ from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
+from pyramid_mailqueue.queues.maildir_trouble import leave_some_files
 from pyramid_mailqueue.queues.queue_file import QueueHeader, read_envelope
 
 __all__ = ['MAX_DEATHS', 'FileName', 'MaildirClaim']
@@ -31,17 +32,56 @@ UNSETTLED_REST = 300
 
 @implementer(IClaim)
 class MaildirClaim:
-    """See `IClaim`.  Made for a file in ``cur/`` that is held."""
+    """
+    See `IClaim`.
+
+    Made for a file that is held: in ``new/`` until it is begun, and then in ``cur/``.  Or for one in ``new/`` that was
+    closed, because too many are open (see :func:`~.maildir_trouble.may_stay_open`): it is taken when it is begun.
+    """
 
     def __init__(self, folders: MaildirFolders, file: LockedFile) -> None:
         self._folders = folders
         self._file = file
+        self._has_to_take = file.closed
         self._parsed: tuple[QueueHeader, Envelope] | None = None
         self._name = FileName.parse(file.name)
         self.id = self._name.id
 
     def __repr__(self) -> str:
         return f'<MaildirClaim {self._file.name}>'
+
+    def begin(self) -> bool:
+        """See `IClaim`.  In ``new/`` a file is what it was when its process dies, and in ``cur/`` an orphan."""
+        if self._has_to_take:
+            self._take()
+        if self._file.closed:
+            return False
+        if self._file.folder != 'new':
+            return True
+        try:
+            self._file.move(self._folders.place('cur', self._file.name))
+        except OSError as error:
+            log_trouble('cannot be claimed, and has to wait', self._file.path, error)
+            self._file.close()
+            return False
+        return True
+
+    def _take(self) -> None:
+        """Hold the file, unless somebody else was faster, and has it or has put it off."""
+        self._has_to_take = False
+        try:
+            file = self._folders.take('new', self._file.name)
+            if file is None:
+                return
+            self._file = file
+            leave_some_files(file.fd)
+            is_due = file.modified <= self._folders.clock()
+        except (OSError, QueueError) as error:
+            problem = 'cannot be claimed, and has to wait'
+            log_event(queue_log, logging.ERROR, status='trouble', id=self.id, problem=problem, error=why(error))
+            is_due = False
+        if not is_due:
+            self._file.close()
 
     @property
     def deaths(self) -> int:
@@ -124,7 +164,10 @@ class MaildirClaim:
 
     def release(self) -> None:
         """See `IClaim`."""
-        if not self._file.closed:
+        self._has_to_take = False
+        if self._file.folder == 'new':
+            self._file.close()
+        elif not self._file.closed:
             self._back_to_new(self._file.name)
 
     def orphaned(self) -> bool:
@@ -176,7 +219,7 @@ class MaildirClaim:
             sync_folder(self._folders.place('dead'))
         if not settlement.waiting:
             if self._file.remove():
-                self._folders.removed('cur', self._file)
+                self._folders.removed(self._file.folder, self._file)
         elif self._is_changed_by(settlement):
             self._rewrite(settlement)
             # Its deliverer has lived, so the deaths before do not count any more.

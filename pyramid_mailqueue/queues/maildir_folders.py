@@ -11,11 +11,11 @@ import itertools
 import logging
 import os
 import re
-import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from pyramid_mailqueue.delivery.logs import log_trouble, why
 from pyramid_mailqueue.envelope import Envelope
@@ -23,7 +23,7 @@ from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.locked_file import Holder, LockedFile, abandon_all, sync_folder
 from pyramid_mailqueue.queues.maildir_inspection import FOLDERS, MOVING, NoQueue, check_access, lack_of_queue
-from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, standstill
+from pyramid_mailqueue.queues.maildir_trouble import FOR_ALL, FOR_ALL_LOOKS, cure_of, may_stay_open, standstill
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
@@ -32,6 +32,10 @@ __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
 #: after the others began.
 SYNC_EVERY = 100
 SYNC_SECONDS = 0.5
+
+#: In ``prepared/`` the file ``NAME+7`` is held by whoever holds ``NAME``, the first message of its transaction, which
+#: comes there before all others and leaves after them.
+FOLLOWER = '+'
 
 #: The room on the disk of a removed file that is larger than this, in octets, is not kept until then.
 LARGE = 64 * 1024
@@ -118,7 +122,20 @@ class MaildirFolders:
 
     def hold(self, folder: str, name: str) -> LockedFile | None:
         """Hold one file; None if it is gone or is held by somebody else.  Raises OSError if it cannot be opened."""
+        first, is_follower, _ = name.rpartition(FOLLOWER)
+        if is_follower and folder == 'prepared' and self._holder.is_held(self.place(folder, first)):
+            return None
         return self._holder.take(self.place(folder, name))
+
+    def prepare(self, files: Sequence[LockedFile]) -> None:
+        """
+        Move the new files of one transaction to ``prepared/``.
+
+        Those that are closed are held there by the first one (see :data:`FOLLOWER`).  Raises OSError.
+        """
+        for number, file in enumerate(files, 1):
+            name = f'{files[0].name}{FOLLOWER}{number}' if file.closed else file.name
+            file.move(self.place('prepared', name))
 
     def create(self, envelope: Envelope) -> LockedFile:
         """Write a new message to ``tmp/``, durably, and hold it.  Raises OSError."""
@@ -127,8 +144,15 @@ class MaildirFolders:
     def write(self, path: str, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
         """Write a version of a message, durably, put it at *path* and hold it.  Raises OSError."""
         file = self._write(header, content, due)
-        with self.dropped_on_error(file):
+        try:
             file.move(path)
+        except BaseException:
+            file.find()
+            # What is in its place already is the only version that there is.
+            if file.folder == 'tmp':
+                self.drop(file)
+            file.close()
+            raise
         return file
 
     def _write(self, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
@@ -204,11 +228,10 @@ class _UnsyncedChanges:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        # Held while a batch is made durable: who has filled the next one meanwhile has to wait.
+        # Held by who makes a batch durable, or has it done: who has filled the next one meanwhile has to wait.
         self._syncing = threading.Lock()
-        # Of two batches no more are kept open than a quarter of what this process may have open.
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_files = SYNC_EVERY if limit == resource.RLIM_INFINITY else limit // 8
+        self._thread: threading.Thread | None = None
+        self._troubles: deque[tuple[str, OSError]] = deque()
         self._begin()
 
     def _begin(self) -> None:
@@ -223,24 +246,49 @@ class _UnsyncedChanges:
             if not self._count:
                 self._since = now
             self._folders.add(folder)
-            if file is not None and len(self._files) < self._most_files:
+            if file is not None and may_stay_open(file.fd):
                 self._files.append(file)
             elif file is not None:
                 file.abandon()
             self._count += 1
             if self._count < SYNC_EVERY and now - self._since < SYNC_SECONDS:
                 return
-        self._syncing.acquire()
-        batch = self._take()
-        try:
-            threading.Thread(target=self._end, args=batch, name='mailqueue-sync', daemon=True).start()
-        except RuntimeError:
-            # There can be no more threads.
-            self._end(*batch)
+        with self._syncing:
+            self._wait()
+            folders, files = self._take()
+            thread = threading.Thread(target=self._end, args=(folders, files), name='mailqueue-sync', daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError:
+                # There can be no more threads.
+                self._end(folders, files)
+            except BaseException:
+                self._folders |= folders
+                raise
+        self._tell()
 
     def flush(self) -> None:
-        self._syncing.acquire()
-        self._end(*self._take())
+        with self._syncing:
+            self._wait()
+            folders, files = self._take()
+            try:
+                self._end(folders, files)
+            except BaseException:
+                self._folders |= folders
+                raise
+        self._tell()
+
+    def _tell(self) -> None:
+        """Called when nothing is held: who hears of it may deliver mail."""
+        while self._troubles:
+            path, error = self._troubles.popleft()
+            log_trouble('holds changes that a power cut may undo', path, error)
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _take(self) -> tuple[set[str], list[LockedFile]]:
         with self._lock:
@@ -249,20 +297,13 @@ class _UnsyncedChanges:
         return batch
 
     def _end(self, folders: set[str], files: list[LockedFile]) -> None:
-        # Told of when nothing is held any more: who hears of it may deliver mail.
-        troubles = []
-        try:
-            for folder in folders:
-                path = os.path.join(self._path, folder)
-                try:
-                    sync_folder(path)
-                except OSError as error:
-                    troubles.append((path, error))
-            abandon_all(files)
-        finally:
-            self._syncing.release()
-        for path, trouble in troubles:
-            log_trouble('holds changes that a power cut may undo', path, trouble)
+        for folder in folders:
+            path = os.path.join(self._path, folder)
+            try:
+                sync_folder(path)
+            except OSError as error:
+                self._troubles.append((path, error))
+        abandon_all(files)
 
 
 def _create_folder(path: str) -> bool:

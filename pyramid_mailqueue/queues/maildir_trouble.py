@@ -13,7 +13,7 @@ import resource
 from pyramid_mailqueue.delivery.logs import why
 from pyramid_mailqueue.exceptions import QueueError
 
-__all__ = ['FOR_ALL', 'FOR_ALL_LOOKS', 'FOR_ALL_MOVES', 'cure_of', 'leave_some_files', 'standstill']
+__all__ = ['FOR_ALL', 'FOR_ALL_LOOKS', 'FOR_ALL_MOVES', 'cure_of', 'leave_some_files', 'may_stay_open', 'standstill']
 
 #: What a file cannot be opened or locked for without being to blame.
 FOR_ALL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.EROFS})
@@ -26,6 +26,11 @@ FOR_ALL_MOVES = FOR_ALL | {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EXDEV
 
 #: So many files fewer than there may be are open for messages that are in hand: their ends have to be written.
 SPARE_FILES = 4
+
+#: What only waits may have this part of the files that the process may have open, and of so many at most: ``select()``,
+#: with which many servers watch their connections, knows no more.
+WAITING_PART = 1 / 8
+MOST_FILES = 1024
 
 
 def standstill(path: str, error: OSError) -> QueueError:
@@ -54,3 +59,14 @@ def leave_some_files(fd: int) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit != resource.RLIM_INFINITY and fd >= limit - SPARE_FILES:
         raise OSError(errno.EMFILE, 'Too many open files')
+
+
+def may_stay_open(fd: int) -> bool:
+    """
+    Whether *fd*, a file that only waits, may stay open; the others are opened again when their turn comes.
+
+    The system gives out the lowest descriptor that is free.  So this bounds what all queues of this process keep open
+    together, and it keeps the less the more the application has open.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return fd < WAITING_PART * (MOST_FILES if limit == resource.RLIM_INFINITY else min(limit, MOST_FILES))

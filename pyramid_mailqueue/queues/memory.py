@@ -189,6 +189,10 @@ class MemoryClaim:
         """See `IClaim`."""
         return self._message.envelope
 
+    def begin(self) -> bool:
+        """See `IClaim`.  Nothing here outlives a process."""
+        return not self._has_ended
+
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
         with self._messages.lock:

@@ -47,6 +47,7 @@ from sqlalchemy import (
     Text,
     Update,
     bindparam,
+    case,
     func,
     literal_column,
     not_,
@@ -77,8 +78,9 @@ if TYPE_CHECKING:
 
 __all__ = ['SQLQueue']
 
-#: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.
-CLAIM_BATCH = 50
+#: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.  Not many
+#: more than are in hand: if the process dies, it counts as a death for each.
+CLAIM_BATCH = 10
 
 #: A message whose claims ran out this often is given up: it may well be what kills its deliverers.
 MAX_DEATHS = 5
@@ -155,7 +157,7 @@ class SQLQueue:
         return claim
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
-        message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
+        message = NewMessage.made_of(envelope, self.leases, claimed=claimed, has_begun=claimed)
         try:
             self.database.run(lambda connection: connection.execute(message.statement, message.values))
         except UnicodeError as error:
@@ -221,12 +223,12 @@ class SQLQueue:
     def recover(self, now: float) -> Recovery:
         """See `IMailQueue`.  No commit is ever in doubt here: the row commits with the rest, or does not."""
         ran_out = (state_is('in progress'), has_run_out())
-        bury = update(MESSAGES).where(*ran_out, MESSAGES.c.deaths >= MAX_DEATHS - 1)
+        bury = update(MESSAGES).where(*ran_out, MESSAGES.c.deaths >= MAX_DEATHS)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
-        # Behind all that is due now: it was as likely as not only in hand when its deliverer was killed.
-        wait = update(MESSAGES).where(*ran_out)
-        wait = wait.values(state='waiting', due=min(now, self._clock()), deaths=MESSAGES.c.deaths + 1, **UNCLAIMED)
+        # Behind all that is due now, if a process has died over it.
+        due = case((MESSAGES.c.deaths > 0, min(now, self._clock())), else_=MESSAGES.c.due)
+        wait = update(MESSAGES).where(*ran_out).values(state='waiting', due=due, **UNCLAIMED)
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
         return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
 

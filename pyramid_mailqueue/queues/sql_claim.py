@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from sqlalchemy import Executable, Float, Insert, Text, Update, bindparam, func, insert, or_, select, update
 from zope.interface import implementer
@@ -66,6 +67,9 @@ class SQLClaim:
     :param envelope: where it is known already, in the place of *contents*
     :param is_confirmed: whether the row was seen.  That of a transaction that has just committed was not: it may have
         gone with a savepoint
+    :param has_begun: see :meth:`begin`
+    :ivar is_open: a row may wait for the end of this claim
+    :ivar is_forgotten: nobody has it any more
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class SQLClaim:
         contents: Contents | None = None,
         envelope: Envelope | None = None,
         is_confirmed: bool = True,
+        has_begun: bool = True,
     ) -> None:
         self._leases = leases
         self._contents = contents
@@ -90,6 +95,16 @@ class SQLClaim:
         self.deaths = row.deaths
         self.deadline = deadline
         self.is_confirmed = is_confirmed
+        self.has_begun = has_begun
+        self.is_open = has_begun
+        self.is_forgotten = False
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        # An interruption (Ctrl-C, the time limit of a server) has taken it from its owner.  In a forked child it is
+        # the parent's.
+        if self.is_open and self._pid == os.getpid():
+            self._leases.let_go([self])
 
     def __repr__(self) -> str:
         return f'<SQLClaim {self.id}>'
@@ -98,6 +113,10 @@ class SQLClaim:
     def is_over(self) -> bool:
         """Whether it was settled, released or lost."""
         return not self._leases.holds(self)
+
+    def begin(self) -> bool:
+        """See `IClaim`."""
+        return self._leases.begin(self)
 
     def is_valid(self) -> bool:
         """See `IClaim`."""
@@ -177,12 +196,13 @@ class Contents:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        self._unread: list[SQLClaim] = []
+        # Whoever has forgotten one of them does not find it here.
+        self._unread: WeakSet[SQLClaim] = WeakSet()
         self._read: dict[str, bytes] = {}
 
     def note(self, claims: Iterable[SQLClaim]) -> None:
         """Note the claims of these messages."""
-        self._unread = [*claims]
+        self._unread = WeakSet(claims)
 
     def take(self, claim: SQLClaim) -> bytes | None:
         """Return the content of one message; None if it is not *claim*'s any more.  Raises QueueError."""
@@ -192,7 +212,8 @@ class Contents:
             return self._read.pop(claim.token, None)
 
     def _fetch(self, claim: SQLClaim) -> dict[str, bytes]:
-        others, self._unread = [it for it in self._unread if it is not claim and not it.is_over], []
+        others = [it for it in self._unread if it is not claim and not it.is_over]
+        self._unread.clear()
         statement, values = _reading(self._database.dialect), {**named([claim, *others]), 'asked': claim.id}
         rows = self._database.run(lambda connection: connection.execute(statement, values).all())
         return {row.claim: row.content for row in rows if row.claim is not None}
@@ -222,8 +243,8 @@ class NewMessage:
     claim: SQLClaim | None
 
     @classmethod
-    def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool) -> NewMessage:
-        """Return a message that is due now, claimed by this process or not."""
+    def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool, has_begun: bool = False) -> NewMessage:
+        """Return a message that is due now, claimed by this process, and perhaps begun, or not."""
         now, deadline = leases.clock(), leases.timer() + leases.lease
         name = f'{int(now * 1_000_000):013x}{secrets.token_hex(5)}'
         values = {
@@ -241,8 +262,8 @@ class NewMessage:
             return cls(name, envelope, _inserting(None), values, None)
         token = _new_token() + name
         row = ClaimedRow(name, token, now, 0, now, envelope.sender, None)
-        claim = SQLClaim(leases, row, deadline, envelope=envelope)
-        values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process()}
+        claim = SQLClaim(leases, row, deadline, envelope=envelope, has_begun=has_begun)
+        values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process(), 'deaths': int(has_begun)}
         return cls(name, envelope, _inserting(leases.lease), values, claim)
 
 
@@ -269,9 +290,16 @@ def claiming(statement: Update) -> Update:
     It is put together once, and executed with the values of :func:`claim_values`.
     """
     lease = database_time() + bindparam('seconds', type_=Float(53))
-    values = {'state': 'in progress', 'claimed_by': bindparam('process'), 'lease': lease}
+    values = {
+        'state': 'in progress',
+        'claimed_by': bindparam('process'),
+        'lease': lease,
+        'deaths': MESSAGES.c.deaths + 1,
+    }
     statement = statement.values(**values, claim=bindparam('token', type_=Text()) + MESSAGES.c.id)
-    columns = {name: MESSAGES.c[name] for name in ClaimedRow._fields} | {'recipients': RECIPIENTS}
+    # As it was before.
+    others = {'recipients': RECIPIENTS, 'deaths': (MESSAGES.c.deaths - 1).label('deaths')}
+    columns = {name: MESSAGES.c[name] for name in ClaimedRow._fields} | others
     return statement.returning(*columns.values())
 
 

@@ -8,14 +8,18 @@ somebody else has written meanwhile.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakSet
 
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
@@ -49,6 +53,11 @@ if TYPE_CHECKING:
 __all__ = ['Database', 'DatabaseAway', 'NoTables']
 
 T = TypeVar('T')
+
+log = logging.getLogger('mailqueue.delivery')
+
+#: How soon a turn that nobody has any more is seen by who waits for it, in seconds.
+GLANCE = 0.5
 
 
 class NoTables(ConfigurationError):
@@ -114,9 +123,20 @@ class Database:
         with self._turns.one(), self._connect(engine) as connection:
             yield connection
 
-    def _connect(self, engine: Engine) -> Connection:
+    def _lent(self, engine: Engine) -> Connection:
         try:
             return engine.connect()
+        except PoolExhausted:
+            # Whoever has its turn finds a connection there, but if an interruption has taken one from the pool.
+            log.error(
+                'The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name
+            )
+            engine.dispose()
+            return engine.connect()
+
+    def _connect(self, engine: Engine) -> Connection:
+        try:
+            return self._lent(engine)
         except Exception as error:
             if not is_strange_to_driver(error):
                 raise
@@ -292,54 +312,53 @@ def _is_closed(file: Path, error: SQLAlchemyError) -> bool:
     return not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
+class _Turn:
+    """What one thread has, or waits for."""
+
+    def __init__(self) -> None:
+        # Not an Event, which an interruption in set() locks for ever.
+        self.given = threading.Lock()
+        self.given.acquire()
+
+
 class _Turns:
     """
     Lets so many threads do something at the same time, and those who wait in their order.
 
     Without an order, threads that deliver could keep the heartbeat from its turn until its leases have run out.
+
+    A turn belongs to the thread that has it: one that an interruption has taken from there is free again.
     """
 
     def __init__(self, number: int) -> None:
-        self._free = number
+        self._number = number
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
+        self._taken: WeakSet[_Turn] = WeakSet()
+        self._waiting: deque[weakref.ref[_Turn]] = deque()
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        self._take()
+        turn = _Turn()
         try:
+            with self._lock:
+                self._waiting.append(weakref.ref(turn))
+            self._give()
+            while not turn.given.acquire(timeout=GLANCE):
+                self._give()
             yield
         finally:
+            with self._lock:
+                # Or nobody gives it to this one any more.
+                self._taken.discard(turn)
+                with suppress(ValueError):
+                    self._waiting.remove(weakref.ref(turn))
             self._give()
 
-    def _take(self) -> None:
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        try:
-            # Until it is handed over.
-            turn.acquire()
-        except BaseException:
-            # A worker can be cut short here, by the timeout of its server.
-            if not self._leave(turn):
-                self._give()
-            raise
-
-    def _leave(self, turn: threading.Lock) -> bool:
-        """Wait no more; False if it was handed over meanwhile."""
-        with self._lock:
-            if turn not in self._waiting:
-                return False
-            self._waiting.remove(turn)
-            return True
-
     def _give(self) -> None:
+        """Let those begin whose turn it is."""
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._free += 1
+            while self._waiting and len(self._taken) < self._number:
+                turn = self._waiting.popleft()()
+                if turn is not None:
+                    self._taken.add(turn)
+                    turn.given.release()

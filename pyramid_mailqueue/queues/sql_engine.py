@@ -76,6 +76,8 @@ def make_engine(written: str | URL) -> Engine:
         poolclass=QueuePool,
         pool_size=CONNECTIONS,
         max_overflow=0,
+        # There is one for everybody who has a turn (see :mod:`~.sql_database`), so nobody ever has to wait here.
+        pool_timeout=1,
         isolation_level='AUTOCOMMIT',
         connect_args=options,
     )

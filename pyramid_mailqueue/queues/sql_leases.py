@@ -11,6 +11,9 @@ messages:
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written because the database is away is written when it is back.
 
+A claim belongs to whoever delivers it: what is noted here does not keep it alive.  One that nobody has any more,
+because an interruption has taken it from its owner in the midst of something, is given back (:meth:`Leases.let_go`).
+
 A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
 without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
 little is left of the lease asks the database.
@@ -22,9 +25,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from sqlalchemy import select, update
 
@@ -33,7 +37,7 @@ from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import Claimed, begin, delete_done, in_ascii, named, owned, release, settle
 from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
@@ -65,6 +69,9 @@ class HeldClaim(Claimed, Protocol):
     # Until when the lease holds at least, by the timer; and whether the row was seen.
     deadline: float
     is_confirmed: bool
+    # Whether a row may wait for its end; and whether nobody has it any more.
+    is_open: bool
+    is_forgotten: bool
 
 
 def elapsed() -> float:
@@ -97,11 +104,12 @@ class Leases:
 
     def _start_anew(self) -> None:
         """In a forked child too: what is held is the parent's."""
-        self._changed = threading.Condition()
+        # Held by its own name: an interruption may keep a Condition from letting go of it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._writing = threading.Lock()
-        self._held: dict[str, HeldClaim] = {}
+        self._held: WeakValueDictionary[str, HeldClaim] = WeakValueDictionary()
         self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
-        self._under_way = 0
         self._renewed = self.timer()
         self._is_away = False
         self._is_closing = False
@@ -113,7 +121,7 @@ class Leases:
         """Take care of new claims until they end."""
         if not claims:
             return
-        with self._changed:
+        with self._lock:
             if not self._held:
                 self._renewed = self.timer()
             self._held.update({claim.token: claim for claim in claims})
@@ -125,8 +133,47 @@ class Leases:
 
     def forget(self, claim: HeldClaim) -> bool:
         """End a claim without writing anything; False if it had ended before."""
-        with self._changed:
+        claim.is_open = False
+        with self._lock:
             return self._held.pop(claim.token, None) is not None
+
+    def let_go(self, claims: Iterable[HeldClaim]) -> None:
+        """
+        Give back, soon, what nobody has any more.
+
+        Called by the garbage collector too, which may have interrupted whoever holds a lock: waits for none.
+        """
+        for claim in claims:
+            if claim.is_open:
+                claim.is_open, claim.is_forgotten = False, True
+                self._held.pop(claim.token, None)
+                self._ended.append((claim, None))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._changed.notify_all()
+            finally:
+                self._lock.release()
+
+    def watch(self) -> None:
+        """Have a heartbeat for what may be let go."""
+        with self._lock:
+            self._see_to_thread()
+
+    def begin(self, claim: HeldClaim) -> bool:
+        """See `IClaim`."""
+        if claim.has_begun or not self.holds(claim):
+            return self.holds(claim)
+        # A claim that is released meanwhile is one that has begun: its death was counted, or nothing is taken back.
+        claim.has_begun = True
+        try:
+            is_there = self.database.run(partial(begin, claim=claim))
+        except MailqueueError as error:
+            log.error('%s The message %s is not sent now.', error, claim.id)
+            return False
+        if not is_there:
+            self.lose([claim])
+        claim.is_confirmed = is_there
+        return is_there
 
     def make_sure(self, claim: HeldClaim) -> bool:
         """Whether the message is still *claim*'s, and will be for long enough to begin sending it."""
@@ -164,14 +211,16 @@ class Leases:
 
     def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
         """See `IClaim`."""
-        if not self.forget(claim):
-            return
         is_done = not (settlement.waiting or settlement.burials)
-        with self._changed:
+        with self._lock:
+            if not self.holds(claim):
+                return
+            # In this order: an interruption may have it written twice, but not never.
             self._ended.append((claim, settlement))
+            self.forget(claim)
+            # With what is being written: that may yet fail.
             number = len(self._ended)
-            # What is being written may yet fail.
-            may_linger = is_done and number + self._under_way < BATCH and self._has_thread()
+            may_linger = is_done and number < BATCH and self._has_thread()
             if number in (1, ENOUGH):
                 self._changed.notify_all()
         if not may_linger:
@@ -179,12 +228,14 @@ class Leases:
 
     def release(self, claims: Sequence[HeldClaim]) -> None:
         """See `IClaim`."""
-        ended = [claim for claim in claims if self.forget(claim)]
+        with self._lock:
+            ended = [claim for claim in claims if self.holds(claim)]
+            for claim in ended:
+                self._ended.append((claim, None))
+                self.forget(claim)
+            # Whoever settles one now finds others there, and does not wake the heartbeat.
+            self._changed.notify_all()
         if ended:
-            with self._changed:
-                self._ended.extend((claim, None) for claim in ended)
-                # Whoever settles one now finds others there, and does not wake the heartbeat.
-                self._changed.notify_all()
             self.flush()
 
     def flush(self) -> None:
@@ -192,26 +243,29 @@ class Leases:
         with self._writing:
             # What ends in the meantime waits for others, or there would be a statement for each.
             left = len(self._ended)
-            while left > 0 and (batch := self._take_ended()):
-                left -= len(batch)
+            while left > 0 and (number := min(len(self._ended), BATCH)):
+                left -= number
+                # They stay there until they are written: this may be interrupted.
+                batch = [self._ended[n] for n in range(number)]
                 try:
                     self._write(batch)
                 except DatabaseAway as error:
-                    self._put_back(batch, error)
+                    self._replace(number, batch)
+                    self._tell_away(batch, error)
                     return
-                self._under_way = 0
+                self._replace(number, ())
                 self._is_away = False
 
-    def _take_ended(self) -> list[tuple[HeldClaim, Settlement | None]]:
-        with self._changed:
-            self._under_way = min(len(self._ended), BATCH)
-            return [self._ended.popleft() for _ in range(self._under_way)]
+    def _replace(self, number: int, left: Sequence[tuple[HeldClaim, Settlement | None]]) -> None:
+        """Put those that are *left* in the place of the first so many."""
+        with self._lock:
+            for _ in range(number):
+                self._ended.popleft()
+            self._ended.extendleft(reversed(left))
+            if left:
+                self._see_to_thread()
 
-    def _put_back(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
-        with self._changed:
-            self._under_way = 0
-            self._ended.extendleft(reversed(batch))
-            self._see_to_thread()
+    def _tell_away(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
         if not self._is_away:
             self._is_away = True
             ids = ','.join(claim.id for claim, _ in batch)
@@ -262,14 +316,19 @@ class Leases:
 
     def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
         for claim in claims:
-            if claim.token not in ours:
+            if claim.is_forgotten:
+                # One whose row is not there was aborted.
+                if claim.token in ours:
+                    reason = 'whoever was about to deliver it was interrupted; it waits'
+                    log_event(queue_log, logging.WARNING, status='released', id=claim.id, reason=reason)
+            elif claim.token not in ours:
                 reason = 'its lease ran out before its outcome was written; it may be delivered again'
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
     def close(self) -> None:
         """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
         self.flush()
-        with self._changed:
+        with self._lock:
             self._held.clear()
             self._is_closing = True
             self._changed.notify_all()
@@ -299,11 +358,22 @@ class Leases:
         return True
 
     def _beat(self) -> None:
-        while self._wait():
-            if self._ended:
-                self.flush()
-            if self._held and self.timer() >= self._renewed + self.lease / 3:
-                self._renew_all()
+        while True:
+            try:
+                while self._wait():
+                    self._work()
+            except Exception:
+                # Without it the claims of this process would be lost.
+                log.critical('A defect: the heartbeat of the leases was about to end, and goes on', exc_info=True)
+                time.sleep(PATIENCE)
+            else:
+                return
+
+    def _work(self) -> None:
+        if self._ended:
+            self.flush()
+        if self._held and self.timer() >= self._renewed + self.lease / 3:
+            self._renew_all()
 
     @property
     def _has_work(self) -> bool:
@@ -315,7 +385,7 @@ class Leases:
 
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
-        with self._changed:
+        with self._lock:
             if not (self._has_work or self._is_closing):
                 self._changed.wait(IDLE)
             if not self._has_work or self._is_closing:
@@ -323,7 +393,8 @@ class Leases:
                 return False
             renewal = self._renewed + self.lease / 3
             while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
-                self._changed.wait(rest)
+                # Whoever lets go of a claim may not be able to wake this.
+                self._changed.wait(min(rest, IDLE))
             # What is done waits for others.
             until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
             while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:
@@ -331,7 +402,7 @@ class Leases:
         return True
 
     def _renew_all(self) -> None:
-        with self._changed:
+        with self._lock:
             claims = [*self._held.values()]
         self._renewed = self.timer()
         try:

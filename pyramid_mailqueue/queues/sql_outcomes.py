@@ -26,13 +26,16 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    case,
     delete,
+    func,
     insert,
     literal,
     literal_column,
     not_,
     or_,
     select,
+    true,
     update,
 )
 
@@ -45,6 +48,7 @@ __all__ = [
     'IS_UNKNOWN',
     'UNCLAIMED',
     'Claimed',
+    'begin',
     'delete_done',
     'in_ascii',
     'named',
@@ -63,6 +67,9 @@ _LITERALS = {state: literal_column(f"'{state}'", Text()) for state in STATES}
 
 class Claimed(Protocol):
     """What has to be known of a claim."""
+
+    # Whether a death is counted for it in its row.
+    has_begun: bool
 
     @property
     def id(self) -> str:
@@ -127,18 +134,40 @@ def _deletion(dialect: str) -> Executable:
 
 def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
     """Give messages back exactly as they were; return the tokens of those that were still theirs."""
-    ids = {*connection.scalars(_release(connection.dialect.name), named(claims))}
+    ids: set[str] = set()
+    for has_begun in (True, False):
+        if some := [claim for claim in claims if claim.has_begun is has_begun]:
+            ids.update(connection.scalars(_release(connection.dialect.name, has_begun), named(some)))
     return {claim.token for claim in claims if claim.id in ids}
 
 
 @lru_cache
-def _release(dialect: str) -> Executable:
-    return update(MESSAGES).where(owned(dialect)).values(state='waiting', **UNCLAIMED).returning(MESSAGES.c.id)
+def _release(dialect: str, has_begun: bool) -> Executable:
+    values: dict[str, Any] = {'state': 'waiting', **UNCLAIMED, **(_ALIVE if has_begun else {})}
+    return update(MESSAGES).where(owned(dialect)).values(**values).returning(MESSAGES.c.id)
+
+
+# Whoever has begun with it has not died over it.
+_ALIVE: Mapping[str, Any] = {'deaths': case((MESSAGES.c.deaths > 0, MESSAGES.c.deaths - 1), else_=0)}
+
+
+def begin(connection: Connection, claim: Claimed) -> bool:
+    """Count a death, until the claim ends in another way; whether the message was still *claim*'s."""
+    return connection.execute(_beginning(connection.dialect.name), named([claim])).rowcount == 1
+
+
+@lru_cache
+def _beginning(dialect: str) -> Executable:
+    statement = update(MESSAGES).where(owned(dialect)).values(deaths=MESSAGES.c.deaths + 1)
+    if dialect != 'postgresql':
+        return statement
+    # Not worth waiting for the disk of the server: it outlives the death of this process.
+    return statement.where(func.set_config('synchronous_commit', 'off', true()).is_not(None))
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
     """Note who is open, and that it is not what kills its deliverers; whether the message was still *claim*'s."""
-    return _update_owned(connection, claim, {'recipients': [*recipients], 'deaths': 0})
+    return _update_owned(connection, claim, {'recipients': [*recipients], 'deaths': 1 if claim.has_begun else 0})
 
 
 def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: float) -> set[str]:
@@ -149,6 +178,8 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     those who are given up.  The others who are given up get rows of their own.
     """
     attempt: dict[str, Any] = {'attempts': claim.attempts + settlement.counted, **UNCLAIMED}
+    if claim.has_begun:
+        attempt.update(_ALIVE)
     if settlement.counted or settlement.last_reply:
         attempt['last_attempt'] = now
     burials = [*settlement.burials]

@@ -41,6 +41,7 @@ class SQLStaging:
         self._session: Any = None
         # Each with the savepoint of the session in which it was added.
         self._added: list[tuple[NewMessage, SessionTransaction | None]] = []
+        self._is_prepared = False
 
     def join(self, session: Any) -> None:
         """See `ISessionStaging`."""
@@ -64,19 +65,31 @@ class SQLStaging:
         return dropped
 
     def prepare(self, alone: bool = False) -> None:
-        """See `IStaging`."""
+        """See `IStaging`.  From here on the session may commit the rows."""
+        if claims := self._claims:
+            for claim in claims:
+                claim.is_open = True
+            self._leases.watch()
+        self._is_prepared = True
+
+    @property
+    def _claims(self) -> list[SQLClaim]:
+        return [message.claim for message, _ in self._added if message.claim is not None]
 
     def publish(self) -> Sequence[IClaim | Dropped | None]:
         """See `IStaging`."""
-        added, self._added = self._added, []
-        published = [self._publish(message, savepoint) for message, savepoint in added]
+        published = [self._publish(message, savepoint) for message, savepoint in self._added]
         self._leases.hold([claim for claim in published if isinstance(claim, SQLClaim)])
+        # Not before that: until then an interruption leaves them here.
+        self._added = []
         if None in published:
             self._tell_news()
         return published
 
     def _publish(self, message: NewMessage, savepoint: SessionTransaction | None) -> SQLClaim | Dropped | None:
         if is_rolled_back(savepoint):
+            if message.claim is not None:
+                message.claim.is_open = False
             return DROPPED
         log_queued(message.id, message.envelope)
         if message.claim is not None:
@@ -86,9 +99,17 @@ class SQLStaging:
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
+        self._let_go()
         added, self._added = self._added, []
         return [message.envelope for message, _ in added]
 
+    def _let_go(self) -> None:
+        """A session that commits in its vote may have done so by then, and nobody would end the claims."""
+        if self._is_prepared and (claims := self._claims):
+            self._leases.let_go(claims)
+            self._leases.watch()
+
     def leave_in_doubt(self) -> None:
-        """See `IStaging`.  The database knows; if the rows are there mq-run takes them up when their lease is over."""
+        """See `IStaging`.  The database knows; if the rows are there they wait."""
+        self._let_go()
         self._added = []

@@ -90,7 +90,8 @@ metadata = MetaData()
 #: * claim: the token of the claim, by which alone it may be changed while it is in progress
 #: * claimed_by: the host and the process of the claim, for people
 #: * lease: until when the claim holds, by the clock of the database
-#: * deaths: how many claims have run out since the last attempt that came to an end
+#: * deaths: how many processes have died over it since the last attempt that came to an end.  Counted when a process
+#:   begins with the message, and taken back when its claim ends: nobody can count when it dies
 MESSAGES = Table(
     'mailqueue_message',
     metadata,

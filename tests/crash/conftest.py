@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyramid_mailqueue.queues import maildir
 from tests.crash import strace
 
 # What it finds wrong is shown as in a test.
@@ -27,3 +28,16 @@ def office():
     office = Office()
     with office.server:
         yield office
+
+
+@pytest.fixture
+def few_files(monkeypatch):
+    """This process may keep no file open that only waits."""
+    monkeypatch.setattr(maildir, 'may_stay_open', lambda _: False)
+
+
+@pytest.fixture(params=['many files', 'few files'])
+def files(request):
+    """Whether the process keeps open the file of each message that waits, or only of the first one of a transaction."""
+    if request.param == 'few files':
+        request.getfixturevalue('few_files')

@@ -118,6 +118,7 @@ class Trial:
 # --- a commit ---------------------------------------------------------------
 
 
+@pytest.mark.usefixtures('files')
 @pytest.mark.parametrize('database', [OnePhase, TwoPhase])
 @pytest.mark.parametrize('in_doubt', ['hold', 'send', 'discard'])
 def test_a_message_leaves_if_and_only_if_its_transaction_has_committed(trials, database, in_doubt):
@@ -146,6 +147,7 @@ def test_a_message_leaves_if_and_only_if_its_transaction_has_committed(trials, d
     assert fates[False, True] == 0
 
 
+@pytest.mark.usefixtures('files')
 def test_a_committed_message_is_delivered_whenever_its_process_dies_while_it_delivers(trials):
     deaths = 0
     for trial in trials:

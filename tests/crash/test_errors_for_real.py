@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 from functools import partial
@@ -42,14 +43,18 @@ def test_a_process_that_has_too_many_files_open_says_so(tmp_path):
     queue = MaildirQueue(tmp_path)
 
     def commit():
-        limit = 8 + max(map(int, open_files()))
+        limit = 2 + max(map(int, open_files()))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        # The files need all that there are, and leave none for the folder.
-        spare = limit - len(open_files())
         staging = queue.staging()
-        for _ in range(spare):
-            staging.add(ENVELOPE, claimed=True)
-        return refusal_of(staging)
+        staging.add(ENVELOPE, claimed=True)
+        # The first one needs the last file that there is.
+        staging.add(ENVELOPE, claimed=True)
+        spare = [os.dup(0) for _ in range(limit - 1 - len(open_files()))]
+        try:
+            return refusal_of(staging)
+        finally:
+            for fd in spare:
+                os.close(fd)
 
     assert run_in_child(commit) == f'The queue {tmp_path} cannot take the message: Too many open files'
     assert where(queue) == {}

@@ -115,5 +115,6 @@ def commit_two(queue, notes, database, transport=None):
     if transport:
         handler = MessageHandler([transport])
         for claim in dispatcher.claims:
+            assert claim.begin()
             handler.deliver(claim)
         queue.flush()

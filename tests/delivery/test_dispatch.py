@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,14 +13,18 @@ import weakref
 from types import ModuleType
 
 import pytest
+import transaction
 from zope.interface.verify import verifyObject
 
+from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.delivery import dispatch
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
+from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.interfaces import IDispatcher
 from pyramid_mailqueue.queues.rate_file import RateFile
 from pyramid_mailqueue.settings import Rate
@@ -214,16 +219,15 @@ def test_what_waits_since_a_trouble_is_tried_again_after_the_pause(make_resting,
 
 def test_what_is_sent_during_a_pause_is_tried_after_it(make_resting, claims, queue, says, trouble, until):
     pause = Pause(first=0.2)
-    background = make_resting(says(YES), pause)
+    background = make_resting(says(YES), pause, idle=60)
     background.dispatch(claims(1))
     until(lambda: queue.state == {})
 
     # Not the thread has seen the trouble, so it waits for new mail.
     pause.begin(trouble)
     background.dispatch(claims(2))
+    # It waits for longer than until() does: it is the pause that has ended, not the waiting.
     until(lambda: queue.state == {})
-
-    assert background._idle == 60, 'longer than until() waits: it is the pause that has ended, not the waiting'
 
 
 def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, claims, queue, says, trouble, until):
@@ -276,16 +280,104 @@ class Sick(BaseException):
     pass
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_a_thread_that_is_killed_takes_no_claims_along(make_background, claims, queue, says, until):
-    class Deadly:
-        def decide(self, *_):
-            raise Sick
+class Once(ExponentialBackoff):
+    """A policy whose first decision is an error."""
 
-    make_background(MessageHandler([says(YES)], retry_policy=Deadly())).dispatch(claims(3))
-    until(lambda: threads() == [])
+    def __init__(self, error):
+        super().__init__()
+        self.errors = [error]
 
-    assert queue.state == {'waiting': 3}
+    def decide(self, *attempt):
+        if self.errors:
+            raise self.errors.pop()
+        return super().decide(*attempt)
+
+
+@pytest.mark.parametrize('error', [Sick, SystemExit, KeyboardInterrupt])
+def test_whatever_happens_to_the_thread_is_told_and_it_goes_on_with_what_waits(
+    make_background, claims, queue, says, until, caplog, error
+):
+    transport = says(YES)
+    make_background(MessageHandler([transport], retry_policy=Once(error))).dispatch(claims(3))
+    until(lambda: len(transport.asked) == 3 and queue.state == {'waiting': 1})
+
+    (record,) = [record for record in caplog.records if record.levelname == 'CRITICAL']
+    assert record.message == 'The delivery thread was about to end, and goes on'
+    assert record.exc_info[0] is error
+    assert len(threads()) == 1
+
+
+@pytest.mark.parametrize('error', [Sick, SystemExit, KeyboardInterrupt])
+def test_inline_lets_go_whoever_wants_to_end_and_begins_with_nothing_more(claims, queue, says, caplog, error):
+    transport = says(YES)
+    inline = InlineDispatcher(MessageHandler([transport], retry_policy=Once(error)), queue)
+
+    with pytest.raises(error):
+        inline.dispatch(claims(3))
+
+    assert (len(transport.asked), queue.state) == (1, {'waiting': 3})
+    assert caplog.messages == []
+
+
+def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
+    make_resting, queue, claims, says, trouble, until, caplog, monkeypatch
+):
+    def claim(id):
+        asked.append(id)
+        if len(asked) < 4:
+            raise QueueError('The database is away.')
+        return queue_claim(id)
+
+    queue_claim, asked, pause = queue.claim, [], Pause()
+    monkeypatch.setattr(queue, 'claim', claim)
+    background = make_resting(says(YES), pause)
+    background._queue_pause = Pause(first=0.01)
+    pause.begin(trouble)
+    background.dispatch(claims(2))
+    pause.end()
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {})
+
+    assert caplog.messages == ['The database is away. Mail that was put off waits in it, until it is back.']
+    assert len({*asked[:4]}) == 1
+
+
+# --- idle mailers -----------------------------------------------------------
+
+
+def test_a_process_with_one_mailer_for_each_message_has_no_thread_for_each(make_settings, smtp_server, message, until):
+    sessions = []
+    for number in range(30):
+        manager = transaction.TransactionManager(explicit=True)
+        mailer = mailer_from_settings(make_settings(smtp_server), manager=manager)
+        with manager:
+            mailer.send(message(f'number {number}'))
+        sessions.append(weakref.ref(mailer))
+        del mailer, manager
+    smtp_server.wait_for(30)
+
+    # Not after IDLE seconds, and not thanks to the garbage collector.
+    began = time.monotonic()
+    until(lambda: not threads())
+    assert time.monotonic() - began < dispatch.IDLE / 2
+    assert [reference() for reference in sessions] == [None] * 30
+
+
+def test_what_only_waits_for_the_thread_is_no_orphan_when_the_process_is_killed(queue, server, held, envelope):
+    child = run_python(KILLED, queue.path, server.port, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        server.wait_for(lambda: has_begun(server), 30)
+        assert child.stdout.readline() == 'committed\n'
+    finally:
+        child.kill()
+        child.communicate()
+
+    recovery = queue.recover(time.time())
+
+    # The one that is with the server, and the one that is spoken of meanwhile.
+    assert len(recovery.orphans) <= 2
+    assert queue.state == {'waiting': 100}
+    assert sorted(claim.deaths for claim in queue.claim_due(time.time()))[:-2] == [0] * 98
 
 
 def test_a_receiver_that_wants_to_exit_ends_nothing(background, claims, queue, server, until, listen):
@@ -590,6 +682,19 @@ def test_a_child_that_python_was_not_told_of_has_a_thread_of_its_own_too(
 
 # --- the end of the process -------------------------------------------------
 
+KILLED = """
+import sys, transaction
+from pyramid_mailqueue import mailer_from_settings
+mailer = mailer_from_settings({
+    'mailqueue.queue_dir': sys.argv[1], 'mailqueue.smtp_hostname': '127.0.0.1', 'mailqueue.smtp_port': sys.argv[2],
+})
+with transaction.manager:
+    for _ in range(100):
+        mailer.send(b'\\r\\n', 'shop@site.example', ['ada@x.example'])
+print('committed', flush=True)
+input()
+"""
+
 LEAVE = """
 import atexit, sys
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher
@@ -656,6 +761,40 @@ def test_a_process_ends_though_the_server_hangs(leaving, queue, server, held):
 
 def test_the_end_of_a_process_waits_five_seconds_at_most(background):
     assert background._patience == dispatch.PATIENCE == 5
+
+
+WAITRESS = """
+import signal, sys, transaction
+from waitress import serve
+from pyramid_mailqueue import mailer_from_settings
+
+mailer = mailer_from_settings({
+    'mailqueue.queue_dir': sys.argv[1], 'mailqueue.smtp_hostname': '127.0.0.1', 'mailqueue.smtp_port': sys.argv[2],
+})
+# As docs/deployment.rst says.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with transaction.manager:
+    for _ in range(5):
+        mailer.send(b'\\r\\n', 'shop@site.example', ['ada@x.example'])
+serve(lambda *_: [], listen='127.0.0.1:0')
+"""
+
+
+def test_waitress_gives_back_what_waits_at_sigterm_where_it_is_told_to(queue, server, held, until):
+    process = run_python(WAITRESS, queue.path, server.port, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        server.wait_for(lambda: has_begun(server), 30)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: len(queue.files('cur')) <= 2)
+        held.set()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert process.returncode == 0, errors
+    assert queue.recover(time.time()).orphans == ()
+    assert queue.state == {'waiting': 5 - len(server.messages)}
 
 
 # --- inline -----------------------------------------------------------------
@@ -740,13 +879,13 @@ def test_what_the_rate_does_not_allow_waits_in_the_queue_as_it_was(
 
 def test_the_thread_comes_back_to_what_the_rate_did_not_allow(make_background, rated, queue, envelope, says, until):
     transport = says(YES)
-    background = make_background(rated(transport, Rate(2, 0.1)))
+    # It waits for longer than until() does: it comes back for them.
+    background = make_background(rated(transport, Rate(2, 0.1)), idle=60)
     background.dispatch([queue.claimed(envelope(f'r{number}')) for number in range(7)])
     until(lambda: queue.state == {})
 
     assert sorted(transport.asked) == [(f'r{number}@x.example',) for number in range(7)]
     assert len(threads()) == 1
-    assert background._idle == 60, 'longer than until() waits: it has come back for them'
 
 
 def test_two_processes_and_a_run_keep_one_rate_together(make_background, rated, claims, queue, says, until):

@@ -218,8 +218,11 @@ def test_what_is_published_is_claimed_or_waits_as_it_was_added(queue):
     first, second, third = stage(queue, (ENVELOPE, True), (OTHER, False), (OTHER, True)).publish()
 
     assert (first.envelope, second, third.envelope) == (ENVELOPE, None, OTHER)
-    assert here(queue) == {'in progress': 2, 'waiting': 1}
-    assert claim_one(queue).envelope == OTHER
+    other = claim_one(queue)
+    assert other.envelope == OTHER
+    assert first.begin()
+    assert third.begin()
+    assert here(queue) == {'in progress': 3}
 
 
 @pytest.mark.parametrize('alone', [True, False])
@@ -254,9 +257,10 @@ def test_discard_tells_what_is_dropped_and_may_be_repeated(queue):
 
 def test_discard_is_blind_to_what_is_published(queue):
     staging = stage(queue, (ENVELOPE, True), (OTHER, False))
-    staging.publish()
+    claimed, _ = staging.publish()
 
     assert list(staging.discard()) == []
+    assert claimed.begin()
     assert here(queue) == {'in progress': 1, 'waiting': 1}
 
 

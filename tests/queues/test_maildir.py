@@ -10,6 +10,7 @@ import logging
 import os
 import pwd
 import re
+import resource
 import socket
 import stat
 import tempfile
@@ -24,7 +25,7 @@ from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
-from pyramid_mailqueue.queues import maildir, maildir_folders
+from pyramid_mailqueue.queues import locked_file, maildir, maildir_folders, maildir_trouble
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from tests.crash.children import Child, no_open_files_are_left, run_in_child
@@ -312,10 +313,35 @@ def test_published_messages_are_claimed_or_wait_as_they_were_added(queue):
 
     first, second, third = staging.publish()
 
-    assert where(queue) == {'new': 1, 'cur': 2}
+    assert where(queue) == {'new': 3}
     assert (first.envelope, second, third.envelope) == (ENVELOPE, None, ENVELOPE)
     assert list(MaildirQueue(queue.path).recover(LATER).orphans) == []
     assert claim(queue).envelope == OTHER
+
+
+def test_a_process_that_dies_leaves_what_it_has_not_begun_as_it_was_and_what_it_has_begun_as_an_orphan(queue):
+    claims = stage(queue, *[(ENVELOPE, True)] * 3).publish()
+    begun, waiting, given_back = [it.id for it in claims]
+    before = {name: at(queue, 'new', name).stat().st_mtime_ns for name in (waiting, given_back)}
+
+    assert [claims[0].begin(), claims[0].begin(), claims[2].begin()] == [True] * 3
+    claims[2].release()
+    forget(*claims)
+
+    assert MaildirQueue(queue.path).recover(LATER).orphans == (begun,)
+    assert {name: at(queue, 'new', name).stat().st_mtime_ns for name in before} == before
+    assert [taken.deaths for taken in queue.claim_due(LATER)] == [0, 0, 1]
+
+
+def test_what_cannot_be_begun_waits(queue, told):
+    (taken,) = stage(queue, (ENVELOPE, True)).publish()
+    at(queue, 'cur').rmdir()
+
+    assert not taken.begin()
+
+    at(queue, 'cur').mkdir()
+    assert told(level='ERROR', status='trouble', problem='cannot be claimed, and has to wait')
+    assert claim(queue).envelope == ENVELOPE
 
 
 def test_discard_leaves_nothing_and_may_be_repeated(queue):
@@ -345,7 +371,7 @@ def test_discard_is_blind_to_what_is_published(queue):
 
     assert staging.discard() == []
 
-    assert where(queue) == {'new': 1, 'cur': 1}
+    assert where(queue) == {'new': 2}
     assert taken.envelope == ENVELOPE
 
 
@@ -402,7 +428,7 @@ def test_an_interrupt_while_messages_are_published_discards_none_of_them(queue):
         staging.publish()
     staging.discard()
 
-    assert where(queue) == {'prepared': 1, 'cur': 1}
+    assert where(queue) == {'new': 2}
 
 
 def test_files_are_locked_whenever_they_get_a_new_name(queue):
@@ -613,7 +639,7 @@ def test_somebodys_log_handler_that_raises_tells_a_commit_nothing(queue):
         logger.removeHandler(broken)
         logger.setLevel(level)
 
-    assert where(queue) == {'new': 2, 'cur': 1}
+    assert where(queue) == {'new': 3}
     claims[0].release()
 
 
@@ -783,10 +809,10 @@ def test_what_may_be_the_trouble_of_one_file_is_told_of_and_passed_over(queue, t
 def test_a_message_that_is_asked_for_while_none_can_be_claimed_waits_for_a_run(queue, told):
     name = put(queue)
 
-    with intercepted(Fault('EMFILE', 1)):
-        assert queue.claim(name) is None
+    with intercepted(Fault('EMFILE', 1)), pytest.raises(QueueError, match='Too many open files'):
+        queue.claim(name)
 
-    assert told(level='ERROR', status='trouble', id=name, problem='cannot be claimed')
+    assert (where(queue), told()) == ({'new': 1}, [])
     assert queue.claim(name)
 
 
@@ -1630,8 +1656,7 @@ def test_a_commit_makes_three_syncs_and_two_more_for_each_further_message(queue)
 
 def end_of_sync(queue):
     """Wait until the batch that is being made durable is."""
-    with queue._changes._syncing:
-        pass
+    queue._changes._wait()
 
 
 def test_settled_messages_are_made_durable_a_hundred_at_a_time(queue, monkeypatch):
@@ -1685,15 +1710,40 @@ def test_removed_files_are_closed_together_and_a_large_one_at_once(queue):
 
 
 def test_a_process_that_may_open_few_files_keeps_few_of_them_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(maildir_folders.resource, 'getrlimit', lambda _: (64, 64))
     queue = MaildirQueue(tmp_path)
     claims = [queue.put_claimed(ENVELOPE) for _ in range(20)]
+    few = {taken._file.fd for taken in claims[:5]}
+    monkeypatch.setattr(maildir_folders, 'may_stay_open', lambda fd: fd in few)
 
     with intercepted(Log()) as log:
         for taken in claims:
             taken.settle(Settlement())
 
-    assert log.names.count('close') == 20 - 64 // 8
+    assert log.names.count('close') == 15
+
+
+@pytest.mark.parametrize(('limit', 'most'), [(256, 32), (1024, 128), (65536, 128), (resource.RLIM_INFINITY, 128)])
+def test_what_waits_may_have_an_eighth_of_the_files_and_of_1024_at_most(monkeypatch, limit, most):
+    monkeypatch.setattr(maildir_trouble.resource, 'getrlimit', lambda _: (limit, limit))
+
+    assert [fd for fd in range(2000) if maildir_trouble.may_stay_open(fd)] == [*range(most)]
+
+
+def test_a_new_version_that_is_interrupted_when_it_is_in_its_place_is_not_removed(queue, monkeypatch):
+    taken = queue.put_claimed(ENVELOPE)
+    rename = os.rename
+
+    def interrupted_behind(*paths):
+        rename(*paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locked_file.os, 'rename', interrupted_behind)
+        with pytest.raises(KeyboardInterrupt):
+            taken.keep(ENVELOPE.recipients[1:])
+    taken.release()
+
+    assert claim(queue).envelope.recipients == ENVELOPE.recipients[1:]
 
 
 def test_where_there_can_be_no_thread_a_batch_is_made_durable_at_once(queue, monkeypatch):

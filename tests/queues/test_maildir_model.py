@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from dataclasses import dataclass, field
+from unittest import mock
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -13,11 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.queues import maildir
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
 from pyramid_mailqueue.queues.maildir_folders import FOLDERS
 from tests.crash.faults import intercepted, without_sync
-from tests.crash.queue_parts import CONTENT, at, dead_recipients, forget, names, stage
+from tests.crash.queue_parts import CONTENT, dead_recipients, forget, names, stage
 
 which = st.integers(0, 5)
 
@@ -107,10 +109,11 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- two phases
 
-    @rule(ways=st.lists(st.booleans(), min_size=1, max_size=3))
-    def vote(self, ways):
+    @rule(ways=st.lists(st.booleans(), min_size=1, max_size=3), stay_open=st.booleans())
+    def vote(self, ways, stay_open):
         messages = [(self.new_envelope(), claimed) for claimed in ways]
-        staging = stage(self.queue, *messages)
+        with mock.patch.object(maildir, 'may_stay_open', return_value=stay_open):
+            staging = stage(self.queue, *messages)
         staged = [file.name for file in staging._files]
         for name, (envelope, _) in zip(staged, messages, strict=True):
             self.enter('prepared', name, envelope, 'prepared')
@@ -125,6 +128,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.messages[name].state = 'claimed' if claimed else 'waiting'
             if claimed:
                 assert claim.id == name
+                assert claim.begin()
                 self.claims.append(claim)
         assert staging.discard() == []
 
@@ -316,8 +320,8 @@ class QueueMachine(RuleBasedStateMachine):
         held = [('cur', name) for name in self.model.names('claimed')]
         held += [('prepared', name) for name in self.model.names('prepared')]
         for folder, name in held:
-            (path,) = at(other, folder).glob(f'{name}*')
-            assert other.take(folder, path.name) is None
+            (found,) = [file for file in names(other, folder) if file.partition(',')[0] == name]
+            assert other.take(folder, found) is None
         assert other.counts()['in doubt'] == len(self.model.names('in doubt'))
 
 

@@ -80,4 +80,4 @@ def test_who_is_cut_short_while_waiting_takes_no_connection_along(database, unti
     for connection in lent:
         connection.__exit__(None, None, None)
 
-    assert (database._turns._free, [*database._turns._waiting]) == (CONNECTIONS, [])
+    assert ([*database._turns._taken], [*database._turns._waiting]) == ([], [])

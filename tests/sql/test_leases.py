@@ -122,13 +122,13 @@ def test_a_message_that_outlives_too_many_deliverers_is_given_up(url, make_queue
     queue = make_queue(url)
     name = queue.put(envelope)
     for _ in range(MAX_DEATHS - 1):
-        assert queue.claim(name)
+        lost = queue.claim(name)
         run_out(url)
-        assert queue.recover(LATER).orphans == (name,)
-    assert queue.claim(name)
+        assert queue.recover(LATER).orphans == (name,) == (lost.id,)
+    lost = queue.claim(name)
     run_out(url)
 
-    assert queue.recover(LATER).buried == (name,)
+    assert queue.recover(LATER).buried == (name,) == (lost.id,)
 
     (dead,) = queue.admin.entries(['dead'])
     assert (dead.id, dead.recipients) == (name, (ADA,))
@@ -138,10 +138,11 @@ def test_a_message_that_outlives_too_many_deliverers_is_given_up(url, make_queue
 def test_what_has_outlived_a_deliverer_comes_behind_all_that_is_due(url, make_queue, envelope, run_out):
     queue = make_queue(url)
     first, second = queue.put(envelope), queue.put(envelope)
-    queue.claim(first)
+    lost = queue.claim(first)
     run_out(url)
     queue.recover(LATER)
 
+    assert lost.begin()
     assert [(claim.id, claim.deaths) for claim in queue.claim_due(LATER)] == [(second, 0), (first, 1)]
 
 
@@ -153,14 +154,16 @@ def test_what_has_outlived_a_deliverer_comes_behind_all_that_is_due(url, make_qu
 def test_progress_ends_the_count_of_deaths(url, make_queue, envelope, run_out, rows, make_progress):
     queue = make_queue(url)
     name = queue.put(envelope)
-    queue.claim(name)
+    lost = queue.claim(name)
     run_out(url)
     queue.recover(LATER)
     deaths = [rows()[0][4]]
-    make_progress(queue.claim(name))
+    claim = queue.claim(name)
+    make_progress(claim)
+    claim.release()
     deaths.append(rows()[0][4])
 
-    assert deaths == [1, 0]
+    assert (deaths, lost.id) == ([1, 0], name)
 
 
 def test_a_person_may_do_something_with_a_message_whose_deliverer_died(url, make_queue, envelope, run_out):
