@@ -24,6 +24,8 @@ back.  ``ServerTrouble`` never reaches a view: it passes between a transport and
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 __all__ = [
     'AddressError',
     'ConfigurationError',
@@ -39,11 +41,25 @@ __all__ = [
     'TooManyRecipients',
     'WrongState',
     'described',
+    'translated',
 ]
 
 
 class MailqueueError(Exception):
-    """The base of all errors of this package."""
+    """
+    The base of all errors of this package.
+
+    :ivar orig: what the driver of a database has raised, as in ``DBAPIError.orig`` of SQLAlchemy; None if that was not
+        the reason.  Unlike ``__cause__`` it outlives a ``raise ... from None``, as that of pyramid_tm.
+    """
+
+    orig: BaseException | None = None
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The code (SQLSTATE) with which a database refused; None if it gave none."""
+        # psycopg2 has another name for it.
+        return getattr(self.orig, 'sqlstate', None) or getattr(self.orig, 'pgcode', None)
 
 
 class ConfigurationError(MailqueueError, ValueError):
@@ -111,6 +127,15 @@ class ServerTrouble(MailqueueError):
         super().__init__(text)
         self.code = code
         self.in_message = in_message
+
+
+E = TypeVar('E', bound=MailqueueError)
+
+
+def translated(new: E, error: BaseException) -> E:
+    """Return *new*, to be raised because of *error*, with what others recognise that by."""
+    new.orig = getattr(error, 'orig', None)
+    return new
 
 
 def described(error: BaseException) -> str:

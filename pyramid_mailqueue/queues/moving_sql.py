@@ -20,7 +20,7 @@ from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, func, i
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError, translated
 from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
@@ -239,7 +239,7 @@ def blaming_configuration() -> Iterator[None]:
         yield
     except QueueError as error:
         if isinstance(error.__cause__, ProgrammingError):
-            raise ConfigurationError(str(error)) from error
+            raise translated(ConfigurationError(str(error)), error) from error
         raise
 
 

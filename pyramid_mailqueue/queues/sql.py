@@ -60,7 +60,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_queued
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, translated
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
@@ -293,7 +293,7 @@ def _blaming_setting() -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
+        raise translated(ConfigurationError(f'mailqueue.queue = sql: {error}'), error) from error
 
 
 # In the place of a state: all rows, and those in doubt that a move has in hand.

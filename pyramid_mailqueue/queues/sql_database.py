@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown, without_passwords
 from pyramid_mailqueue.queues.sql_tables import (
@@ -35,6 +35,7 @@ from pyramid_mailqueue.queues.sql_trouble import (
     is_code_of_mistake,
     is_forbidden,
     is_of_statement,
+    is_rolled_back_for_others,
     is_said_of_mistakes,
     is_strange_to_driver,
     said,
@@ -130,19 +131,19 @@ class Database:
         """
         Return what *work* returns, whose statements are transactions of their own.
 
-        A connection that turns out to be closed (a server that was restarted) is replaced once, and *work* done again:
-        it has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
+        Once *work* is done again: over another connection if this one turns out to be closed (a server that was
+        restarted), or because others were in its way (a deadlock).  It has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
         not pass by itself.
         """
         try:
             try:
                 return self._try(work)
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if not (error.connection_invalidated or is_rolled_back_for_others(error)):
                     raise
                 return self._try(work)
         except SQLAlchemyError as error:
-            raise self.refusal(error) from error
+            raise translated(self.refusal(error), error) from error
 
     def _try(self, work: Callable[[Connection], T]) -> T:
         if not self._is_checked:
@@ -165,7 +166,7 @@ class Database:
                 self._check_server(connection)
                 self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
-            raise self.refusal(error) from error
+            raise translated(self.refusal(error), error) from error
 
     def ddl(self) -> str:
         """Return the statements that create the tables."""

@@ -23,6 +23,7 @@ __all__ = [
     'is_code_of_mistake',
     'is_forbidden',
     'is_of_statement',
+    'is_rolled_back_for_others',
     'is_said_of_mistakes',
     'is_strange_to_driver',
     'said',
@@ -33,6 +34,9 @@ _OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
 
 # SQLSTATE insufficient_privilege.
 _NOT_ALLOWED = '42501'
+
+# The class of SQLSTATE for serialization failures and deadlocks.
+_ROLLED_BACK = '40'
 
 # Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
 _OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
@@ -86,6 +90,11 @@ def is_of_statement(error: SQLAlchemyError) -> bool:
 def is_forbidden(error: SQLAlchemyError) -> bool:
     """Whether the user may not do this."""
     return _code_of(error) == _NOT_ALLOWED
+
+
+def is_rolled_back_for_others(error: SQLAlchemyError) -> bool:
+    """Whether the database has given up this transaction in favour of others: the same works when it is repeated."""
+    return (_code_of(error) or '').startswith(_ROLLED_BACK)
 
 
 def is_strange_to_driver(error: Exception) -> bool:
