@@ -17,6 +17,7 @@ from pyramid_mailqueue.contract import Contract, Protocol
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.results import Dropped, Recovery, SendResult, Settlement
     from pyramid_mailqueue.envelope import Envelope
+    from pyramid_mailqueue.exceptions import QueueError
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
     from pyramid_mailqueue.transactions import ITransactionSource
 
@@ -146,8 +147,12 @@ class IMailQueue(Contract, Protocol):
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
-    def flush(self) -> None:
-        """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
+    def flush(self) -> QueueError | None:
+        """
+        Make settled claims durable; return why that cannot be done with the end of one, if so (it is logged).
+
+        Called when a run pauses or ends; in between the queue does it in batches.
+        """
 
     def counts(self) -> Mapping[str, int]:
         """
@@ -361,11 +366,12 @@ class IClaim(Contract, Protocol):
     def envelope(self) -> Envelope:
         """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
-        If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
+        If the new state cannot be written the message stays as it was; that is logged, not raised, and the reason is
+        returned.  No more messages are begun then: what became of them could not be written either.
         """
 
     def keep(self, recipients: tuple[str, ...]) -> None:

@@ -134,6 +134,8 @@ class MaildirQueue(MaildirFolders):
 
     def claim_due(self, now: float) -> Iterator[MaildirClaim]:
         """See `IMailQueue`."""
+        if self.is_in_doubt:
+            self.check_changes()
         last = (0, -math.inf, '')
         while found := self._due_after(last, now):
             for _, _, name in found:

@@ -88,22 +88,8 @@ class SQLSide:
 
     def check(self) -> None:
         """Raise ConfigurationError if the user of the database may not do all that a move does; see `Side` too."""
-        nobody = MESSAGES.c.id == ''
-        columns = MESSAGES.c
-        nothing = insert(MESSAGES).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
-
-        def change_nothing(connection: Connection) -> None:
-            connection.execute(nothing)
-            connection.execute(update(MESSAGES).where(nobody).values(due=0))
-            connection.execute(delete(MESSAGES).where(nobody))
-
-        try:
-            self._transact(change_nothing)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f'{error}. A move needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
-                f'{MESSAGES.name}.'
-            ) from error
+        with blaming_configuration():
+            self._queue.check_rights('A move')
 
     def recover(self) -> None:
         """See `Side`."""

@@ -60,14 +60,14 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_queued
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, translated
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, translated
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
-from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is
+from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
 from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class SQLQueue:
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
+        self._can_write = False
 
     def __repr__(self) -> str:
         return f'<SQLQueue {self.database.name}>'
@@ -176,6 +177,7 @@ class SQLQueue:
 
     def claim_due(self, now: float) -> Iterator[SQLClaim]:
         """See `IMailQueue`.  A few are claimed together, more each time."""
+        self._make_sure_of_writing()
         last, size = (-math.inf, ''), 1
         while True:
             claims = self._claim_after(last, now, size)
@@ -201,6 +203,8 @@ class SQLQueue:
 
     def _claimed(self, statement: Update, meant: Mapping[str, Any]) -> list[SQLClaim]:
         """Claim the rows that are *meant*, and return their claims in the order of due times."""
+        if self.leases.trouble is not None:
+            raise self.leases.trouble
         values = {**meant, **claim_values(self.leases)}
         deadline = self.leases.timer() + self.leases.lease
         rows = self.database.run(lambda connection: connection.execute(statement, values).all())
@@ -230,6 +234,29 @@ class SQLQueue:
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
         return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
 
+    def _make_sure_of_writing(self) -> None:
+        """Raise an error if the outcomes of messages cannot be written: they would be sent again and again."""
+        trouble = self.flush()
+        if trouble is not None:
+            self._can_write = False
+            raise trouble
+        if not self._can_write:
+            self.check_rights('mq-run')
+            self._can_write = True
+
+    def check_rights(self, who: str) -> None:
+        """Raise ConfigurationError if the user of the database may not do all that *who* does; else QueueError."""
+        try:
+            self.database.try_out(try_everything)
+        except ConfigurationError as error:
+            raise translated(
+                ConfigurationError(
+                    f'{error} {who} needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
+                    f'{MESSAGES.name}.'
+                ),
+                error,
+            ) from error
+
     def _half_way(self) -> tuple[str, ...]:
         found = select(MESSAGES.c.id).where(state_is('in doubt'), IS_SEEN).order_by(MESSAGES.c.id)
         return tuple(self.database.run(lambda connection: connection.scalars(found).all()))
@@ -238,9 +265,10 @@ class SQLQueue:
         with_ids = statement.returning(MESSAGES.c.id)
         return tuple(sorted(self.database.run(lambda connection: connection.scalars(with_ids).all())))
 
-    def flush(self) -> None:
+    def flush(self) -> QueueError | None:
         """See `IMailQueue`."""
         self.leases.flush()
+        return self.leases.trouble
 
     # -- for people
 

@@ -60,6 +60,10 @@ class DatabaseAway(QueueError):
     """The database cannot be used now; the same may work later."""
 
 
+class _TriedOut(Exception):
+    """What was tried out is to be rolled back."""
+
+
 class Database:
     """
     See the module.
@@ -132,8 +136,9 @@ class Database:
         Return what *work* returns, whose statements are transactions of their own.
 
         Once *work* is done again: over another connection if this one turns out to be closed (a server that was
-        restarted), or because others were in its way (a deadlock).  It has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
-        not pass by itself.
+        restarted), or because others were in its way (a deadlock).  It has to be such that this does no harm.
+
+        Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself.
         """
         try:
             try:
@@ -158,6 +163,16 @@ class Database:
     def transact(self, work: Callable[[Connection], T]) -> T:
         """The same, as one transaction."""
         return self.run(lambda connection: self._in_transaction(connection, work))
+
+    def try_out(self, work: Callable[[Connection], None]) -> None:
+        """Do *work* as one transaction, and roll it back.  Raises as :meth:`run` does, or what *work* raises."""
+
+        def try_out(connection: Connection) -> None:
+            work(connection)
+            raise _TriedOut
+
+        with suppress(_TriedOut):
+            self.transact(try_out)
 
     def create_tables(self) -> None:
         """Create those that are missing.  Raises as :meth:`run` does."""

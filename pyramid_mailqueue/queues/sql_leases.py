@@ -9,7 +9,8 @@ messages:
   first.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they are all that a death of
   the process can send twice; while the database is away, what was claimed before is added to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
-* What cannot be written because the database is away is written when it is back.
+* What cannot be written now is written when it can be.  Until then no message is begun: it would be sent, and its
+  outcome would not be written either.  So the first end of a process is written before the next message.
 
 A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
 without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
@@ -22,7 +23,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -30,10 +31,19 @@ from sqlalchemy import select, update
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.exceptions import MailqueueError, QueueError
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import (
+    UNCHANGED,
+    Claimed,
+    delete_done,
+    in_ascii,
+    named,
+    owned,
+    release,
+    settle,
+)
 from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
@@ -52,6 +62,9 @@ LINGER = 0.05
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
 
+#: The same, when it has failed again and again.
+LONGEST_PAUSE = 10
+
 #: How long the end of a process waits for the heartbeat, in seconds.
 CLOSING_PATIENCE = 5
 
@@ -67,9 +80,24 @@ class HeldClaim(Claimed, Protocol):
     is_confirmed: bool
 
 
+# A claim, and how it ends; None is that the message is given back.
+_Ended = tuple[HeldClaim, Settlement | None]
+
+
 def elapsed() -> float:
     """Return seconds that never go back, and that go on while the machine sleeps."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
+
+
+def _is_done(end: Settlement | None) -> bool:
+    return end is not None and not (end.waiting or end.burials)
+
+
+def _standstill(error: MailqueueError) -> QueueError:
+    if isinstance(error, DatabaseAway):
+        return error
+    problem = f'What became of a message cannot be written, so no more mail is delivered for now: {error}'
+    return translated(QueueError(problem), error)
 
 
 class Leases:
@@ -100,10 +128,15 @@ class Leases:
         self._changed = threading.Condition()
         self._writing = threading.Lock()
         self._held: dict[str, HeldClaim] = {}
-        self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
+        self._ended: deque[_Ended] = deque()
         self._under_way = 0
         self._renewed = self.timer()
-        self._is_away = False
+        # Why the end of a message cannot be written; the tokens of the messages of which that was told; how long the
+        # heartbeat waits before it tries again; and whether any end was written since.
+        self.trouble: QueueError | None = None
+        self._told: set[str] = set()
+        self._pause = 0.0
+        self._is_proven = False
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -130,7 +163,7 @@ class Leases:
 
     def make_sure(self, claim: HeldClaim) -> bool:
         """Whether the message is still *claim*'s, and will be for long enough to begin sending it."""
-        if not self.holds(claim):
+        if self.trouble is not None or not self.holds(claim):
             return False
         has_time = claim.deadline - self.timer() > self.lease / 3
         if has_time and claim.is_confirmed:
@@ -162,20 +195,22 @@ class Leases:
 
     # -- the ends of claims
 
-    def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
+    def settle(self, claim: HeldClaim, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""
         if not self.forget(claim):
-            return
-        is_done = not (settlement.waiting or settlement.burials)
+            return None
         with self._changed:
             self._ended.append((claim, settlement))
             number = len(self._ended)
-            # What is being written may yet fail.
-            may_linger = is_done and number + self._under_way < BATCH and self._has_thread()
+            # What is being written may yet fail; and so may the first.
+            is_trusted = self._is_proven and self.trouble is None
+            may_linger = _is_done(settlement) and is_trusted and number + self._under_way < BATCH and self._has_thread()
             if number in (1, ENOUGH):
                 self._changed.notify_all()
-        if not may_linger:
-            self.flush()
+        if may_linger:
+            return None
+        self.flush()
+        return self.trouble
 
     def release(self, claims: Sequence[HeldClaim]) -> None:
         """See `IClaim`."""
@@ -196,45 +231,47 @@ class Leases:
                 left -= len(batch)
                 try:
                     self._write(batch)
-                except DatabaseAway as error:
+                except MailqueueError as error:
                     self._put_back(batch, error)
                     return
                 self._under_way = 0
-                self._is_away = False
+                self._is_proven, self.trouble, self._pause = True, None, 0.0
+                self._told.clear()
 
-    def _take_ended(self) -> list[tuple[HeldClaim, Settlement | None]]:
+    def _take_ended(self) -> list[_Ended]:
         with self._changed:
             self._under_way = min(len(self._ended), BATCH)
             return [self._ended.popleft() for _ in range(self._under_way)]
 
-    def _put_back(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
+    def _put_back(self, batch: Sequence[_Ended], error: MailqueueError) -> None:
+        told, self.trouble = self.trouble, _standstill(error)
+        self._is_proven = False
+        self._pause = min(2 * self._pause or PATIENCE, LONGEST_PAUSE)
         with self._changed:
             self._under_way = 0
             self._ended.extendleft(reversed(batch))
             self._see_to_thread()
-        if not self._is_away:
-            self._is_away = True
+        if told is None and isinstance(error, DatabaseAway):
             ids = ','.join(claim.id for claim, _ in batch)
             reason = 'what became of these messages is written when the database is back'
             log_event(queue_log, logging.ERROR, status='trouble', id=ids, error=error, reason=reason)
 
-    def _write(self, batch: list[tuple[HeldClaim, Settlement | None]]) -> None:
-        """Raises DatabaseAway; then *batch* has what is not written."""
-        done = [claim for claim, end in batch if end is not None and not (end.waiting or end.burials)]
-        given_back = [claim for claim, end in batch if end is None]
-        if done:
-            self._write_some(done, lambda: self.database.run(partial(delete_done, claims=done)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in done]
-        if given_back:
-            self._write_some(given_back, lambda: self.database.run(partial(release, claims=given_back)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in given_back]
-        while batch:
-            claim, end = batch[0]
-            assert end is not None
-            self._write_some([claim], partial(self._settle, claim, end))
-            del batch[0]
+    def _write(self, batch: list[_Ended]) -> None:
+        """Raises MailqueueError; then *batch* has what is not written."""
+        done = [it for it in batch if _is_done(it[1])]
+        given_back = [it for it in batch if it[1] is None]
+        refusals = [
+            self._write_some(batch, done, lambda claims: self.database.run(partial(delete_done, claims=claims))),
+            self._write_some(batch, given_back, lambda claims: self.database.run(partial(release, claims=claims))),
+        ]
+        others = [(claim, end) for claim, end in batch if end is not None and not _is_done(end)]
+        for claim, end in others:
+            refusals.append(self._write_some(batch, [(claim, end)], partial(self._settle, settlement=end)))
+        for refusal in filter(None, refusals):
+            raise refusal
 
-    def _settle(self, claim: HeldClaim, settlement: Settlement) -> set[str]:
+    def _settle(self, claims: Sequence[HeldClaim], settlement: Settlement) -> set[str]:
+        (claim,) = claims
         write = partial(settle, claim=claim, now=self.clock())
         try:
             return self.database.transact(partial(write, settlement=settlement))
@@ -247,24 +284,53 @@ class Leases:
                 raise
             return self.database.transact(partial(write, settlement=plain))
 
-    def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
-        """Raises DatabaseAway."""
+    def _write_some(
+        self, batch: list[_Ended], some: Sequence[_Ended], write: Callable[[Sequence[HeldClaim]], set[str]]
+    ) -> MailqueueError | None:
+        """
+        Write *some* ends of *batch*, and take them from it; return why one cannot be written, if so.
+
+        Raises DatabaseAway.
+        """
+        if not some:
+            return None
+        claims = [claim for claim, _ in some]
         try:
-            ours = write()
+            ours = write(claims)
         except DatabaseAway:
             raise
         except MailqueueError as error:
-            reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'
-            for claim in claims:
-                log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
-        else:
-            self._tell_lost(claims, ours)
+            if len(some) == 1:
+                return self._refused(claims, error)
+            # One of them is not to keep back the others.
+            refusals = [self._write_some(batch, [it], write) for it in some]
+            return next(filter(None, refusals), None)
+        missing = [claim for claim in claims if claim.token not in ours]
+        kept = self._still_there(missing) if missing else set()
+        self._tell_lost(claim for claim in missing if claim.token not in kept)
+        written = {claim.token for claim in claims} - kept
+        batch[:] = [it for it in batch if it[0].token not in written]
+        left = [claim for claim in missing if claim.token in kept]
+        return self._refused(left, QueueError(UNCHANGED)) if left else None
 
-    def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
+    def _still_there(self, claims: Sequence[HeldClaim]) -> set[str]:
+        """Return the tokens of those that nobody else has, although nothing was changed."""
+        statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
+        return self.database.run(lambda connection: {*connection.scalars(statement, named(claims))})
+
+    def _refused(self, claims: Sequence[HeldClaim], error: MailqueueError) -> MailqueueError:
+        """Tell of messages whose ends cannot be written, once of each."""
+        reason = 'its outcome cannot be written; until it can be no more is sent, and it may be delivered again'
         for claim in claims:
-            if claim.token not in ours:
-                reason = 'its lease ran out before its outcome was written; it may be delivered again'
-                log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
+            if claim.token not in self._told:
+                log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
+        self._told.update(claim.token for claim in claims)
+        return error
+
+    def _tell_lost(self, claims: Iterable[HeldClaim]) -> None:
+        for claim in claims:
+            reason = 'its lease ran out before its outcome was written; it may be delivered again'
+            log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
     def close(self) -> None:
         """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
@@ -311,7 +377,7 @@ class Leases:
 
     @property
     def _is_enough(self) -> bool:
-        return self._is_closing or (len(self._ended) >= ENOUGH and not self._is_away)
+        return self._is_closing or (len(self._ended) >= ENOUGH and self.trouble is None)
 
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
@@ -325,7 +391,7 @@ class Leases:
             while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
                 self._changed.wait(rest)
             # What is done waits for others.
-            until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
+            until = time.monotonic() + (self._pause or LINGER)
             while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from sqlalchemy import Connection, event, insert, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
-from transaction.interfaces import NoTransaction, TransientError
+from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.pool import Pool
 
+    # The package has no types.
+    class TransientError(Exception): ...
+else:
+    from transaction.interfaces import TransientError
+
 __all__ = ['SameTables', 'insert_into', 'is_rolled_back', 'savepoint_of', 'session_of', 'takes_part', 'unencodable']
+
 
 class TransactionConflict(QueueError, TransientError):
     """

@@ -32,6 +32,9 @@ __all__ = [
 # Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
 _OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
 
+# Classes of SQLSTATE: what rules, triggers and views say.
+_OF_RULES = ('09', '0A', '27', '44', 'P0')
+
 # SQLSTATE insufficient_privilege.
 _NOT_ALLOWED = '42501'
 
@@ -84,7 +87,7 @@ def first_line(error: Exception) -> str:
 
 def is_of_statement(error: SQLAlchemyError) -> bool:
     """Whether the statement, or what is in it, was refused."""
-    return isinstance(error, _OF_STATEMENTS)
+    return isinstance(error, _OF_STATEMENTS) or (_code_of(error) or '').startswith(_OF_RULES)
 
 
 def is_forbidden(error: SQLAlchemyError) -> bool:
