@@ -169,6 +169,13 @@ class IMailQueue(Contract, Protocol):
         May be missing: then they are counted with all others.
         """
 
+    def count_misdated(self) -> int:
+        """
+        Return how many messages have a due time that no retry can have given: they are due, and a clock was wrong.
+
+        May be missing.
+        """
+
     @property
     def admin(self) -> IQueueAdmin:
         """An IQueueAdmin of this queue: what a person may see and do."""

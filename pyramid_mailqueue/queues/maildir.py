@@ -311,6 +311,11 @@ class MaildirQueue(MaildirFolders):
         """See `IMailQueue`."""
         return sum(1 for _ in self.files('new'))
 
+    def count_misdated(self) -> int:
+        """See `IMailQueue`."""
+        latest = self.clock() + self.horizon
+        return sum((modified_time(entry) or 0) > latest for entry in self.files('new'))
+
     def _is_nobodys(self, folder: str, name: str) -> bool:
         file = self.take(folder, name)
         if file is None:

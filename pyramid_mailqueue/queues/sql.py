@@ -30,6 +30,7 @@ change nothing.  Leases are measured by the clock of the database, due times by 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,9 +48,11 @@ from sqlalchemy import (
     Text,
     Update,
     bindparam,
+    case,
     func,
     literal_column,
     not_,
+    or_,
     select,
     tuple_,
     union_all,
@@ -57,7 +60,7 @@ from sqlalchemy import (
 )
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_queued
+from pyramid_mailqueue.delivery.logs import log_event, log_queued, queue_log
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, translated
@@ -68,7 +71,7 @@ from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
-from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
+from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, database_time, has_run_out
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.sql_admin import SQLAdmin
@@ -93,6 +96,7 @@ class SQLQueue:
     :param session_name: the attribute of a request that is the session of the application
     :param lease: how long a claim lasts, in seconds, without being prolonged
     :param notify: tell others of new mail, and hear of it (PostgreSQL)
+    :param horizon: as of a `.MaildirQueue`, in seconds
     :param clock: seconds since the epoch
     :raises ConfigurationError: this is no database for a queue
     """
@@ -104,10 +108,12 @@ class SQLQueue:
         session_name: str = 'dbsession',
         lease: float = 300,
         notify: bool = False,
+        horizon: float = 4000 + 86400,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.session_name = session_name
         self.notify = notify
+        self.horizon = horizon
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
@@ -178,6 +184,7 @@ class SQLQueue:
     def claim_due(self, now: float) -> Iterator[SQLClaim]:
         """See `IMailQueue`.  A few are claimed together, more each time."""
         self._make_sure_of_writing()
+        self._make_misdated_due(now)
         last, size = (-math.inf, ''), 1
         while True:
             claims = self._claim_after(last, now, size)
@@ -192,13 +199,37 @@ class SQLQueue:
                 return
             last, size = (claims[-1].due, claims[-1].id), min(2 * size, CLAIM_BATCH)
 
+    def _make_misdated_due(self, now: float) -> None:
+        is_misdated = (state_is('waiting'), self._is_misdated)
+        # By the end of an index; what is meant there is not many, and rare.
+        latest = select(func.max(MESSAGES.c.due)).where(state_is('waiting')).scalar_subquery()
+        if not self.database.run(lambda connection: connection.scalar(select(_is_after(self.horizon, latest)))):
+            return
+        due = case((database_time() < now, database_time()), else_=now)
+        reason = 'its due time was further away than any retry: a clock was wrong when it was written; it is due now'
+        for name in self._ids_of(update(MESSAGES).where(*is_misdated).values(due=due)):
+            log_event(queue_log, logging.WARNING, status='trouble', id=name, reason=reason)
+
+    @property
+    def _is_misdated(self) -> ColumnElement[bool]:
+        """The rows whose due time no policy can have given, by the one clock that all hosts have in common."""
+        return _is_after(self.horizon)
+
+    def count_misdated(self) -> int:
+        """See `IMailQueue`."""
+        return self._count(self._is_misdated)
+
+    def _count(self, *conditions: ColumnElement[bool]) -> int:
+        statement = select(func.count()).where(state_is('waiting'), *conditions)
+        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+
     def _claim_after(self, last: tuple[float, str], now: float, size: int) -> list[SQLClaim]:
         meant = {'now': now, 'last_due': last[0], 'last_id': last[1], 'size': size}
         return self._claimed(_claiming_due(self.database.dialect), meant)
 
     def claim(self, id: str) -> SQLClaim | None:
         """See `IMailQueue`."""
-        meant = {'now': self._clock(), 'meant': id}
+        meant = {'now': self._clock(), 'meant': id, 'horizon': self.horizon}
         return next(iter(self._claimed(_claiming_one(), meant)), None)
 
     def _claimed(self, statement: Update, meant: Mapping[str, Any]) -> list[SQLClaim]:
@@ -217,8 +248,7 @@ class SQLQueue:
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
-        statement = select(func.count()).where(state_is('waiting'), MESSAGES.c.due <= now)
-        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+        return self._count(or_(MESSAGES.c.due <= now, self._is_misdated))
 
     # -- what dead processes left
 
@@ -372,8 +402,16 @@ def _claiming_due(dialect: str) -> Update:
     return claiming(update(MESSAGES).where(MESSAGES.c.id == picked.c.id))
 
 
+def _is_after(seconds: Any, due: Any = MESSAGES.c.due) -> ColumnElement[bool]:
+    """Whether *due* is later than so many seconds from now."""
+    # Only what is asked for once is looked for in an index: the time of the database changes from row to row.
+    is_one: ColumnElement[bool] = due > select(database_time() + seconds).scalar_subquery()
+    return is_one
+
+
 @lru_cache
 def _claiming_one() -> Update:
     """Return a statement that claims the row whose id is *meant*, if it is due *now*."""
-    is_meant = (MESSAGES.c.id == bindparam('meant'), state_is('waiting'), MESSAGES.c.due <= bindparam('now'))
+    is_due = or_(MESSAGES.c.due <= bindparam('now'), _is_after(bindparam('horizon', type_=Float(53))))
+    is_meant = (MESSAGES.c.id == bindparam('meant'), state_is('waiting'), is_due)
     return claiming(update(MESSAGES).where(*is_meant))
