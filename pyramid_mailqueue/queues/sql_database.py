@@ -35,6 +35,7 @@ from pyramid_mailqueue.queues.sql_trouble import (
     is_code_of_mistake,
     is_forbidden,
     is_of_statement,
+    is_read_only,
     is_rolled_back_for_others,
     is_said_of_mistakes,
     is_strange_to_driver,
@@ -136,7 +137,7 @@ class Database:
         Return what *work* returns, whose statements are transactions of their own.
 
         Once *work* is done again: over another connection if this one turns out to be closed (a server that was
-        restarted), or because others were in its way (a deadlock).  It has to be such that this does no harm.
+        restarted), or takes no changes (a standby), or because others were in its way (a deadlock).  It has to be such that this does no harm.
 
         Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself.
         """
@@ -144,7 +145,10 @@ class Database:
             try:
                 return self._try(work)
             except DBAPIError as error:
-                if not (error.connection_invalidated or is_rolled_back_for_others(error)):
+                if is_read_only(error):
+                    # The name may lead to another server by now.
+                    self.close()
+                elif not (error.connection_invalidated or is_rolled_back_for_others(error)):
                     raise
                 return self._try(work)
         except SQLAlchemyError as error:
@@ -273,6 +277,12 @@ class Database:
             )
         if self._is_mistake(error):
             return self._lasting_mistake(first_line(error))
+        if is_read_only(error):
+            return DatabaseAway(
+                f'The queue in {self.name} cannot be used: {first_line(error)}. That server takes no changes: it is a '
+                'standby, or was the primary before. A URL with several hosts and target_session_attrs=read-write '
+                'leads to the primary (see docs/sql.rst).'
+            )
         kind = QueueError if is_of_statement(error) else DatabaseAway
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
 
