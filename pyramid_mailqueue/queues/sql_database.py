@@ -136,8 +136,9 @@ class Database:
         """
         Return what *work* returns, whose statements are transactions of their own.
 
-        Once *work* is done again: over another connection if this one turns out to be closed (a server that was
-        restarted), or takes no changes (a standby), or because others were in its way (a deadlock).  It has to be such that this does no harm.
+        Once *work* is done again, which has to be such that this does no harm: over another connection if this one
+        turns out to be closed (a server that was restarted), or leads to a server that takes no changes (a standby); or
+        because others were in its way (a deadlock).
 
         Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself.
         """
