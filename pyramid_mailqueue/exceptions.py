@@ -19,10 +19,14 @@ The tree, with the standard exception that a branch also is::
 
 ``ConfigurationError`` and ``MessageError`` are mistakes of the caller and are raised as early as they can be seen: at
 start-up, and in the view.  ``QueueError`` is raised by the first phase of a commit, so that the transaction rolls
-back.  ``ServerTrouble`` never reaches a view: it passes between a transport and the delivery loop.
+back; where a database has rolled it back in favour of others it is also a ``transaction.interfaces.TransientError``
+(:mod:`~.queues.sql_session`).  ``ServerTrouble`` never reaches a view: it passes between a transport and the delivery
+loop.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 __all__ = [
     'AddressError',
@@ -39,11 +43,25 @@ __all__ = [
     'TooManyRecipients',
     'WrongState',
     'described',
+    'translated',
 ]
 
 
 class MailqueueError(Exception):
-    """The base of all errors of this package."""
+    """
+    The base of all errors of this package.
+
+    :ivar orig: what the driver of a database has raised, as in ``DBAPIError.orig`` of SQLAlchemy; None if that was not
+        the reason.  Unlike ``__cause__`` it outlives a ``raise ... from None``, as that of pyramid_tm.
+    """
+
+    orig: BaseException | None = None
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The code (SQLSTATE) with which a database refused; None if it gave none."""
+        # psycopg2 has another name for it.
+        return getattr(self.orig, 'sqlstate', None) or getattr(self.orig, 'pgcode', None)
 
 
 class ConfigurationError(MailqueueError, ValueError):
@@ -113,6 +131,15 @@ class ServerTrouble(MailqueueError):
         self.code = code
         self.in_message = in_message
         self.at_mail = at_mail
+
+
+E = TypeVar('E', bound=MailqueueError)
+
+
+def translated(new: E, error: BaseException) -> E:
+    """Return *new*, to be raised because of *error*, with what others recognise that by."""
+    new.orig = getattr(error, 'orig', None)
+    return new
 
 
 def described(error: BaseException) -> str:

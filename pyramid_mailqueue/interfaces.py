@@ -17,6 +17,7 @@ from pyramid_mailqueue.contract import Contract, Protocol
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.results import Dropped, Recovery, SendResult, Settlement
     from pyramid_mailqueue.envelope import Envelope
+    from pyramid_mailqueue.exceptions import QueueError
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
     from pyramid_mailqueue.transactions import ITransactionSource
 
@@ -151,8 +152,12 @@ class IMailQueue(Contract, Protocol):
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
         """
 
-    def flush(self) -> None:
-        """Make settled claims durable.  Called when a run pauses or ends; in between the queue does it in batches."""
+    def flush(self) -> QueueError | None:
+        """
+        Make settled claims durable; return why that cannot be done with the end of one, if so (it is logged).
+
+        Called when a run pauses or ends; in between the queue does it in batches.
+        """
 
     def counts(self) -> Mapping[str, int]:
         """
@@ -167,6 +172,13 @@ class IMailQueue(Contract, Protocol):
         Return how many messages wait, due or not; or *most* and one, if there are more and it takes long to count them.
 
         May be missing: then they are counted with all others.
+        """
+
+    def count_misdated(self) -> int:
+        """
+        Return how many messages have a due time that no retry can have given: they are due, and a clock was wrong.
+
+        May be missing.
         """
 
     @property
@@ -375,11 +387,12 @@ class IClaim(Contract, Protocol):
         or has to wait; what goes wrong is logged.  Never raises.
         """
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
-        If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
+        If the new state cannot be written the message stays as it was; that is logged, not raised, and the reason is
+        returned.  No more messages are begun then: what became of them could not be written either.
         """
 
     def keep(self, recipients: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
@@ -127,10 +127,11 @@ class QueuedMessage:
         """See `IClaim`."""
         self._claim.keep(recipients)
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""
-        self._claim.settle(settlement)
+        unwritten = self._claim.settle(settlement)
         self._end()
+        return unwritten
 
     def release(self) -> None:
         """See `IClaim`."""

@@ -205,7 +205,11 @@ def build_sql_queue(settings: Settings) -> SQLQueue:
     if settings.sql_url is None:
         raise ConfigurationError('mailqueue.sql_url is missing, and so is sqlalchemy.url: name the database.')
     return SQLQueue(
-        settings.sql_url, session_name=settings.sql_session, lease=settings.sql_lease, notify=settings.sql_notify
+        settings.sql_url,
+        session_name=settings.sql_session,
+        lease=settings.sql_lease,
+        notify=settings.sql_notify,
+        horizon=settings.retry_max + DAY,
     )
 
 

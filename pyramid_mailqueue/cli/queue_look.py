@@ -244,7 +244,9 @@ def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     oldest = queue.admin.oldest(('waiting', 'in progress'))
     since = None if oldest is None else oldest.queued_at
     age = None if since is None else time.time() - since
-    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting)
+    count_misdated = getattr(queue, 'count_misdated', None)
+    misdated = count_misdated() if count_misdated else 0
+    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting, misdated)
     if arguments.json:
         print_json(
             {

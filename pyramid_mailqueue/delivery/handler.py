@@ -40,7 +40,7 @@ from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
 from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import MailqueueError, MessageError, ServerTrouble, WrongState
+from pyramid_mailqueue.exceptions import MailqueueError, MessageError, QueueError, ServerTrouble, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ISender
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class MessageHandler:
         self.notify = notify
         self._own = _OfThread()
         self._rate_allows_at = 0.0
+        self._unwritten = Pause()
         self.plugins = tuple(plugins)
         self._has_loaded_plugins = False
 
@@ -133,7 +134,7 @@ class MessageHandler:
     def rests_for(self) -> float:
         """In how many seconds a message can be tried again; 0 if one can be tried now."""
         pause = min((route.pause.remaining for route in self.routes), default=0.0)
-        return max(pause, self._rate_allows_at - time.monotonic(), 0.0)
+        return max(pause, self._unwritten.remaining, self._rate_allows_at - time.monotonic(), 0.0)
 
     def may_send(self, message: IClaim | _Attempt) -> bool:
         """Whether the rate allows to send this message now; then it is taken from it.  Never raises."""
@@ -270,6 +271,13 @@ class MessageHandler:
         if len(self.routes) > 1:
             # If this is the only one, whoever called us tells of its trouble.
             log.warning('The transport %s rests: %s', route.name, trouble)
+
+    def note_unwritten(self, reason: QueueError | None) -> None:
+        """Rest if the outcome of a message cannot be written: the next one would be sent again and again, too."""
+        if reason is None:
+            self._unwritten.end()
+        else:
+            self._unwritten.begin(ServerTrouble(str(reason)))
 
     def next_route(self, attempt: _Attempt) -> Route | None:
         """Return the transport to offer a message to; None if it is to be settled with what was said."""
@@ -618,7 +626,8 @@ class _Shift:
             if has_failed(settlement):
                 result = heed_plugins(account, result, before=attempt.keep)
                 settlement = result.settlement or settlement
-            claim.settle(settlement)
+            result = replace(result, unwritten=claim.settle(settlement))
+            self._handler.note_unwritten(result.unwritten)
             tell(account, result, settlement, self._handler.notify)
         yield claim, result
 

@@ -26,6 +26,9 @@ __all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell', 'what_wai
 #: A message that is older than this, in seconds, and still waits is worth a warning.
 LONG = 3600
 
+#: What is written of a recipient whose outcome the queue cannot write.
+UNSETTLED = 'unsettled'
+
 DISCARDED = 'discarded by a plugin'
 
 
@@ -117,7 +120,10 @@ def tell(
     """
     is_kept = bool(account.id)
     if notify is not None or has_failed(settlement) or not is_kept or delivery_log.isEnabledFor(logging.INFO):
-        outcomes = [*_outcomes(account, settlement)]
+        outcomes = [*_outcomes(account, settlement, is_written=result.unwritten is None)]
+        if result.unwritten is not None:
+            # Nobody waits or is given up because of it: its queue has told of that.
+            settlement = Settlement()
         _log(account, outcomes, settlement)
         if notify is not None:
             for event in _events(account, outcomes, settlement):
@@ -145,7 +151,8 @@ class _Outcome(NamedTuple):
     """
     What became of one recipient.
 
-    :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried`` or ``discarded``
+    :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried`` or ``discarded``; in the place of the last
+        three ``unsettled`` if that cannot be written
     :param via: the transport that had the last word
     :param smtp: what a server said
     :param error: what else went wrong
@@ -158,13 +165,15 @@ class _Outcome(NamedTuple):
     error: str = ''
 
 
-def _outcomes(account: Account, settlement: Settlement) -> Iterator[_Outcome]:
+def _outcomes(account: Account, settlement: Settlement, *, is_written: bool) -> Iterator[_Outcome]:
     said: dict[str, list[tuple[SendResult, Reply]]] = {}
     for answer in account.answers:
         for recipient, reply in answer.replies.items():
             said.setdefault(recipient, []).append((answer, reply))
     fates = {recipient: _status_of(burial) for burial in settlement.burials for recipient in burial.recipients}
     fates |= dict.fromkeys(settlement.waiting, 'deferred' if settlement.counted else '')
+    if not is_written:
+        fates = {recipient: fate and UNSETTLED for recipient, fate in fates.items()}
     troubles = [str(answer.trouble) for answer in account.answers if answer.trouble is not None]
     for recipient in account.envelope.recipients:
         words = said.get(recipient, [])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal, NamedTuple
 
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 
 __all__ = ['DROPPED', 'Burial', 'Dropped', 'Offer', 'Recovery', 'Reply', 'SendResult', 'Settlement']
 
@@ -102,6 +102,7 @@ class SendResult:
     :param queued: the message waits in a queue, at least for some recipients
     :param trouble: why the attempt broke off, if the server's trouble ended it
     :param settlement: how the claim was settled because of it; None where there was no claim
+    :param unwritten: why the settlement cannot be written, if so: in its queue the message is as it was before
     :param discarded: whether a receiver of ``delivery_failed`` has given up the message; None if none was asked
     """
 
@@ -111,6 +112,7 @@ class SendResult:
     trouble: ServerTrouble | None = None
     settlement: Settlement | None = None
     discarded: bool | None = None
+    unwritten: QueueError | None = None
 
     def __bool__(self) -> bool:
         return (self.queued or bool(self.replies)) and not self.failed

@@ -74,10 +74,10 @@ class RunReport:
     recovery: Recovery = field(default_factory=Recovery)
     done: int = field(default=0, compare=False)
 
-    def count(self, settlement: Settlement) -> None:
-        """Count one message."""
-        is_deferred = bool(settlement.waiting and settlement.counted)
-        is_refused = bool(settlement.burials)
+    def count(self, settlement: Settlement, *, is_written: bool = True) -> None:
+        """Count one message; one whose settlement is not written was at best sent."""
+        is_deferred = bool(settlement.waiting and settlement.counted and is_written)
+        is_refused = bool(settlement.burials and is_written)
         is_sent = not (settlement.waiting or settlement.burials)
         self.sent += is_sent
         self.deferred += is_deferred
@@ -201,7 +201,9 @@ class Runner:
         finally:
             if supply is not None:
                 supply.release()
-            self.queue.flush()
+            unwritten = self.queue.flush()
+        if unwritten is not None:
+            raise unwritten
         return report
 
     def _recover(self, now: float) -> Recovery:
@@ -375,6 +377,8 @@ class _Crew:
         self._stop.wake()
 
     def _note(self, share: Share, claim: IClaim, result: SendResult) -> None:
+        if result.unwritten is not None:
+            self._supply.fail(result.unwritten)
         if result.trouble is None:
             if share.succeeded() and not self._server_works:
                 self._server_works = True
@@ -388,7 +392,7 @@ class _Crew:
         with self._lock:
             self._report.trouble = result.trouble or self._report.trouble
             if result.settlement is not None:
-                self._report.count(result.settlement)
+                self._report.count(result.settlement, is_written=result.unwritten is None)
                 self._is_cut_short |= bool(result.settlement.waiting and not result.settlement.counted)
             if self._on_progress is not None:
                 self._on_progress(self._report)

@@ -146,7 +146,7 @@ class Supply:
         try:
             seconds = self._take_from_rate(len(recipients))
         except (OSError, MailqueueError) as error:
-            self._fail(error)
+            self.fail(error)
             seconds = PATIENCE + 1
         if seconds:
             with self._changed:
@@ -175,7 +175,7 @@ class Supply:
         try:
             return self._claimed()
         except Exception as error:  # noqa: BLE001 - it is raised again where the run was started
-            self._fail(error)
+            self.fail(error)
             return None
 
     def _claimed(self) -> IClaim | None:
@@ -185,7 +185,8 @@ class Supply:
             self._left -= 1
         return claim
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End because of *error*, which is raised where the run was started."""
         self.error = self.error or error
         self.end()
 

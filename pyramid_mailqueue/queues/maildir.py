@@ -133,6 +133,8 @@ class MaildirQueue(MaildirFolders):
 
     def claim_due(self, now: float) -> Iterator[MaildirClaim]:
         """See `IMailQueue`."""
+        if self.is_in_doubt:
+            self.check_changes()
         last = (0, -math.inf, '')
         while found := self._due_after(last, now):
             for _, _, name in found:
@@ -303,6 +305,11 @@ class MaildirQueue(MaildirFolders):
     def count_waiting(self, most: int) -> int:
         """See `IMailQueue`."""
         return sum(1 for _ in self.files('new'))
+
+    def count_misdated(self) -> int:
+        """See `IMailQueue`."""
+        latest = self.clock() + self.horizon
+        return sum((modified_time(entry) or 0) > latest for entry in self.files('new'))
 
     def _is_nobodys(self, folder: str, name: str) -> bool:
         file = self.take(folder, name)

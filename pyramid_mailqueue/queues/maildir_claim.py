@@ -177,7 +177,8 @@ class MaildirClaim:
     def given_up(self) -> bool:
         """Bury an orphan.  False if that failed (logged)."""
         reason = f'given up: the process that delivered it died, {MAX_DEATHS} times'
-        return self._ended_by(Settlement(counted=False, burials=(Burial(self._header.recipients, reason),)))
+        burial = Burial(self._header.recipients, reason)
+        return self._ended_by(Settlement(counted=False, burials=(burial,))) is None
 
     def _back_to_new(self, name: str) -> bool:
         try:
@@ -185,27 +186,31 @@ class MaildirClaim:
             self._folders.changed('new')
         except OSError as error:
             log_trouble('stays in progress until the next run', self._file.path, error)
+            self._folders.is_in_doubt = True
             return False
         finally:
             self._file.close()
         return True
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""
-        if not self._file.closed:
-            self._ended_by(settlement)
+        return None if self._file.closed else self._ended_by(settlement)
 
-    def _ended_by(self, settlement: Settlement) -> bool:
-        """End the claim; False if the new state could not be written (logged)."""
+    def _ended_by(self, settlement: Settlement) -> QueueError | None:
+        """End the claim; return why the new state could not be written (logged), if so."""
         try:
             self._settle(settlement)
         except (OSError, QueueFileError) as error:
             self._tell_unsettled(error)
             self._postpone(settlement)
-            return False
+            self._folders.is_in_doubt = True
+            return QueueError(
+                f'What became of the message {self.id} cannot be written, so no more mail is delivered for now: '
+                f'{self._file.path}: {why(error)}'
+            )
         finally:
             self._file.close()
-        return True
+        return None
 
     def _tell_unsettled(self, error: Exception) -> None:
         reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'

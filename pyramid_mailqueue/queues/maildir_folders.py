@@ -62,6 +62,8 @@ class MaildirFolders:
         self._holder = Holder()
         self._absent = {MOVING}
         self._open_folders(access)
+        # Whether the last change of ours has failed.
+        self.is_in_doubt = False
         self._forget_changes()
         call_in_children(self._forget_changes)
 
@@ -192,6 +194,18 @@ class MaildirFolders:
             file.close()
         return True
 
+    def check_changes(self) -> None:
+        """Raise QueueError if nothing can be removed from ``cur/``: what is sent would be sent again and again."""
+        # Not one of ours, so that nobody delivers it where it stays.
+        path = self.place('cur', '.removable')
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
+            raise standstill(self.place('cur'), error) from error
+        self.is_in_doubt = False
+
     def refusal(self, error: OSError) -> QueueError:
         """The "no" of this queue, for a person."""
         return QueueError(f'The queue {self.path} cannot take the message: {why(error)}')
@@ -208,9 +222,10 @@ class MaildirFolders:
             is_small = False
         self._changes.note(folder, self._holder.take_over(file) if is_small else None)
 
-    def flush(self) -> None:
+    def flush(self) -> QueueError | None:
         """See `IMailQueue`."""
         self._changes.flush()
+        return None
 
     def _forget_changes(self) -> None:
         """At first, and in a forked child: what its parent has yet to make durable is the parent's business."""

@@ -20,7 +20,7 @@ from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, func, i
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError, translated
 from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
@@ -88,22 +88,8 @@ class SQLSide:
 
     def check(self) -> None:
         """Raise ConfigurationError if the user of the database may not do all that a move does; see `Side` too."""
-        nobody = MESSAGES.c.id == ''
-        columns = MESSAGES.c
-        nothing = insert(MESSAGES).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
-
-        def change_nothing(connection: Connection) -> None:
-            connection.execute(nothing)
-            connection.execute(update(MESSAGES).where(nobody).values(due=0))
-            connection.execute(delete(MESSAGES).where(nobody))
-
-        try:
-            self._transact(change_nothing)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f'{error}. A move needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
-                f'{MESSAGES.name}.'
-            ) from error
+        with blaming_configuration():
+            self._queue.check_rights('A move')
 
     def recover(self) -> None:
         """See `Side`."""
@@ -239,7 +225,7 @@ def blaming_configuration() -> Iterator[None]:
         yield
     except QueueError as error:
         if isinstance(error.__cause__, ProgrammingError):
-            raise ConfigurationError(str(error)) from error
+            raise translated(ConfigurationError(str(error)), error) from error
         raise
 
 

@@ -30,6 +30,7 @@ change nothing.  Leases are measured by the clock of the database, due times by 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,7 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    or_,
     select,
     tuple_,
     union_all,
@@ -58,18 +60,18 @@ from sqlalchemy import (
 )
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_queued
+from pyramid_mailqueue.delivery.logs import log_event, log_queued, queue_log
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError
+from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, translated
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
-from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is
-from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
+from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
+from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, database_time, has_run_out
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.sql_admin import SQLAdmin
@@ -95,6 +97,7 @@ class SQLQueue:
     :param session_name: the attribute of a request that is the session of the application
     :param lease: how long a claim lasts, in seconds, without being prolonged
     :param notify: tell others of new mail, and hear of it (PostgreSQL)
+    :param horizon: as of a `.MaildirQueue`, in seconds
     :param clock: seconds since the epoch
     :raises ConfigurationError: this is no database for a queue
     """
@@ -106,13 +109,16 @@ class SQLQueue:
         session_name: str = 'dbsession',
         lease: float = 300,
         notify: bool = False,
+        horizon: float = 4000 + 86400,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.session_name = session_name
         self.notify = notify
+        self.horizon = horizon
         self.database = Database(url)
         self.leases = Leases(self.database, lease, clock)
         self._clock = clock
+        self._can_write = False
 
     def __repr__(self) -> str:
         return f'<SQLQueue {self.database.name}>'
@@ -178,6 +184,8 @@ class SQLQueue:
 
     def claim_due(self, now: float) -> Iterator[SQLClaim]:
         """See `IMailQueue`.  A few are claimed together, more each time."""
+        self._make_sure_of_writing()
+        self._make_misdated_due(now)
         last, size = (-math.inf, ''), 1
         while True:
             claims = self._claim_after(last, now, size)
@@ -192,17 +200,43 @@ class SQLQueue:
                 return
             last, size = (claims[-1].due, claims[-1].id), min(2 * size, CLAIM_BATCH)
 
+    def _make_misdated_due(self, now: float) -> None:
+        is_misdated = (state_is('waiting'), self._is_misdated)
+        # By the end of an index; what is meant there is not many, and rare.
+        latest = select(func.max(MESSAGES.c.due)).where(state_is('waiting')).scalar_subquery()
+        if not self.database.run(lambda connection: connection.scalar(select(_is_after(self.horizon, latest)))):
+            return
+        due = case((database_time() < now, database_time()), else_=now)
+        reason = 'its due time was further away than any retry: a clock was wrong when it was written; it is due now'
+        for name in self._ids_of(update(MESSAGES).where(*is_misdated).values(due=due)):
+            log_event(queue_log, logging.WARNING, status='trouble', id=name, reason=reason)
+
+    @property
+    def _is_misdated(self) -> ColumnElement[bool]:
+        """The rows whose due time no policy can have given, by the one clock that all hosts have in common."""
+        return _is_after(self.horizon)
+
+    def count_misdated(self) -> int:
+        """See `IMailQueue`."""
+        return self._count(self._is_misdated)
+
+    def _count(self, *conditions: ColumnElement[bool]) -> int:
+        statement = select(func.count()).where(state_is('waiting'), *conditions)
+        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+
     def _claim_after(self, last: tuple[float, str], now: float, size: int) -> list[SQLClaim]:
         meant = {'now': now, 'last_due': last[0], 'last_id': last[1], 'size': size}
         return self._claimed(_claiming_due(self.database.dialect), meant)
 
     def claim(self, id: str) -> SQLClaim | None:
         """See `IMailQueue`."""
-        meant = {'now': self._clock(), 'meant': id}
+        meant = {'now': self._clock(), 'meant': id, 'horizon': self.horizon}
         return next(iter(self._claimed(_claiming_one(), meant)), None)
 
     def _claimed(self, statement: Update, meant: Mapping[str, Any]) -> list[SQLClaim]:
         """Claim the rows that are *meant*, and return their claims in the order of due times."""
+        if self.leases.trouble is not None:
+            raise self.leases.trouble
         values = {**meant, **claim_values(self.leases)}
         deadline = self.leases.timer() + self.leases.lease
         rows = self.database.run(lambda connection: connection.execute(statement, values).all())
@@ -215,8 +249,7 @@ class SQLQueue:
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
-        statement = select(func.count()).where(state_is('waiting'), MESSAGES.c.due <= now)
-        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+        return self._count(or_(MESSAGES.c.due <= now, self._is_misdated))
 
     # -- what dead processes left
 
@@ -232,6 +265,29 @@ class SQLQueue:
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
         return Recovery(orphans=orphans, buried=buried, half_way=self._half_way())
 
+    def _make_sure_of_writing(self) -> None:
+        """Raise an error if the outcomes of messages cannot be written: they would be sent again and again."""
+        trouble = self.flush()
+        if trouble is not None:
+            self._can_write = False
+            raise trouble
+        if not self._can_write:
+            self.check_rights('mq-run')
+            self._can_write = True
+
+    def check_rights(self, who: str) -> None:
+        """Raise ConfigurationError if the user of the database may not do all that *who* does; else QueueError."""
+        try:
+            self.database.try_out(try_everything)
+        except ConfigurationError as error:
+            raise translated(
+                ConfigurationError(
+                    f'{error} {who} needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
+                    f'{MESSAGES.name}.'
+                ),
+                error,
+            ) from error
+
     def _half_way(self) -> tuple[str, ...]:
         found = select(MESSAGES.c.id).where(state_is('in doubt'), IS_SEEN).order_by(MESSAGES.c.id)
         return tuple(self.database.run(lambda connection: connection.scalars(found).all()))
@@ -240,9 +296,10 @@ class SQLQueue:
         with_ids = statement.returning(MESSAGES.c.id)
         return tuple(sorted(self.database.run(lambda connection: connection.scalars(with_ids).all())))
 
-    def flush(self) -> None:
+    def flush(self) -> QueueError | None:
         """See `IMailQueue`."""
         self.leases.flush()
+        return self.leases.trouble
 
     # -- for people
 
@@ -295,7 +352,7 @@ def _blaming_setting() -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f'mailqueue.queue = sql: {error}') from error
+        raise translated(ConfigurationError(f'mailqueue.queue = sql: {error}'), error) from error
 
 
 # In the place of a state: all rows, and those in doubt that a move has in hand.
@@ -346,8 +403,16 @@ def _claiming_due(dialect: str) -> Update:
     return claiming(update(MESSAGES).where(MESSAGES.c.id == picked.c.id))
 
 
+def _is_after(seconds: Any, due: Any = MESSAGES.c.due) -> ColumnElement[bool]:
+    """Whether *due* is later than so many seconds from now."""
+    # Only what is asked for once is looked for in an index: the time of the database changes from row to row.
+    is_one: ColumnElement[bool] = due > select(database_time() + seconds).scalar_subquery()
+    return is_one
+
+
 @lru_cache
 def _claiming_one() -> Update:
     """Return a statement that claims the row whose id is *meant*, if it is due *now*."""
-    is_meant = (MESSAGES.c.id == bindparam('meant'), state_is('waiting'), MESSAGES.c.due <= bindparam('now'))
+    is_due = or_(MESSAGES.c.due <= bindparam('now'), _is_after(bindparam('horizon', type_=Float(53))))
+    is_meant = (MESSAGES.c.id == bindparam('meant'), state_is('waiting'), is_due)
     return claiming(update(MESSAGES).where(*is_meant))

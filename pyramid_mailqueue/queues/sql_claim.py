@@ -165,9 +165,9 @@ class SQLClaim:
         if not is_ours:
             self._leases.lose([self])
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql_leases`)."""
-        self._leases.settle(self, settlement)
+        return self._leases.settle(self, settlement)
 
     def release(self) -> None:
         """See `IClaim`."""

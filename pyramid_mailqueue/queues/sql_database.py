@@ -21,7 +21,7 @@ from weakref import WeakSet
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 
-from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError
+from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown, without_passwords
 from pyramid_mailqueue.queues.sql_tables import (
@@ -39,6 +39,8 @@ from pyramid_mailqueue.queues.sql_trouble import (
     is_code_of_mistake,
     is_forbidden,
     is_of_statement,
+    is_read_only,
+    is_rolled_back_for_others,
     is_said_of_mistakes,
     is_strange_to_driver,
     said,
@@ -66,6 +68,10 @@ class NoTables(ConfigurationError):
 
 class DatabaseAway(QueueError):
     """The database cannot be used now; the same may work later."""
+
+
+class _TriedOut(Exception):
+    """What was tried out is to be rolled back."""
 
 
 class Database:
@@ -150,19 +156,24 @@ class Database:
         """
         Return what *work* returns, whose statements are transactions of their own.
 
-        A connection that turns out to be closed (a server that was restarted) is replaced once, and *work* done again:
-        it has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
-        not pass by itself.
+        Once *work* is done again, which has to be such that this does no harm: over another connection if this one
+        turns out to be closed (a server that was restarted), or leads to a server that takes no changes (a standby); or
+        because others were in its way (a deadlock).
+
+        Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself.
         """
         try:
             try:
                 return self._try(work)
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if is_read_only(error):
+                    # The name may lead to another server by now.
+                    self.close()
+                elif not (error.connection_invalidated or is_rolled_back_for_others(error)):
                     raise
                 return self._try(work)
         except SQLAlchemyError as error:
-            raise self.refusal(error) from error
+            raise translated(self.refusal(error), error) from error
 
     def _try(self, work: Callable[[Connection], T]) -> T:
         if not self._is_checked:
@@ -178,6 +189,16 @@ class Database:
         """The same, as one transaction."""
         return self.run(lambda connection: self._in_transaction(connection, work))
 
+    def try_out(self, work: Callable[[Connection], None]) -> None:
+        """Do *work* as one transaction, and roll it back.  Raises as :meth:`run` does, or what *work* raises."""
+
+        def try_out(connection: Connection) -> None:
+            work(connection)
+            raise _TriedOut
+
+        with suppress(_TriedOut):
+            self.transact(try_out)
+
     def create_tables(self) -> None:
         """Create those that are missing.  Raises as :meth:`run` does."""
         try:
@@ -185,7 +206,7 @@ class Database:
                 self._check_server(connection)
                 self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
-            raise self.refusal(error) from error
+            raise translated(self.refusal(error), error) from error
 
     def ddl(self) -> str:
         """Return the statements that create the tables."""
@@ -277,6 +298,12 @@ class Database:
             )
         if self._is_mistake(error):
             return self._lasting_mistake(first_line(error))
+        if is_read_only(error):
+            return DatabaseAway(
+                f'The queue in {self.name} cannot be used: {first_line(error)}. That server takes no changes: it is a '
+                'standby, or was the primary before. A URL with several hosts and target_session_attrs=read-write '
+                'leads to the primary (see docs/sql.rst).'
+            )
         kind = QueueError if is_of_statement(error) else DatabaseAway
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
 

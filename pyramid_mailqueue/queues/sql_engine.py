@@ -36,6 +36,8 @@ SQLITE_PATIENCE = 30
 #: What a database has to be at least, by its dialect: as SQLAlchemy tells it, and as people do.
 OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
 
+_SEVERAL_HOSTS = 'of several hosts each is a parameter: ?host=db1.example:5432&host=db2.example:5432'
+
 # Where a URL does not say.
 _PORTS = {'postgresql': 5432}
 
@@ -61,6 +63,9 @@ def make_engine(written: str | URL) -> Engine:
         raise ValueError(f'{dialect} is neither postgresql nor sqlite')
     if url.get_dialect().is_async:
         raise ValueError(f'{url.drivername} is for asyncio')
+    hosts = [host for value in url.normalized_query.get('host', ()) if ',' in value for host in value.split(',')]
+    if any(re.fullmatch(r'[^:/]*:[0-9]*', host) for host in hosts):
+        raise ValueError(f'several hosts with ports cannot be in one parameter: {_SEVERAL_HOSTS}')
     options = dict(_CONNECT[dialect])
     if url.get_driver_name() == 'psycopg':
         # A statement that the server has prepared on one connection is not there on another one, which a pooler between
@@ -81,7 +86,8 @@ def make_engine(written: str | URL) -> Engine:
         isolation_level='AUTOCOMMIT',
         connect_args=options,
     )
-    event.listen(engine, 'connect', _read_committed if dialect == 'postgresql' else _read_anything)
+    # Before SQLAlchemy asks anything: a standby answers nothing where the default is serializable.
+    event.listen(engine, 'connect', _read_committed if dialect == 'postgresql' else _read_anything, insert=True)
     if engine.dialect.driver == 'psycopg':
         event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
     return engine
@@ -196,4 +202,4 @@ def _parsed(url: str | URL) -> URL:
     try:
         return make_url(url)
     except ValueError as error:
-        raise ValueError('its port is not a number') from error
+        raise ValueError(f'its port is not a number ({_SEVERAL_HOSTS})') from error

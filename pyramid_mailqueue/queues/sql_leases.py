@@ -5,11 +5,15 @@ A claim is a lease: it ends by itself when its process dies, and nobody has to f
 process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
 messages:
 
-* Messages that are done are deleted together: :data:`ENOUGH` of them, or what there is :data:`LINGER` seconds after the
-  first.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they are all that a death of
-  the process can send twice; while the database is away, what was claimed before is added to them.
+* Messages that are done are deleted together: a deletion begins :data:`RESTS` times as long after the last one as that
+  took, and :data:`LINGER` seconds after it at most.  So each is deleted at once where there is little to do, and where
+  there is much a deletion has many.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so
+  they are all that a death of the process can send twice; while the database is away, what was claimed before is added
+  to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
-* What cannot be written because the database is away is written when it is back.
+* What cannot be written now, because the database is away or whatever else happens, is noted until it is written.  Until
+  then no message is begun: it would be sent, and its outcome would not be written either.  So the first end of a process
+  is written before the next message.
 
 A claim belongs to whoever delivers it: what is noted here does not keep it alive.  One that nobody has any more,
 because an interruption has taken it from its owner in the midst of something, is given back (:meth:`Leases.let_go`).
@@ -24,7 +28,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -34,27 +37,39 @@ from sqlalchemy import select, update
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.exceptions import MailqueueError, QueueError
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_outcomes import Claimed, begin, delete_done, in_ascii, named, owned, release, settle
+from pyramid_mailqueue.queues.sql_outcomes import (
+    UNCHANGED,
+    Claimed,
+    begin,
+    delete_done,
+    in_ascii,
+    named,
+    owned,
+    release,
+    settle,
+)
 from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
-__all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
+__all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
 
 log = logging.getLogger('mailqueue.delivery')
 
 #: How many messages that are done are not deleted, at most.
 BATCH = 100
 
-#: How many of them are enough to begin with, so that whoever delivers need not wait for it.
-ENOUGH = BATCH // 2
-
-#: How long they wait for others, in seconds.
-LINGER = 0.05
+#: How long after the beginning of one deletion the next one begins: at most, in seconds, and in times of how long that
+#: one took.  Where the process or the database is busy that is longer.
+LINGER = 0.02
+RESTS = 5
 
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
+
+#: The same, when it has failed again and again.
+LONGEST_PAUSE = 10
 
 #: How long the end of a process waits for the heartbeat, in seconds.
 CLOSING_PATIENCE = 5
@@ -74,9 +89,24 @@ class HeldClaim(Claimed, Protocol):
     is_forgotten: bool
 
 
+# A claim, and how it ends; None is that the message is given back.
+_Ended = tuple[HeldClaim, Settlement | None]
+
+
 def elapsed() -> float:
     """Return seconds that never go back, and that go on while the machine sleeps."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
+
+
+def _is_done(end: Settlement | None) -> bool:
+    return end is not None and not (end.waiting or end.burials)
+
+
+def _standstill(error: Exception) -> QueueError:
+    if isinstance(error, DatabaseAway):
+        return error
+    problem = f'What became of a message cannot be written, so no more mail is delivered for now: {error}'
+    return translated(QueueError(problem), error)
 
 
 class Leases:
@@ -109,9 +139,16 @@ class Leases:
         self._changed = threading.Condition(self._lock)
         self._writing = threading.Lock()
         self._held: WeakValueDictionary[str, HeldClaim] = WeakValueDictionary()
-        self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
+        # What is not written yet, by the tokens of the claims.
+        self._ended: dict[str, _Ended] = {}
         self._renewed = self.timer()
-        self._is_away = False
+        self._rests_until = 0.0
+        # Why the end of a message cannot be written; the tokens of the messages of which that was told; how long the
+        # heartbeat waits before it tries again; and whether any end was written since.
+        self.trouble: QueueError | None = None
+        self._told: set[str] = set()
+        self._pause = 0.0
+        self._is_proven = False
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -147,7 +184,7 @@ class Leases:
             if claim.is_open:
                 claim.is_open, claim.is_forgotten = False, True
                 self._held.pop(claim.token, None)
-                self._ended.append((claim, None))
+                self._ended.setdefault(claim.token, (claim, None))
         if self._lock.acquire(blocking=False):
             try:
                 self._changed.notify_all()
@@ -177,7 +214,7 @@ class Leases:
 
     def make_sure(self, claim: HeldClaim) -> bool:
         """Whether the message is still *claim*'s, and will be for long enough to begin sending it."""
-        if not self.holds(claim):
+        if self.trouble is not None or not self.holds(claim):
             return False
         has_time = claim.deadline - self.timer() > self.lease / 3
         if has_time and claim.is_confirmed:
@@ -209,29 +246,31 @@ class Leases:
 
     # -- the ends of claims
 
-    def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
+    def settle(self, claim: HeldClaim, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""
-        is_done = not (settlement.waiting or settlement.burials)
         with self._lock:
             if not self.holds(claim):
-                return
+                return None
             # In this order: an interruption may have it written twice, but not never.
-            self._ended.append((claim, settlement))
+            self._ended[claim.token] = claim, settlement
             self.forget(claim)
-            # With what is being written: that may yet fail.
+            # With what is being written: that may yet fail, and so may the first.
             number = len(self._ended)
-            may_linger = is_done and number < BATCH and self._has_thread()
-            if number in (1, ENOUGH):
+            is_trusted = self._is_proven and self.trouble is None
+            may_linger = _is_done(settlement) and is_trusted and number < BATCH and self._has_thread()
+            if number == 1:
                 self._changed.notify_all()
-        if not may_linger:
-            self.flush()
+        if may_linger:
+            return None
+        self.flush()
+        return self.trouble
 
     def release(self, claims: Sequence[HeldClaim]) -> None:
         """See `IClaim`."""
         with self._lock:
             ended = [claim for claim in claims if self.holds(claim)]
             for claim in ended:
-                self._ended.append((claim, None))
+                self._ended[claim.token] = claim, None
                 self.forget(claim)
             # Whoever settles one now finds others there, and does not wake the heartbeat.
             self._changed.notify_all()
@@ -239,56 +278,45 @@ class Leases:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no MailqueueError."""
+        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no Exception."""
         with self._writing:
             # What ends in the meantime waits for others, or there would be a statement for each.
-            left = len(self._ended)
-            while left > 0 and (number := min(len(self._ended), BATCH)):
-                left -= number
-                # They stay there until they are written: this may be interrupted.
-                batch = [self._ended[n] for n in range(number)]
-                try:
-                    self._write(batch)
-                except DatabaseAway as error:
-                    self._replace(number, batch)
-                    self._tell_away(batch, error)
-                    return
-                self._replace(number, ())
-                self._is_away = False
+            ended = [*self._ended.values()]
+            try:
+                for first in range(0, len(ended), BATCH):
+                    self._write(ended[first : first + BATCH])
+                    self._is_proven, self.trouble, self._pause = True, None, 0.0
+                    self._told.clear()
+            except Exception as error:  # noqa: BLE001 - a defect has to lose nothing, either
+                self._try_later(error)
 
-    def _replace(self, number: int, left: Sequence[tuple[HeldClaim, Settlement | None]]) -> None:
-        """Put those that are *left* in the place of the first so many."""
+    def _try_later(self, error: Exception) -> None:
+        told, self.trouble = self.trouble, _standstill(error)
+        self._is_proven = False
+        self._pause = min(2 * self._pause or PATIENCE, LONGEST_PAUSE)
         with self._lock:
-            for _ in range(number):
-                self._ended.popleft()
-            self._ended.extendleft(reversed(left))
-            if left:
-                self._see_to_thread()
-
-    def _tell_away(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
-        if not self._is_away:
-            self._is_away = True
-            ids = ','.join(claim.id for claim, _ in batch)
+            self._see_to_thread()
+        if told is None and isinstance(error, DatabaseAway):
+            ids = ','.join(claim.id for claim, _ in [*self._ended.values()])
             reason = 'what became of these messages is written when the database is back'
             log_event(queue_log, logging.ERROR, status='trouble', id=ids, error=error, reason=reason)
 
-    def _write(self, batch: list[tuple[HeldClaim, Settlement | None]]) -> None:
-        """Raises DatabaseAway; then *batch* has what is not written."""
-        done = [claim for claim, end in batch if end is not None and not (end.waiting or end.burials)]
+    def _write(self, batch: Sequence[_Ended]) -> None:
+        """Raises an Exception if something cannot be written; what is written is not in :attr:`_ended` any more."""
+        done = [claim for claim, end in batch if _is_done(end)]
         given_back = [claim for claim, end in batch if end is None]
-        if done:
-            self._write_some(done, lambda: self.database.run(partial(delete_done, claims=done)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in done]
-        if given_back:
-            self._write_some(given_back, lambda: self.database.run(partial(release, claims=given_back)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in given_back]
-        while batch:
-            claim, end = batch[0]
-            assert end is not None
-            self._write_some([claim], partial(self._settle, claim, end))
-            del batch[0]
+        refusals = [
+            self._write_some(done, lambda claims: self.database.run(partial(delete_done, claims=claims))),
+            self._write_some(given_back, lambda claims: self.database.run(partial(release, claims=claims))),
+        ]
+        for claim, end in batch:
+            if end is not None and not _is_done(end):
+                refusals.append(self._write_some([claim], partial(self._settle, settlement=end)))
+        for refusal in filter(None, refusals):
+            raise refusal
 
-    def _settle(self, claim: HeldClaim, settlement: Settlement) -> set[str]:
+    def _settle(self, claims: Sequence[HeldClaim], settlement: Settlement) -> set[str]:
+        (claim,) = claims
         write = partial(settle, claim=claim, now=self.clock())
         try:
             return self.database.transact(partial(write, settlement=settlement))
@@ -301,29 +329,56 @@ class Leases:
                 raise
             return self.database.transact(partial(write, settlement=plain))
 
-    def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
-        """Raises DatabaseAway."""
+    def _write_some(
+        self, claims: Sequence[HeldClaim], write: Callable[[Sequence[HeldClaim]], set[str]]
+    ) -> Exception | None:
+        """Write the ends of some claims; return why one cannot be written, if so.  Raises DatabaseAway."""
+        if not claims:
+            return None
         try:
-            ours = write()
+            ours = write(claims)
         except DatabaseAway:
             raise
-        except MailqueueError as error:
-            reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'
-            for claim in claims:
-                log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
-        else:
-            self._tell_lost(claims, ours)
-
-    def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
+        except Exception as error:  # noqa: BLE001 - it is told below, and what has ended stays noted
+            if len(claims) == 1:
+                return self._refused(claims, error)
+            # One of them is not to keep back the others.
+            refusals = [self._write_some([claim], write) for claim in claims]
+            return next(filter(None, refusals), None)
+        missing = [claim for claim in claims if claim.token not in ours]
+        kept = self._still_there(missing) if missing else set()
         for claim in claims:
-            if claim.is_forgotten:
-                # One whose row is not there was aborted.
-                if claim.token in ours:
-                    reason = 'whoever was about to deliver it was interrupted; it waits'
-                    log_event(queue_log, logging.WARNING, status='released', id=claim.id, reason=reason)
-            elif claim.token not in ours:
-                reason = 'its lease ran out before its outcome was written; it may be delivered again'
-                log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
+            if claim.token not in kept:
+                self._tell(claim, is_ours=claim.token in ours)
+                self._ended.pop(claim.token, None)
+        left = [claim for claim in missing if claim.token in kept]
+        return self._refused(left, QueueError(UNCHANGED)) if left else None
+
+    def _still_there(self, claims: Sequence[HeldClaim]) -> set[str]:
+        """Return the tokens of those that nobody else has, although nothing was changed."""
+        statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
+        return self.database.run(lambda connection: {*connection.scalars(statement, named(claims))})
+
+    def _refused(self, claims: Sequence[HeldClaim], error: Exception) -> Exception:
+        """Tell of messages whose ends cannot be written, once of each."""
+        reason = 'its outcome cannot be written; until it can be no more is sent, and it may be delivered again'
+        for claim in claims:
+            if claim.token not in self._told:
+                log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
+                if not isinstance(error, MailqueueError):
+                    log.critical('A defect of pyramid_mailqueue is in the way of %s', claim.id, exc_info=error)
+        self._told.update(claim.token for claim in claims)
+        return error
+
+    def _tell(self, claim: HeldClaim, *, is_ours: bool) -> None:
+        if claim.is_forgotten:
+            # One whose row is not there was aborted.
+            if is_ours:
+                reason = 'whoever was about to deliver it was interrupted; it waits'
+                log_event(queue_log, logging.WARNING, status='released', id=claim.id, reason=reason)
+        elif not is_ours:
+            reason = 'its lease ran out before its outcome was written; it may be delivered again'
+            log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
     def close(self) -> None:
         """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
@@ -371,17 +426,16 @@ class Leases:
 
     def _work(self) -> None:
         if self._ended:
+            began = time.monotonic()
             self.flush()
+            now = time.monotonic()
+            self._rests_until = now + self._pause if self._pause else began + min(LINGER, RESTS * (now - began))
         if self._held and self.timer() >= self._renewed + self.lease / 3:
             self._renew_all()
 
     @property
     def _has_work(self) -> bool:
         return bool(self._ended or self._held)
-
-    @property
-    def _is_enough(self) -> bool:
-        return self._is_closing or (len(self._ended) >= ENOUGH and not self._is_away)
 
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
@@ -396,8 +450,7 @@ class Leases:
                 # Whoever lets go of a claim may not be able to wake this.
                 self._changed.wait(min(rest, IDLE))
             # What is done waits for others.
-            until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
-            while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:
+            while self._ended and not self._is_closing and (rest := self._rests_until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True
 

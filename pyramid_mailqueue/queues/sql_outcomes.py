@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import (
     ARRAY,
@@ -40,12 +40,14 @@ from sqlalchemy import (
 )
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
+from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
 
 __all__ = [
     'IS_SEEN',
     'IS_UNKNOWN',
+    'UNCHANGED',
     'UNCLAIMED',
     'Claimed',
     'begin',
@@ -56,11 +58,18 @@ __all__ = [
     'release',
     'settle',
     'state_is',
+    'try_everything',
     'update_recipients',
 ]
 
 #: What a message has when nobody holds it.
 UNCLAIMED: Mapping[str, None] = {'claim': None, 'claimed_by': None, 'lease': None}
+
+#: What is said where a statement has neither an effect nor an error.
+UNCHANGED = (
+    'the database changes nothing, and gives no reason: a trigger, a rule or row-level security on '
+    f'{MESSAGES.name} is in the way'
+)
 
 _LITERALS = {state: literal_column(f"'{state}'", Text()) for state in STATES}
 
@@ -187,8 +196,29 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     if not _update_owned(connection, claim, {**attempt, **left}):
         return set()
     for burial in burials:
-        connection.execute(_copy(claim.id, {**_buried(burial), **UNCLAIMED}))
+        if connection.scalar(_copy(claim.id, {**_buried(burial), **UNCLAIMED})) is None:
+            raise QueueError(UNCHANGED)
     return {claim.token}
+
+
+class _Probe(NamedTuple):
+    id: str
+    token: str
+    attempts: int = 0
+
+
+def try_everything(connection: Connection) -> None:
+    """
+    Write, change and delete a message as a run does, in a transaction that has to be rolled back.
+
+    Raises SQLAlchemyError, or QueueError where nothing is done and nothing is said.
+    """
+    probe = _Probe(f'probe.{secrets.token_hex(10)}', secrets.token_hex(10))
+    row = {'id': probe.id, 'state': 'in progress', 'claim': probe.token, 'due': 0, 'queued_at': 0, 'recipients': []}
+    connection.execute(insert(MESSAGES).values(**row, sender='', message_id='', subject='', content=b''))
+    copied = connection.scalar(_copy(probe.id, {'state': 'dead', **UNCLAIMED}))
+    if not (copied and update_recipients(connection, probe, []) and delete_done(connection, [probe])):
+        raise QueueError(UNCHANGED)
 
 
 def in_ascii(settlement: Settlement) -> Settlement:
@@ -230,7 +260,8 @@ def _copy(id: str, values: Mapping[str, Any]) -> Executable:
     columns = MESSAGES.c
     new = {'id': f'{id}.{secrets.token_hex(4)}', **values}
     selected = [literal(new[c.name], c.type) if c.name in new else c for c in columns]
-    return insert(MESSAGES).from_select([*columns.keys()], select(*selected).where(MESSAGES.c.id == id))
+    new_row = insert(MESSAGES).from_select([*columns.keys()], select(*selected).where(MESSAGES.c.id == id))
+    return new_row.returning(MESSAGES.c.id)
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:

@@ -20,19 +20,33 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
-from pyramid_mailqueue.exceptions import MailqueueError, QueueError
+from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
 from pyramid_mailqueue.queues.sql_claim import NewMessage
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import shown
 from pyramid_mailqueue.queues.sql_schema import Message
 from pyramid_mailqueue.queues.sql_tables import MESSAGES
-from pyramid_mailqueue.queues.sql_trouble import first_line
+from pyramid_mailqueue.queues.sql_trouble import first_line, is_rolled_back_for_others
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.pool import Pool
 
+    # The package has no types.
+    class TransientError(Exception): ...
+else:
+    from transaction.interfaces import TransientError
+
 __all__ = ['SameTables', 'insert_into', 'is_rolled_back', 'savepoint_of', 'session_of', 'takes_part', 'unencodable']
+
+
+class TransactionConflict(QueueError, TransientError):
+    """
+    The database has given up the transaction in favour of another one: a serialization failure, or a deadlock.
+
+    The whole transaction works when it is repeated, as pyramid_retry does because of the second base.
+    """
+
 
 #: Where a session keeps which of its savepoints were rolled back.
 _ROLLED_BACK = 'mailqueue_rolled_back'
@@ -122,7 +136,8 @@ def _told_why() -> Iterator[None]:
         if isinstance(error, DBAPIError) and MESSAGES.name in str(error.orig):
             hint = ' Create the tables in the database of the session: mq-queue app.ini init.'
         problem = f'Mail cannot be put into the session of the application: {first_line(error)}.'
-        raise QueueError(problem + hint) from error
+        kind = TransactionConflict if is_rolled_back_for_others(error) else QueueError
+        raise translated(kind(problem + hint), error) from error
 
 
 def unencodable(error: UnicodeError) -> QueueError:

@@ -23,6 +23,8 @@ __all__ = [
     'is_code_of_mistake',
     'is_forbidden',
     'is_of_statement',
+    'is_read_only',
+    'is_rolled_back_for_others',
     'is_said_of_mistakes',
     'is_strange_to_driver',
     'said',
@@ -31,8 +33,17 @@ __all__ = [
 # Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
 _OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
 
+# Classes of SQLSTATE: what rules, triggers and views say.
+_OF_RULES = ('09', '0A', '27', '44', 'P0')
+
 # SQLSTATE insufficient_privilege.
 _NOT_ALLOWED = '42501'
+
+# The class of SQLSTATE for serialization failures and deadlocks.
+_ROLLED_BACK = '40'
+
+# SQLSTATE read_only_sql_transaction.
+_READ_ONLY = '25006'
 
 # Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
 _OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
@@ -80,12 +91,22 @@ def first_line(error: Exception) -> str:
 
 def is_of_statement(error: SQLAlchemyError) -> bool:
     """Whether the statement, or what is in it, was refused."""
-    return isinstance(error, _OF_STATEMENTS)
+    return isinstance(error, _OF_STATEMENTS) or (_code_of(error) or '').startswith(_OF_RULES)
 
 
 def is_forbidden(error: SQLAlchemyError) -> bool:
     """Whether the user may not do this."""
     return _code_of(error) == _NOT_ALLOWED
+
+
+def is_rolled_back_for_others(error: SQLAlchemyError) -> bool:
+    """Whether the database has given up this transaction in favour of others: the same works when it is repeated."""
+    return (_code_of(error) or '').startswith(_ROLLED_BACK)
+
+
+def is_read_only(error: SQLAlchemyError) -> bool:
+    """Whether the server takes no changes: a standby, or a primary that is none any more."""
+    return _code_of(error) == _READ_ONLY
 
 
 def is_strange_to_driver(error: Exception) -> bool:

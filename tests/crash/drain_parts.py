@@ -12,6 +12,7 @@ from pathlib import Path
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer
@@ -128,6 +129,15 @@ def drain(path, office, *, connections=1, around=without_sync, later=0):
 
         handler = MessageHandler([transport], connections=connections, clock=clock)
         return Runner(MaildirQueue(path, clock=clock), handler, clock=clock).run()
+
+
+def drain_in_runs(path, office, *, around=without_sync, most=10):
+    """One run after the other, until one comes to its end; return how many ended because of an outcome or a folder."""
+    for number in range(most):
+        with contextlib.suppress(QueueError):
+            drain(path, office, around=around)
+            return number
+    return most
 
 
 def mq_run(queue, office, *, connections=1):

@@ -9,6 +9,7 @@ instance one of another version; then those tests are left out that restart it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import itertools
 import os
@@ -68,6 +69,18 @@ class Postgres:
         self._process = None
         self.start()
 
+    def standby(self):
+        """Another server, which follows this one."""
+        other = copy.copy(self)
+        other._home = Path(tempfile.mkdtemp(prefix='mq-pg-'))
+        if self._user:
+            os.chown(other._home, self._user['user'], self._user['group'])
+        other._data = other._home / 'data'
+        source = ('-h', self._home, '-U', 'postgres')
+        other._run('pg_basebackup', *source, '-D', other._data, '-R', '-X', 'stream', '-c', 'fast', '--no-sync')
+        other.start()
+        return other
+
     def _reachable(self, folder):
         """The user of the server may not be able to look into the folder of our Python."""
         done = subprocess.run([folder / 'postgres', '--version'], capture_output=True, check=False, **self._user)
@@ -126,10 +139,10 @@ class Postgres:
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self._home)
 
-    def url(self, driver, schema=None):
+    def url(self, driver, schema=None, host=None):
         search = {'options': f'-csearch_path={schema}'} if schema else {}
         url = make_url(f'postgresql+{driver}://postgres@/postgres').update_query_dict(
-            {'host': str(self._home), **search}
+            {'host': str(host or self._home), **search}
         )
         return url.render_as_string(hide_password=False)
 

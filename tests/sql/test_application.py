@@ -44,7 +44,7 @@ def settings(make_settings, smtp_server, url):
 def make_shop(make_app, settings, factory):
     """Make an app whose view is called with ``request``; keywords are those of ``zope.sqlalchemy.register``."""
 
-    def make_shop(view, *, session=None, name='dbsession', own=(), **register):
+    def make_shop(view, *, session=None, name='dbsession', own=(), include=('pyramid_tm',), **register):
         def get_session(request):
             made = (session or factory)()
             zope.sqlalchemy.register(made, transaction_manager=request.tm, **register)
@@ -53,7 +53,7 @@ def make_shop(make_app, settings, factory):
         def configure(config):
             config.add_request_method(get_session, name, reify=True)
 
-        return make_app(view, settings | dict(own), configure=configure)
+        return make_app(view, settings | dict(own), configure=configure, include=include)
 
     return make_shop
 
@@ -134,6 +134,55 @@ def test_a_commit_that_fails_takes_the_mail_along(make_shop, message, smtp_serve
 
     assert there_is() == (['one'], {})
     assert smtp_server.received == []
+
+
+# Refuses the first statement: what a sequence has counted is not rolled back.
+REFUSE_THE_FIRST = """
+CREATE SEQUENCE inserts;
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN IF nextval('inserts') = 1 THEN RAISE 'not now' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$;
+CREATE TRIGGER refuse BEFORE INSERT ON mailqueue_message FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+@pytest.mark.parametrize('code', ['40001', '40P01'])
+@pytest.mark.parametrize('url', ['postgresql+psycopg', 'postgresql+psycopg2'], indirect=True)
+def test_a_request_whose_mail_met_a_deadlock_is_repeated_as_if_it_were_the_data(
+    make_shop, message, smtp_server, there_is, url, sql, code
+):
+    sql(url, REFUSE_THE_FIRST.format(code=code))
+    errors = []
+
+    def view(request):
+        request.dbsession.add(Order(name='one'))
+        try:
+            request.mailer.send(message('order one'))
+        except QueueError as error:
+            errors.append(error)
+            raise
+        return 'done'
+
+    make_shop(view, include=('pyramid_tm', 'pyramid_retry')).get('/')
+
+    assert subjects(smtp_server, 1) == ['order one']
+    assert there_is() == (['one'], {})
+    assert [error.sqlstate for error in errors] == [code]
+    assert isinstance(errors[0].orig, Exception)
+
+
+def test_what_only_a_person_can_mend_is_not_repeated(make_shop, message, url, sql):
+    sent = []
+
+    def view(request):
+        sent.append(1)
+        request.mailer.send(message('order one'))
+
+    app = make_shop(view, include=('pyramid_tm', 'pyramid_retry'))
+    sql(url, 'DROP TABLE mailqueue_message')
+    with pytest.raises(QueueError):
+        app.get('/')
+
+    assert sent == [1]
 
 
 @EACH_DRIVER

@@ -36,6 +36,18 @@ def rows(sql, url):
     return lambda: sql(url, 'SELECT id, state, claim, attempts, deaths FROM mailqueue_message ORDER BY id')
 
 
+@pytest.fixture
+def make_proven(make_queue, envelope):
+    """Make a queue that has written an end before: the first is written at once."""
+
+    def make_proven(url):
+        queue = make_queue(url)
+        queue.put_claimed(envelope).settle(Settlement())
+        return queue
+
+    return make_proven
+
+
 def is_held(queue):
     """Whether the heartbeat still has something to prolong or to write."""
     return queue.leases._has_work
@@ -247,9 +259,9 @@ def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, env
     until(lambda: not rows())
 
 
-def test_so_many_that_are_done_wait_for_nobody(url, make_queue, envelope, rows, monkeypatch, until):
+def test_so_many_that_are_done_wait_for_nobody(url, make_proven, envelope, rows, monkeypatch, until):
     monkeypatch.setattr(sql_leases, 'LINGER', 1000)
-    queue = make_queue(url)
+    queue = make_proven(url)
     claims = [queue.put_claimed(envelope) for _ in range(ENOUGH)]
     for claim in claims[:-1]:
         claim.settle(Settlement())
@@ -260,8 +272,8 @@ def test_so_many_that_are_done_wait_for_nobody(url, make_queue, envelope, rows, 
     until(lambda: not rows())
 
 
-def test_while_a_batch_is_done_and_not_deleted_nobody_goes_on(postgres_url, make_queue, envelope, sql, monkeypatch):
-    queue = make_queue(postgres_url)
+def test_while_a_batch_is_done_and_not_deleted_nobody_goes_on(postgres_url, make_proven, envelope, sql, monkeypatch):
+    queue = make_proven(postgres_url)
     claims = [queue.put_claimed(envelope) for _ in range(BATCH)]
     may_write, run = threading.Event(), Database.run
 
@@ -371,17 +383,21 @@ def test_the_heartbeat_tries_again_soon(url, make_queue, envelope, away, until, 
     until(lambda: claim.is_over)
 
 
-def test_what_the_database_refuses_is_told_and_not_tried_again(postgres_url, make_queue, envelope, sql, caplog):
+def test_what_the_database_refuses_is_told_and_keeps_others_back(postgres_url, make_queue, envelope, sql, caplog):
     queue = make_queue(postgres_url)
-    claims = [queue.put_claimed(envelope) for _ in range(2)]
+    claims = [queue.put_claimed(envelope) for _ in range(3)]
     sql(postgres_url, 'ALTER TABLE mailqueue_message RENAME TO elsewhere')
 
     claims[0].settle(Settlement((ADA,), due=1))
     claims[1].keep((ADA,))
 
     told = [record.mailqueue['id'] for record in caplog.records if record.levelname == 'CRITICAL']
-    assert told == [claim.id for claim in claims]
-    assert not queue.leases._ended
+    assert told == [claim.id for claim in claims[:2]]
+    assert not claims[2].is_valid()
+    sql(postgres_url, 'ALTER TABLE elsewhere RENAME TO mailqueue_message')
+    assert queue.flush() is None
+    assert claims[2].is_valid()
+    assert queue.counts()['waiting'] == 1
 
 
 # --- contents ---------------------------------------------------------------

@@ -388,6 +388,9 @@ def test_a_file_in_a_folder_that_cannot_be_written_is_a_mistake(foreign_folder, 
         ('postgres://localhost/app', 'SQLAlchemy calls it postgresql://'),
         ('postgresql+psycopg://localhost:secret/app', 'its port is not a number'),
         ('postgresql+psycopg_async://localhost/app', 'is for asyncio'),
+        ('postgresql+psycopg://@/app?host=a:1,b:2', 'each is a parameter: ?host=db1.example:5432&host=db2'),
+        ('postgresql+psycopg2://@/app?host=a,b:5432', 'each is a parameter: ?host=db1.example:5432&host=db2'),
+        ('postgresql+psycopg://a:1,b:2/app', 'each is a parameter: ?host=db1.example:5432&host=db2'),
     ],
 )
 def test_a_url_that_cannot_be_used_says_why_and_which_settings_it_may_be_from(url, problem):
