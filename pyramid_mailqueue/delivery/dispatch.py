@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import queue
 import sys
@@ -33,7 +34,8 @@ from collections.abc import Callable, Sequence
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 
@@ -206,6 +208,8 @@ class BackgroundDispatcher:
         self._idle = idle
         self._closing = False
         self._make_lock()
+        # While the queue cannot be asked for what was postponed.
+        self._queue_pause = Pause()
         self._start_anew()
         call_in_children(self._make_lock)
         atexit.register(_close, weakref.ref(self))
@@ -313,13 +317,16 @@ class BackgroundDispatcher:
             if (claim := self._resumed_claim()) is not None:
                 return claim
             try:
-                claim = self._claims.get(may_wait, self._handler.rests_for if self._postponed else self._idle)
+                claim = self._claims.get(may_wait, self._seconds_to_wait())
             except queue.Empty:
                 if not may_wait or self._is_idle():
                     return None
             if claim is not None:
                 return claim
         return None
+
+    def _seconds_to_wait(self) -> float:
+        return max(self._handler.rests_for, self._queue_pause.remaining) if self._postponed else self._idle
 
     def _is_idle(self) -> bool:
         """Whether the thread may end; then the next mail starts another one."""
@@ -332,8 +339,16 @@ class BackgroundDispatcher:
 
     def _resumed_claim(self) -> IClaim | None:
         """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
-        while self._postponed and not self._handler.rests_for:
-            claim = self._mail_queue.claim(self._postponed.popleft())
+        while self._postponed and not (self._handler.rests_for or self._queue_pause.remaining):
+            try:
+                claim = self._mail_queue.claim(self._postponed[0])
+            except MailqueueError as error:
+                if not self._queue_pause.is_in_trouble:
+                    log.error('%s Mail that was put off waits in it, until it is back.', error)
+                self._queue_pause.begin(ServerTrouble(str(error)))
+                return None
+            self._queue_pause.end()
+            self._postponed.popleft()
             if claim is not None:
                 return claim
         return None
@@ -351,6 +366,8 @@ class BackgroundDispatcher:
                 return
             self._closing = True
             thread = self._thread
+        hurry = getattr(self._mail_queue, 'hurry', _do_nothing)
+        hurry(self._patience + LAST_PATIENCE)
         self._release_waiting()
         self._claims.put(None)
         if thread is not None:
@@ -359,6 +376,8 @@ class BackgroundDispatcher:
                 self._handler.abort()
                 thread.join(LAST_PATIENCE)
         self._mail_queue.flush()
+        # Somebody else may still use the queue.
+        hurry(math.inf)
         if thread is None or not thread.is_alive():
             self._handler.close()
         self._tell_left()

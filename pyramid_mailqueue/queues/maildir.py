@@ -146,11 +146,7 @@ class MaildirQueue(MaildirFolders):
 
     def claim(self, id: str) -> MaildirClaim | None:
         """See `IMailQueue`.  An orphan has another name than its id, and is left to :meth:`claim_due`."""
-        try:
-            return self._claim(id, self.clock())
-        except QueueError as error:
-            log_event(queue_log, logging.ERROR, status='trouble', id=id, problem='cannot be claimed', error=error)
-            return None
+        return self._claim(id, self.clock())
 
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""

@@ -64,7 +64,8 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
-from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql_deadlines import LOOK_SECONDS, STATEMENT_SECONDS
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is
@@ -79,6 +80,9 @@ __all__ = ['SQLQueue']
 
 #: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.
 CLAIM_BATCH = 50
+
+#: So many octets a second go into the database at least.
+SLOWEST = 100_000
 
 #: A message whose claims ran out this often is given up: it may well be what kills its deliverers.
 MAX_DEATHS = 5
@@ -156,10 +160,17 @@ class SQLQueue:
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
+        began, seconds = time.monotonic(), STATEMENT_SECONDS + len(envelope.content) / SLOWEST
         try:
-            self.database.run(lambda connection: connection.execute(message.statement, message.values))
+            self.database.run(lambda connection: connection.execute(message.statement, message.values), seconds)
         except UnicodeError as error:
             raise _sessions().unencodable(error) from error
+        if time.monotonic() - began > seconds:
+            # A commit that waits for a standby is not undone when it is cancelled, and nobody knows who has it.
+            raise DatabaseAway(
+                f'The queue in {self.database.name} has not said in {seconds:.0f} seconds that the message '
+                f'{message.id} is durable: it may be delivered nevertheless.'
+            )
         log_queued(message.id, envelope)
         return message
 
@@ -214,7 +225,7 @@ class SQLQueue:
     def count_due(self, now: float) -> int:
         """See `IMailQueue`."""
         statement = select(func.count()).where(state_is('waiting'), MESSAGES.c.due <= now)
-        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+        return self.database.run(lambda connection: connection.scalar(statement), LOOK_SECONDS) or 0
 
     # -- what dead processes left
 
@@ -242,6 +253,10 @@ class SQLQueue:
         """See `IMailQueue`."""
         self.leases.flush()
 
+    def hurry(self, seconds: float) -> None:
+        """See `IMailQueue`."""
+        self.database.deadlines.hurry(seconds)
+
     # -- for people
 
     @property
@@ -254,7 +269,7 @@ class SQLQueue:
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
         self.leases.flush()
-        found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))))
+        found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))), LOOK_SECONDS)
         # Nothing has an index of those whose state is none.
         counts = {state: found.get(state, 0) for state in STATES}
         counts['corrupt'] += found[_ALL] - sum(counts.values())

@@ -5,11 +5,14 @@ A claim is a lease: it ends by itself when its process dies, and nobody has to f
 process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
 messages:
 
-* Messages that are done are deleted together: :data:`ENOUGH` of them, or what there is :data:`LINGER` seconds after the
-  first.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they are all that a death of
-  the process can send twice; while the database is away, what was claimed before is added to them.
+* Messages that are done are deleted together: what there is when the heartbeat has rested from the last deletion, for
+  :data:`RESTS` times as long as that took, and for :data:`LINGER` seconds at most.  So each is deleted at once where
+  there is little to do, and where there is much a deletion has many.  When there are :data:`BATCH` whoever delivers
+  writes them before it goes on, so they are all that a death of the process can send twice; while the database is away,
+  what was claimed before is added to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
-* What cannot be written because the database is away is written when it is back.
+* What cannot be written now, because the database is away or whatever else happens, is written later: it is noted until
+  it is written.
 
 A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
 without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
@@ -21,7 +24,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
@@ -36,18 +38,17 @@ from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql_outcomes import Claimed, delete_done, in_ascii, named, owned, release, settle
 from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
-__all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
+__all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
 
 log = logging.getLogger('mailqueue.delivery')
 
 #: How many messages that are done are not deleted, at most.
 BATCH = 100
 
-#: How many of them are enough to begin with, so that whoever delivers need not wait for it.
-ENOUGH = BATCH // 2
-
-#: How long they wait for others, in seconds.
-LINGER = 0.05
+#: How long they wait for others: at most, in seconds, and in times of how long the last deletion took.  Where the
+#: process or the database is busy that takes longer.
+LINGER = 0.02
+RESTS = 4
 
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
@@ -65,6 +66,9 @@ class HeldClaim(Claimed, Protocol):
     # Until when the lease holds at least, by the timer; and whether the row was seen.
     deadline: float
     is_confirmed: bool
+
+
+_Ended = tuple[HeldClaim, Settlement | None]
 
 
 def elapsed() -> float:
@@ -100,9 +104,10 @@ class Leases:
         self._changed = threading.Condition()
         self._writing = threading.Lock()
         self._held: dict[str, HeldClaim] = {}
-        self._ended: deque[tuple[HeldClaim, Settlement | None]] = deque()
-        self._under_way = 0
+        # What is not written yet, by the tokens of the claims.
+        self._ended: dict[str, _Ended] = {}
         self._renewed = self.timer()
+        self._rests_until = 0.0
         self._is_away = False
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -168,11 +173,10 @@ class Leases:
             return
         is_done = not (settlement.waiting or settlement.burials)
         with self._changed:
-            self._ended.append((claim, settlement))
+            self._ended[claim.token] = claim, settlement
             number = len(self._ended)
-            # What is being written may yet fail.
-            may_linger = is_done and number + self._under_way < BATCH and self._has_thread()
-            if number in (1, ENOUGH):
+            may_linger = is_done and number < BATCH and self._has_thread()
+            if number == 1:
                 self._changed.notify_all()
         if not may_linger:
             self.flush()
@@ -182,57 +186,49 @@ class Leases:
         ended = [claim for claim in claims if self.forget(claim)]
         if ended:
             with self._changed:
-                self._ended.extend((claim, None) for claim in ended)
+                self._ended.update({claim.token: (claim, None) for claim in ended})
                 # Whoever settles one now finds others there, and does not wake the heartbeat.
                 self._changed.notify_all()
             self.flush()
 
     def flush(self) -> None:
-        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no MailqueueError."""
+        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no Exception."""
         with self._writing:
             # What ends in the meantime waits for others, or there would be a statement for each.
-            left = len(self._ended)
-            while left > 0 and (batch := self._take_ended()):
-                left -= len(batch)
-                try:
-                    self._write(batch)
-                except DatabaseAway as error:
-                    self._put_back(batch, error)
-                    return
-                self._under_way = 0
+            with self._changed:
+                ended = [*self._ended.values()]
+            try:
+                for first in range(0, len(ended), BATCH):
+                    self._write(ended[first : first + BATCH])
+            except Exception as error:  # noqa: BLE001 - a defect has to lose nothing, either
+                self._try_later(error)
+            else:
                 self._is_away = False
 
-    def _take_ended(self) -> list[tuple[HeldClaim, Settlement | None]]:
+    def _try_later(self, error: Exception) -> None:
         with self._changed:
-            self._under_way = min(len(self._ended), BATCH)
-            return [self._ended.popleft() for _ in range(self._under_way)]
-
-    def _put_back(self, batch: Sequence[tuple[HeldClaim, Settlement | None]], error: DatabaseAway) -> None:
-        with self._changed:
-            self._under_way = 0
-            self._ended.extendleft(reversed(batch))
             self._see_to_thread()
-        if not self._is_away:
-            self._is_away = True
-            ids = ','.join(claim.id for claim, _ in batch)
+            ids = ','.join(claim.id for claim, _ in self._ended.values())
+        if self._is_away:
+            return
+        self._is_away = True
+        if isinstance(error, DatabaseAway):
             reason = 'what became of these messages is written when the database is back'
             log_event(queue_log, logging.ERROR, status='trouble', id=ids, error=error, reason=reason)
+        else:
+            log.critical('A defect of pyramid_mailqueue: what became of %s is written later', ids, exc_info=error)
 
-    def _write(self, batch: list[tuple[HeldClaim, Settlement | None]]) -> None:
-        """Raises DatabaseAway; then *batch* has what is not written."""
+    def _write(self, batch: Sequence[_Ended]) -> None:
+        """Raises DatabaseAway, or whatever else it may be; what is written is not in :attr:`_ended` any more."""
         done = [claim for claim, end in batch if end is not None and not (end.waiting or end.burials)]
         given_back = [claim for claim, end in batch if end is None]
         if done:
             self._write_some(done, lambda: self.database.run(partial(delete_done, claims=done)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in done]
         if given_back:
             self._write_some(given_back, lambda: self.database.run(partial(release, claims=given_back)))
-            batch[:] = [(claim, end) for claim, end in batch if claim not in given_back]
-        while batch:
-            claim, end = batch[0]
-            assert end is not None
-            self._write_some([claim], partial(self._settle, claim, end))
-            del batch[0]
+        for claim, end in batch:
+            if end is not None and (end.waiting or end.burials):
+                self._write_some([claim], partial(self._settle, claim, end))
 
     def _settle(self, claim: HeldClaim, settlement: Settlement) -> set[str]:
         write = partial(settle, claim=claim, now=self.clock())
@@ -248,7 +244,7 @@ class Leases:
             return self.database.transact(partial(write, settlement=plain))
 
     def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
-        """Raises DatabaseAway."""
+        """Raises DatabaseAway, or whatever else it may be."""
         try:
             ours = write()
         except DatabaseAway:
@@ -257,8 +253,16 @@ class Leases:
             reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'
             for claim in claims:
                 log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
+        except Exception:
+            # The next time they come last, and do not keep the others from being written.
+            with self._changed:
+                self._ended.update({claim.token: self._ended.pop(claim.token) for claim in claims})
+            raise
         else:
             self._tell_lost(claims, ours)
+        with self._changed:
+            for claim in claims:
+                self._ended.pop(claim.token, None)
 
     def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
         for claim in claims:
@@ -301,17 +305,16 @@ class Leases:
     def _beat(self) -> None:
         while self._wait():
             if self._ended:
+                began = time.monotonic()
                 self.flush()
+                now = time.monotonic()
+                self._rests_until = now + (PATIENCE if self._is_away else min(LINGER, RESTS * (now - began)))
             if self._held and self.timer() >= self._renewed + self.lease / 3:
                 self._renew_all()
 
     @property
     def _has_work(self) -> bool:
         return bool(self._ended or self._held)
-
-    @property
-    def _is_enough(self) -> bool:
-        return self._is_closing or (len(self._ended) >= ENOUGH and not self._is_away)
 
     def _wait(self) -> bool:
         """Return when there is something to do; False if there was nothing for long."""
@@ -325,8 +328,7 @@ class Leases:
             while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
                 self._changed.wait(rest)
             # What is done waits for others.
-            until = time.monotonic() + (PATIENCE if self._is_away else LINGER)
-            while self._ended and not self._is_enough and (rest := until - time.monotonic()) > 0:
+            while self._ended and not self._is_closing and (rest := self._rests_until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True
 
@@ -336,8 +338,10 @@ class Leases:
         self._renewed = self.timer()
         try:
             self._renew(claims)
-        except MailqueueError as error:
-            log.error('%s The claims of this process could not be prolonged.', error)
+        except Exception as error:
+            is_defect = not isinstance(error, MailqueueError)
+            level = logging.CRITICAL if is_defect else logging.ERROR
+            log.log(level, '%s The claims of this process could not be prolonged.', error, exc_info=is_defect)
             # Not long from now, while there is still time.
             self._renewed += PATIENCE - self.lease / 3
 

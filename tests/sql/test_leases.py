@@ -17,7 +17,7 @@ from pyramid_mailqueue.queues import sql_leases
 from pyramid_mailqueue.queues.sql import MAX_DEATHS
 from pyramid_mailqueue.queues.sql_claim import SMALL, NewMessage
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_leases import BATCH, ENOUGH
+from pyramid_mailqueue.queues.sql_leases import BATCH
 from tests.crash.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
@@ -244,27 +244,14 @@ def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, env
     until(lambda: not rows())
 
 
-def test_so_many_that_are_done_wait_for_nobody(url, make_queue, envelope, rows, monkeypatch, until):
-    monkeypatch.setattr(sql_leases, 'LINGER', 1000)
-    queue = make_queue(url)
-    claims = [queue.put_claimed(envelope) for _ in range(ENOUGH)]
-    for claim in claims[:-1]:
-        claim.settle(Settlement())
-    before = len(rows())
-    claims[-1].settle(Settlement())
-
-    assert before == ENOUGH
-    until(lambda: not rows())
-
-
 def test_while_a_batch_is_done_and_not_deleted_nobody_goes_on(postgres_url, make_queue, envelope, sql, monkeypatch):
     queue = make_queue(postgres_url)
     claims = [queue.put_claimed(envelope) for _ in range(BATCH)]
     may_write, run = threading.Event(), Database.run
 
-    def run_later(database, work):
+    def run_later(database, *work):
         may_write.wait(30)
-        return run(database, work)
+        return run(database, *work)
 
     monkeypatch.setattr(Database, 'run', run_later)
     left = []
@@ -316,10 +303,10 @@ def away(monkeypatch):
     reasons = []
     run = Database.run
 
-    def run_or_not(database, work):
+    def run_or_not(database, *work):
         if reasons:
             raise DatabaseAway('the database is away')
-        return run(database, work)
+        return run(database, *work)
 
     monkeypatch.setattr(Database, 'run', run_or_not)
     return reasons
