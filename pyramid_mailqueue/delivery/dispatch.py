@@ -375,6 +375,7 @@ class BackgroundDispatcher:
             if thread.is_alive():
                 self._handler.abort()
                 thread.join(LAST_PATIENCE)
+        hurry(self._patience)
         self._mail_queue.flush()
         # Somebody else may still use the queue.
         hurry(math.inf)

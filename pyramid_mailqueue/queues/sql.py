@@ -42,6 +42,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     CompoundSelect,
+    Connection,
     Float,
     Integer,
     Text,
@@ -64,7 +65,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
-from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_deadlines import LOOK_SECONDS, STATEMENT_SECONDS
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
@@ -160,17 +161,17 @@ class SQLQueue:
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
-        began, seconds = time.monotonic(), STATEMENT_SECONDS + len(envelope.content) / SLOWEST
+        seconds = STATEMENT_SECONDS + len(envelope.content) / SLOWEST
+
+        def insert(connection: Connection) -> None:
+            connection.execute(message.statement, message.values)
+            # A commit that waits for a standby is not undone when it is cancelled: it may be durable or not.
+            self.database.deadlines.check()
+
         try:
-            self.database.run(lambda connection: connection.execute(message.statement, message.values), seconds)
+            self.database.run(insert, seconds)
         except UnicodeError as error:
             raise _sessions().unencodable(error) from error
-        if time.monotonic() - began > seconds:
-            # A commit that waits for a standby is not undone when it is cancelled, and nobody knows who has it.
-            raise DatabaseAway(
-                f'The queue in {self.database.name} has not said in {seconds:.0f} seconds that the message '
-                f'{message.id} is durable: it may be delivered nevertheless.'
-            )
         log_queued(message.id, envelope)
         return message
 

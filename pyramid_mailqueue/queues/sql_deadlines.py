@@ -42,7 +42,7 @@ GRACE_SECONDS = 1
 SLOW_SECONDS = 2
 
 #: How long after that no statement is begun, in seconds.
-SILENCE_SECONDS = 1
+SILENCE_SECONDS = 0.2
 
 #: How long the thread sleeps at most, in seconds.
 IDLE_SECONDS = 60
@@ -158,6 +158,11 @@ class Deadlines:
                 raise TimeoutError
             watched.raw = raw
 
+    def check(self) -> None:
+        """Raise TimeoutError if the time of this thread's work is over, though nothing has failed."""
+        if self._current[threading.get_ident()].has_passed:
+            raise TimeoutError
+
     def lift(self) -> None:
         """Let the work of this thread take as long as it takes."""
         with self._changed:
@@ -213,6 +218,14 @@ def _watch(reference: weakref.ref[Deadlines], changed: threading.Condition) -> N
 
 
 def _cancel(raw: Any) -> None:
-    # Whatever the driver says: if the statement does not end, its connection is shut down.
+    """
+    Ask the server to end a statement.  Where that cannot be done, its connection is shut down a little later.
+
+    psycopg2, and psycopg with libpq before version 17, would let no other thread run until the server has answered.
+    """
+    # Whatever the driver says, it was only an attempt.
     with suppress(Exception):
-        raw.cancel()
+        from psycopg import Connection, capabilities
+
+        if isinstance(raw, Connection) and capabilities.has_cancel_safe():
+            raw.cancel_safe(timeout=GRACE_SECONDS)

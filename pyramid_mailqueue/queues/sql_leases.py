@@ -358,6 +358,11 @@ class Leases:
                 claim.is_confirmed = True
         self.lose([claim for claim in claims if claim.token not in ours])
 
+    def present(self, ids: Sequence[str]) -> Collection[str]:
+        """Return which of these messages are there.  Raises QueueError."""
+        statement = select(MESSAGES.c.id).where(MESSAGES.c.id.in_(ids))
+        return self.database.run(lambda connection: connection.scalars(statement).all())
+
     def _confirm(self, claim: HeldClaim) -> None:
         """Look whether a row is there, or lose the claim.  Raises QueueError."""
         statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
