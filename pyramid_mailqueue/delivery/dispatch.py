@@ -52,6 +52,9 @@ PATIENCE = 5
 #: And how long, when its connection was broken off, for the thread to give back what it has.
 LAST_PATIENCE = 1
 
+#: How long the end of the process waits for a queue that does not answer, when the thread has ended, in seconds.
+QUEUE_PATIENCE = 3
+
 #: How long the delivery thread waits for the next message before it ends, in seconds.
 IDLE = 60
 
@@ -375,7 +378,7 @@ class BackgroundDispatcher:
             if thread.is_alive():
                 self._handler.abort()
                 thread.join(LAST_PATIENCE)
-        hurry(self._patience)
+        hurry(QUEUE_PATIENCE)
         self._mail_queue.flush()
         # Somebody else may still use the queue.
         hurry(math.inf)

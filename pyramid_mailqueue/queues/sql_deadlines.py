@@ -86,6 +86,7 @@ class Deadlines:
         """Let all that is under way, and all that is begun later, end in so many seconds; ``inf`` is the usual."""
         with self._changed:
             self._end = time.monotonic() + seconds
+            self._silent_until = -math.inf
             self._changed.notify_all()
 
     @property

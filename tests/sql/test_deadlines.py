@@ -180,7 +180,6 @@ def test_who_is_in_a_hurry_waits_for_nothing_longer_all_in_all(postgres_url, mak
 
     assert [record.levelname for record in caplog.records if record.levelname == 'CRITICAL'] == []
     queue.hurry(math.inf)
-    queue.flush()
     assert queue.counts()['in progress'] == 0
 
 
