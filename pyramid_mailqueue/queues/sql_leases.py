@@ -5,11 +5,11 @@ A claim is a lease: it ends by itself when its process dies, and nobody has to f
 process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
 messages:
 
-* Messages that are done are deleted together: what there is when the heartbeat has rested from the last deletion, for
-  :data:`RESTS` times as long as that took, and for :data:`LINGER` seconds at most.  So each is deleted at once where
-  there is little to do, and where there is much a deletion has many.  When there are :data:`BATCH` whoever delivers
-  writes them before it goes on, so they are all that a death of the process can send twice; while the database is away,
-  what was claimed before is added to them.
+* Messages that are done are deleted together: a deletion begins :data:`RESTS` times as long after the last one as that
+  took, and :data:`LINGER` seconds after it at most.  So each is deleted at once where there is little to do, and where
+  there is much a deletion has many.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they
+  are all that a death of the process can send twice; while the database is away, what was claimed before is added to
+  them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written now, because the database is away or whatever else happens, is written later: it is noted until
   it is written.
@@ -45,10 +45,10 @@ log = logging.getLogger('mailqueue.delivery')
 #: How many messages that are done are not deleted, at most.
 BATCH = 100
 
-#: How long they wait for others: at most, in seconds, and in times of how long the last deletion took.  Where the
-#: process or the database is busy that takes longer.
+#: How long after the beginning of one deletion the next one begins: at most, in seconds, and in times of how long that
+#: one took.  Where the process or the database is busy that is longer.
 LINGER = 0.02
-RESTS = 4
+RESTS = 5
 
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
@@ -308,7 +308,7 @@ class Leases:
                 began = time.monotonic()
                 self.flush()
                 now = time.monotonic()
-                self._rests_until = now + (PATIENCE if self._is_away else min(LINGER, RESTS * (now - began)))
+                self._rests_until = now + PATIENCE if self._is_away else began + min(LINGER, RESTS * (now - began))
             if self._held and self.timer() >= self._renewed + self.lease / 3:
                 self._renew_all()
 
