@@ -141,7 +141,9 @@ class Deadlines:
         """Take note of a new connection of the driver, which the work of this thread uses."""
         # Too many open files: then it can be cancelled only.
         with suppress(OSError), self._changed:
-            self._sockets[raw] = socket.fromfd(raw.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sockets[raw] = opened = socket.fromfd(raw.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+            # One with which SQLAlchemy can do nothing is not closed, but dropped.
+            weakref.finalize(raw, opened.close).atexit = False
         if (watched := self._current.get(threading.get_ident())) is not None:
             self.attach(watched, raw)
 

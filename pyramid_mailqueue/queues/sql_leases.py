@@ -7,9 +7,9 @@ messages:
 
 * Messages that are done are deleted together: a deletion begins :data:`RESTS` times as long after the last one as that
   took, and :data:`LINGER` seconds after it at most.  So each is deleted at once where there is little to do, and where
-  there is much a deletion has many.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so they
-  are all that a death of the process can send twice; while the database is away, what was claimed before is added to
-  them.
+  there is much a deletion has many.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so
+  they are all that a death of the process can send twice; while the database is away, what was claimed before is added
+  to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
 * What cannot be written now, because the database is away or whatever else happens, is written later: it is noted until
   it is written.
