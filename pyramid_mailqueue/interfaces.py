@@ -100,10 +100,15 @@ class IMailQueue(Contract, Protocol):
     """
     Where messages are durable until they are delivered.  Every method may be called from any thread.
 
-    There may be two methods more:
+    There may be three methods more:
 
     ``close()``
         Let go of connections.  The queue may be used again.
+
+    ``hurry(seconds)``
+        Called when a run, or a process, is about to end: from now on wait for nothing longer than that, all in all.
+        What cannot be written by then is left as it is, for :meth:`recover`.  Until ``close``, or until it is called
+        with ``math.inf``.
 
     ``listening(on_news)``
         Return a context manager.  In it *on_news* is called, from any thread, when mail has come that nobody has
@@ -140,8 +145,9 @@ class IMailQueue(Contract, Protocol):
         """
         Return the claim of one message; None if it is not waiting, not due, or held by somebody else.
 
-        Raises :class:`~.exceptions.QueueError`, or :class:`~.exceptions.ConfigurationError`, if the queue cannot be
-        used.
+        Raises :class:`~.exceptions.QueueError` if the queue cannot be used now, and
+        :class:`~.exceptions.ConfigurationError` if a person has to mend something first.  The message then waits as it
+        was, or (if a database has not answered) until :meth:`recover`.
         """
 
     def recover(self, now: float) -> Recovery:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import queue
 import sys
@@ -54,6 +55,9 @@ PATIENCE = 5
 
 #: And how long, when its connection was broken off, for the thread to give back what it has.
 LAST_PATIENCE = 1
+
+#: How long the end of the process waits for a queue that does not answer, when the thread has ended, in seconds.
+QUEUE_PATIENCE = 3
 
 #: How long the delivery thread waits for the next message before it ends, in seconds.
 IDLE = 5
@@ -395,6 +399,8 @@ class BackgroundDispatcher:
                 return
             self._closing = True
             thread = self._thread
+        hurry = getattr(self._mail_queue, 'hurry', _do_nothing)
+        hurry(self._patience + LAST_PATIENCE)
         self._release_waiting()
         self._claims.put(None)
         if thread is not None:
@@ -402,7 +408,10 @@ class BackgroundDispatcher:
             if thread.is_alive():
                 self._handler.abort()
                 thread.join(LAST_PATIENCE)
+        hurry(QUEUE_PATIENCE)
         self._mail_queue.flush()
+        # Somebody else may still use the queue.
+        hurry(math.inf)
         if thread is None or not thread.is_alive():
             self._handler.close()
         self._tell_left()

@@ -186,6 +186,7 @@ class Runner:
         self.report = report = RunReport()
         supply = None
         stop = stop or Stop()
+        self._hurry(math.inf)
         try:
             now = self._clock()
             report.recovery = self._recover(now)
@@ -196,7 +197,7 @@ class Runner:
                 take_from_rate=self.handler.take_from_rate,
                 is_stopped=lambda: stop.requested,
             )
-            crew = _Crew(self.handler, supply, stop, report, on_progress)
+            crew = _Crew(self.handler, supply, stop, report, on_progress, self._hurry)
             crew.work(max_seconds)
         finally:
             if supply is not None:
@@ -227,6 +228,12 @@ class Runner:
             self._expires_from = now + EXPIRE_EVERY
         return expired
 
+    def _hurry(self, seconds: float) -> None:
+        """Let the queue wait for nothing longer than so many seconds, if it is one that waits."""
+        hurry = getattr(self.queue, 'hurry', None)
+        if hurry is not None:
+            hurry(seconds)
+
     def close(self) -> None:
         """Let go of connections.  The runner may be used again."""
         self.handler.close()
@@ -245,8 +252,10 @@ class _Crew:
         stop: Stop,
         report: RunReport,
         on_progress: Callable[[RunReport], None] | None,
+        hurry: Callable[[float], None],
     ) -> None:
         self._handler = handler
+        self._hurry = hurry
         self._supply = supply
         self._stop = stop
         self._report = report
@@ -333,10 +342,14 @@ class _Crew:
         deadline = None
         while self._is_anybody_busy and not (_has_passed(deadline) or self._stop.urgent):
             if self._stop.requested and deadline is None:
+                self._hurry(PATIENCE)
                 self._stop.on_ending()
                 deadline = time.monotonic() + PATIENCE
             self._stop.wait(_until(deadline))
         if self._at_work:
+            if self._stop.requested:
+                # What is broken off is given back.
+                self._hurry(LAST_PATIENCE)
             self._break_off()
         # Who has nothing left has not been stopped.
         self._report.stopped = self._stop.requested and (self._is_cut_short or self._supply.has_more())

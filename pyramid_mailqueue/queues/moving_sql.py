@@ -25,6 +25,7 @@ from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.sql_deadlines import LONG_SECONDS
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_tables import (
@@ -112,7 +113,7 @@ class SQLSide:
             return work(connection)
 
         with blaming_configuration():
-            return self._database.transact(durably)
+            return self._database.transact(durably, LONG_SECONDS)
 
     # -- what leaves
 
@@ -158,7 +159,7 @@ class SQLSide:
 
     def _rows(self, statement: Any) -> Sequence[Row[Any]]:
         with blaming_configuration():
-            return self._database.run(lambda connection: connection.execute(statement).all())
+            return self._database.run(lambda connection: connection.execute(statement).all(), LONG_SECONDS)
 
     # -- what comes
 

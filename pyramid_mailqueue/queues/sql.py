@@ -43,6 +43,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     CompoundSelect,
+    Connection,
     Float,
     Integer,
     Text,
@@ -68,6 +69,7 @@ from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
 from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_deadlines import LOOK_SECONDS, STATEMENT_SECONDS
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
@@ -83,6 +85,9 @@ __all__ = ['SQLQueue']
 #: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.  Not many
 #: more than are in hand: if the process dies, it counts as a death for each.
 CLAIM_BATCH = 10
+
+#: So many octets a second go into the database at least.
+SLOWEST = 100_000
 
 #: A message whose claims ran out this often is given up: it may well be what kills its deliverers.
 MAX_DEATHS = 5
@@ -164,8 +169,15 @@ class SQLQueue:
 
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed, has_begun=claimed)
+        seconds = STATEMENT_SECONDS + len(envelope.content) / SLOWEST
+
+        def insert(connection: Connection) -> None:
+            connection.execute(message.statement, message.values)
+            # A commit that waits for a standby is not undone when it is cancelled: it may be durable or not.
+            self.database.deadlines.check()
+
         try:
-            self.database.run(lambda connection: connection.execute(message.statement, message.values))
+            self.database.run(insert, seconds)
         except UnicodeError as error:
             raise _sessions().unencodable(error) from error
         log_queued(message.id, envelope)
@@ -222,7 +234,7 @@ class SQLQueue:
 
     def _count(self, *conditions: ColumnElement[bool]) -> int:
         statement = select(func.count()).where(state_is('waiting'), *conditions)
-        return self.database.run(lambda connection: connection.scalar(statement)) or 0
+        return self.database.run(lambda connection: connection.scalar(statement), LOOK_SECONDS) or 0
 
     def _claim_after(self, last: tuple[float, str], now: float, size: int) -> list[SQLClaim]:
         meant = {'now': now, 'last_due': last[0], 'last_id': last[1], 'size': size}
@@ -301,6 +313,10 @@ class SQLQueue:
         self.leases.flush()
         return self.leases.trouble
 
+    def hurry(self, seconds: float) -> None:
+        """See `IMailQueue`."""
+        self.database.deadlines.hurry(seconds)
+
     # -- for people
 
     @property
@@ -313,7 +329,7 @@ class SQLQueue:
     def counts(self) -> dict[str, int]:
         """See `IMailQueue`."""
         self.leases.flush()
-        found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))))
+        found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))), LOOK_SECONDS)
         # Nothing has an index of those whose state is none.
         counts = {state: found.get(state, 0) for state in STATES}
         counts['corrupt'] += found[_ALL] - sum(counts.values())

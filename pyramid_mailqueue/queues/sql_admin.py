@@ -42,6 +42,7 @@ from pyramid_mailqueue.queues.entries import (
     oldest_first,
 )
 from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_deadlines import CONTENT_SECONDS, LONG_SECONDS, LOOK_SECONDS, STATEMENT_SECONDS
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, IS_UNKNOWN, UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_tables import (
@@ -147,7 +148,7 @@ class SQLAdmin:
         self._leases.flush()
         now = self._clock()
         by_state = dict.fromkeys(STATES, Tally())
-        for row in self._rows(_counting(now)):
+        for row in self._rows(_counting(now), LONG_SECONDS):
             state = row.state if row.state in STATES else 'corrupt'
             by_state[state] += _tally(row[1:])
         domains = DomainCount(now)
@@ -167,13 +168,13 @@ class SQLAdmin:
     def content(self, id: str) -> bytes:
         """See `IQueueAdmin`."""
         statement = select(CONTENT).where(MESSAGES.c.id == self._whole(id))
-        content = self._database.run(lambda connection: connection.scalar(statement))
+        content = self._database.run(lambda connection: connection.scalar(statement), CONTENT_SECONDS)
         if content is None:
             raise _nobody(id)
         return content
 
-    def _rows(self, statement: Executable) -> list[Row[Any]]:
-        return [*self._database.run(lambda connection: connection.execute(statement).all())]
+    def _rows(self, statement: Executable, seconds: float = LOOK_SECONDS) -> list[Row[Any]]:
+        return [*self._database.run(lambda connection: connection.execute(statement).all(), seconds)]
 
     def _whole(self, id: str) -> str:
         """Return the id that begins so; an exact one as it is."""
@@ -190,7 +191,7 @@ class SQLAdmin:
             raise _nobody(id)
         # The shortest comes first: a whole id is the beginning of those of its dead letters.
         if found[0] != id and len(found) > 1:
-            number = self._database.run(lambda c: c.scalar(select(func.count()).where(begins_so)))
+            number = self._database.run(lambda c: c.scalar(select(func.count()).where(begins_so)), LOOK_SECONDS)
             some = ', '.join(found[:SOME]) + (', ...' if len(found) > SOME else '')
             raise NoSuchMessage(f'{id} is the beginning of {number} ids; give more of it: {some}')
         return str(found[0])
@@ -231,7 +232,7 @@ class SQLAdmin:
         """See `IQueueAdmin`."""
         now = self._clock()
         statement = update(MESSAGES).where(state_is('waiting'), MESSAGES.c.due > now).values(due=now)
-        flushed = self._database.run(lambda connection: connection.execute(statement).rowcount)
+        flushed = self._database.run(lambda connection: connection.execute(statement).rowcount, LONG_SECONDS)
         log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
 
@@ -239,12 +240,12 @@ class SQLAdmin:
         """See `IQueueAdmin`."""
         died = func.coalesce(MESSAGES.c.last_attempt, MESSAGES.c.queued_at)
         is_over = (state_is('dead'), has_time(died), died < before)
-        found = self._rows(select(*_COLUMNS).where(*is_over).order_by(MESSAGES.c.id).limit(most))
+        found = self._rows(select(*_COLUMNS).where(*is_over).order_by(MESSAGES.c.id).limit(most), STATEMENT_SECONDS)
         for entry in map(_entry, found):
             log_expired(entry)
         # Since then somebody may have retried it.
         expired = delete(MESSAGES).where(*is_over, MESSAGES.c.id.in_([row.id for row in found]))
-        return [row.id for row in self._rows(expired.returning(MESSAGES.c.id))] if found else []
+        return [row.id for row in self._rows(expired.returning(MESSAGES.c.id), STATEMENT_SECONDS)] if found else []
 
     def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
         """Change a message for which *condition* holds; *done* is the word for that."""

@@ -23,6 +23,7 @@ from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_deadlines import CONTENT_SECONDS
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
@@ -215,7 +216,7 @@ class Contents:
         others = [it for it in self._unread if it is not claim and not it.is_over]
         self._unread.clear()
         statement, values = _reading(self._database.dialect), {**named([claim, *others]), 'asked': claim.id}
-        rows = self._database.run(lambda connection: connection.execute(statement, values).all())
+        rows = self._database.run(lambda connection: connection.execute(statement, values).all(), CONTENT_SECONDS)
         return {row.claim: row.content for row in rows if row.claim is not None}
 
 

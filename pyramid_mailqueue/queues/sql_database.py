@@ -3,27 +3,38 @@ The connections of a queue to its database, at most two for each process, and wh
 
 Every statement is a transaction of its own, but for the few that belong together (:meth:`Database.transact`).  On
 SQLite such a one begins with the right to write: a transaction that has only read until then is refused it when
-somebody else has written meanwhile.
+somebody else has written meanwhile.  Whatever is done has a deadline (:mod:`~.sql_deadlines`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
+from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.sql_engine import CONNECTIONS, OLDEST, file_of, make_engine, shown, without_passwords
+from pyramid_mailqueue.queues.sql_deadlines import LOOK_SECONDS, STATEMENT_SECONDS, Deadlines
+from pyramid_mailqueue.queues.sql_engine import (
+    CONNECTIONS,
+    OLDEST,
+    SQLITE_PATIENCE,
+    file_of,
+    make_engine,
+    shown,
+    without_passwords,
+)
 from pyramid_mailqueue.queues.sql_tables import (
     NOT_NOTED,
     VERSION,
@@ -96,6 +107,11 @@ class Database:
         self.dialect = self._engine.dialect.name
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)
+        self.deadlines = Deadlines(can_cancel=self.dialect == 'postgresql')
+        if self.dialect == 'postgresql':
+            event.listen(self._engine, 'do_connect', self._open)
+            event.listen(self._engine, 'close', self.deadlines.forget)
+            event.listen(self._engine, 'close_detached', self.deadlines.forget)
         self._is_checked = False
         # What was said of the last refusal whose code was asked for, and that code.
         self._refused: tuple[str, str | None] = ('', None)
@@ -108,6 +124,7 @@ class Database:
         """In a forked child: the connections are the parent's."""
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)
+        self.deadlines.start_anew()
         self._engine.dispose(close=False)
 
     @property
@@ -121,13 +138,44 @@ class Database:
     def close(self) -> None:
         """Close the connections that nobody uses.  The database may be used again."""
         self.engine.dispose()
+        self.deadlines.hurry(math.inf)
+        self.deadlines.close()
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Lend a connection, to those who wait in their order.  Raises SQLAlchemyError, or ConfigurationError."""
+    def connection(self, seconds: float = STATEMENT_SECONDS) -> Iterator[Connection]:
+        """
+        Lend a connection for so many seconds, to those who wait in their order.
+
+        Raises SQLAlchemyError, or ConfigurationError; or TimeoutError in the place of them, when its time is over.
+        """
         engine = self.engine
-        with self._turns.one(), self._connect(engine) as connection:
-            yield connection
+        with self._turns.one(), self.deadlines.within(seconds) as watched, self._connect(engine) as connection:
+            if self.dialect == 'sqlite':
+                self._limit_wait_for_locks(connection)
+            else:
+                self.deadlines.attach(watched, connection.connection.driver_connection)
+            try:
+                yield connection
+            finally:
+                if watched.has_passed:
+                    # Whatever was cancelled, it is not to be the next one's statement.
+                    with suppress(SQLAlchemyError):
+                        connection.invalidate()
+
+    def _limit_wait_for_locks(self, connection: Connection) -> None:
+        seconds = min(SQLITE_PATIENCE, self.deadlines.left)
+        if connection.info.get('mailqueue_patience', SQLITE_PATIENCE) != seconds:
+            connection.info['mailqueue_patience'] = seconds
+            connection.exec_driver_sql(f'PRAGMA busy_timeout = {int(seconds * 1000)}')
+
+    def _open(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        """What is said to the database before anybody has the connection is watched, too."""
+        if self.deadlines.left < math.inf and 'connect_timeout' in options:
+            # libpq takes 1 for 2, and 0 for ever.
+            options['connect_timeout'] = max(2, min(int(options['connect_timeout']), int(self.deadlines.left)))
+        connection = dialect.connect(*arguments, **options)
+        self.deadlines.note(connection)
+        return connection
 
     def _lent(self, engine: Engine) -> Connection:
         try:
@@ -152,9 +200,9 @@ class Database:
                 f'{first_line(error)}'
             ) from error
 
-    def run(self, work: Callable[[Connection], T]) -> T:
+    def run(self, work: Callable[[Connection], T], seconds: float = STATEMENT_SECONDS) -> T:
         """
-        Return what *work* returns, whose statements are transactions of their own.
+        Return what *work* returns, whose statements are transactions of their own, within so many seconds.
 
         Once *work* is done again, which has to be such that this does no harm: over another connection if this one
         turns out to be closed (a server that was restarted), or leads to a server that takes no changes (a standby); or
@@ -164,30 +212,35 @@ class Database:
         """
         try:
             try:
-                return self._try(work)
+                return self._try(work, seconds)
             except DBAPIError as error:
                 if is_read_only(error):
                     # The name may lead to another server by now.
-                    self.close()
+                    self.engine.dispose()
                 elif not (error.connection_invalidated or is_rolled_back_for_others(error)):
                     raise
-                return self._try(work)
+                return self._try(work, seconds)
         except SQLAlchemyError as error:
             raise translated(self.refusal(error), error) from error
+        except TimeoutError as error:
+            raise self._silence() from error
 
-    def _try(self, work: Callable[[Connection], T]) -> T:
+    def _silence(self) -> DatabaseAway:
+        return DatabaseAway(f'The queue in {self.name} cannot be used: the database gives no answer.')
+
+    def _try(self, work: Callable[[Connection], T], seconds: float) -> T:
         if not self._is_checked:
             self._check_file()
-        with self.connection() as connection:
+        with self.connection(seconds) as connection:
             if not self._is_checked:
                 self._check_server(connection)
                 self._check_tables(connection)
                 self._is_checked = True
             return work(connection)
 
-    def transact(self, work: Callable[[Connection], T]) -> T:
+    def transact(self, work: Callable[[Connection], T], seconds: float = STATEMENT_SECONDS) -> T:
         """The same, as one transaction."""
-        return self.run(lambda connection: self._in_transaction(connection, work))
+        return self.run(lambda connection: self._in_transaction(connection, work), seconds)
 
     def try_out(self, work: Callable[[Connection], None]) -> None:
         """Do *work* as one transaction, and roll it back.  Raises as :meth:`run` does, or what *work* raises."""
@@ -202,11 +255,13 @@ class Database:
     def create_tables(self) -> None:
         """Create those that are missing.  Raises as :meth:`run` does."""
         try:
-            with self.connection() as connection:
+            with self.connection(LOOK_SECONDS) as connection:
                 self._check_server(connection)
                 self._in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
             raise translated(self.refusal(error), error) from error
+        except TimeoutError as error:
+            raise self._silence() from error
 
     def ddl(self) -> str:
         """Return the statements that create the tables."""

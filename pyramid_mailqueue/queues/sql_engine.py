@@ -31,7 +31,7 @@ AS_BYTES = 'mailqueue_as_bytes'
 CONNECTIONS = 2
 
 #: How long somebody waits for a lock of SQLite, in seconds.
-SQLITE_PATIENCE = 30
+SQLITE_PATIENCE = 15
 
 #: What a database has to be at least, by its dialect: as SQLAlchemy tells it, and as people do.
 OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}

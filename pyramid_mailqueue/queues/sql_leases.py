@@ -460,8 +460,10 @@ class Leases:
         self._renewed = self.timer()
         try:
             self._renew(claims)
-        except MailqueueError as error:
-            log.error('%s The claims of this process could not be prolonged.', error)
+        except Exception as error:
+            is_defect = not isinstance(error, MailqueueError)
+            level = logging.CRITICAL if is_defect else logging.ERROR
+            log.log(level, '%s The claims of this process could not be prolonged.', error, exc_info=is_defect)
             # Not long from now, while there is still time.
             self._renewed += PATIENCE - self.lease / 3
 
@@ -477,6 +479,11 @@ class Leases:
                 claim.deadline = began + self.lease
                 claim.is_confirmed = True
         self.lose([claim for claim in claims if claim.token not in ours])
+
+    def present(self, ids: Sequence[str]) -> Collection[str]:
+        """Return which of these messages are there.  Raises QueueError."""
+        statement = select(MESSAGES.c.id).where(MESSAGES.c.id.in_(ids))
+        return self.database.run(lambda connection: connection.scalars(statement).all())
 
     def _confirm(self, claim: HeldClaim) -> None:
         """Look whether a row is there, or lose the claim.  Raises QueueError."""

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql_deadlines import NEWS_SECONDS
 from pyramid_mailqueue.queues.sql_trouble import first_line
 
 __all__ = ['listening', 'tell']
@@ -36,7 +37,7 @@ def tell(database: Database) -> None:
     if database.dialect != 'postgresql':
         return
     try:
-        database.run(lambda connection: connection.exec_driver_sql(f'NOTIFY {CHANNEL}'))
+        database.run(lambda connection: connection.exec_driver_sql(f'NOTIFY {CHANNEL}'), NEWS_SECONDS)
     except MailqueueError as error:
         log.warning('%s Nobody is told of new mail.', error)
 
@@ -55,8 +56,9 @@ def listening(database: Database, on_news: Callable[[], None]) -> Iterator[None]
         yield
     finally:
         os.close(end)
-        thread.join()
-        os.close(ended)
+        thread.join(NEWS_SECONDS)
+        if not thread.is_alive():
+            os.close(ended)
 
 
 class _Listener:
@@ -93,6 +95,7 @@ class _Listener:
         with self._database.connection() as connection:
             try:
                 connection.exec_driver_sql(f'LISTEN {CHANNEL}')
+                self._database.deadlines.lift()
                 self._told = ''
                 raw: Any = connection.connection.driver_connection
                 # What came before that nobody has told of.

@@ -3,19 +3,21 @@ The mail of one transaction, on its way into the tables of a :class:`~.sql.SQLQu
 
 Each message is INSERTed when it is added: it is the database that commits it with the application's data, rolls it back
 with a savepoint, or drops it.  So there is nothing to prepare, to publish or to discard here, and nothing can be in
-doubt.
+doubt.  Only of a session that has ended before the transaction was aborted the database is asked what it has done.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_queued
+from pyramid_mailqueue.delivery.logs import log_event, log_queued, queue_log
 from pyramid_mailqueue.delivery.results import DROPPED, Dropped
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.interfaces import IClaim, ISessionStaging
 from pyramid_mailqueue.queues.sql_claim import NewMessage, SQLClaim
 from pyramid_mailqueue.queues.sql_leases import Leases
@@ -39,6 +41,8 @@ class SQLStaging:
         self._leases = leases
         self._tell_news = tell_news
         self._session: Any = None
+        # Into which they were added: that of the session, and not a savepoint.
+        self._transaction: SessionTransaction | None = None
         # Each with the savepoint of the session in which it was added.
         self._added: list[tuple[NewMessage, SessionTransaction | None]] = []
         self._is_prepared = False
@@ -51,6 +55,7 @@ class SQLStaging:
         """See `IStaging`."""
         message = NewMessage.made_of(envelope, self._leases, claimed=claimed)
         insert_into(self._session, message)
+        self._transaction = self._session.get_transaction()
         self._added.append((message, savepoint_of(self._session)))
 
     def mark(self) -> int:
@@ -101,7 +106,30 @@ class SQLStaging:
         """See `IStaging`."""
         self._let_go()
         added, self._added = self._added, []
-        return [message.envelope for message, _ in added]
+        if not added or self._session.get_transaction() is self._transaction:
+            return [message.envelope for message, _ in added]
+        # It has ended already: a session that commits in its vote may have heard a "no" from somebody behind it.
+        there = self._committed([message for message, _ in added])
+        return [message.envelope for message, _ in added if message not in there]
+
+    def _committed(self, messages: Sequence[NewMessage]) -> Sequence[NewMessage]:
+        """Return those whose rows are there, or may be; let them wait for a run, and tell of them."""
+        try:
+            ids = self._leases.present([message.id for message in messages])
+        except MailqueueError as error:
+            reason = 'nobody knows whether the session of its failed transaction had committed; if so, it will be sent'
+            for message in messages:
+                log_event(queue_log, logging.WARNING, status='trouble', id=message.id, error=error, reason=reason)
+            return messages
+        there = [message for message in messages if message.id in ids]
+        reason = 'its transaction has failed, but its session had committed before: it will be sent'
+        for message in there:
+            log_queued(message.id, message.envelope)
+            log_event(queue_log, logging.WARNING, status='trouble', id=message.id, reason=reason)
+        claims = [message.claim for message in there if message.claim is not None]
+        self._leases.hold(claims)
+        self._leases.release(claims)
+        return there
 
     def _let_go(self) -> None:
         """A session that commits in its vote may have done so by then, and nobody would end the claims."""

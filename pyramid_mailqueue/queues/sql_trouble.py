@@ -142,7 +142,8 @@ def code_of_refusal(error: SQLAlchemyError) -> str | None:
     something else.
     """
     failed = getattr(getattr(error, 'orig', None), 'pgconn', None)
-    if failed is None:
+    if failed is None or 'timeout expired' in said(error):
+        # Who has not answered at all has no code, and would be waited for once more.
         return _code_of(error)
     # Whatever it is that does not work here, it was only an attempt to know better.
     with suppress(Exception):

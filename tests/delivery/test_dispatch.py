@@ -230,6 +230,29 @@ def test_what_is_sent_during_a_pause_is_tried_after_it(make_resting, claims, que
     until(lambda: queue.state == {})
 
 
+def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
+    make_resting, queue, claims, says, trouble, until, caplog, monkeypatch
+):
+    def claim(id):
+        asked.append(id)
+        if len(asked) < 4:
+            raise QueueError('The database is away.')
+        return queue_claim(id)
+
+    queue_claim, asked, pause = queue.claim, [], Pause()
+    monkeypatch.setattr(queue, 'claim', claim)
+    background = make_resting(says(YES), pause)
+    background._queue_pause = Pause(first=0.01)
+    pause.begin(trouble)
+    background.dispatch(claims(2))
+    pause.end()
+    background.dispatch(claims(1))
+    until(lambda: queue.state == {})
+
+    assert caplog.messages == ['The database is away. Mail that was put off waits in it, until it is back.']
+    assert len({*asked[:4]}) == 1
+
+
 def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, claims, queue, says, trouble, until):
     transport, pause = says(YES), Pause()
     background = make_resting(transport, pause)

@@ -135,6 +135,21 @@ class Postgres:
         self._process.send_signal(how)
         self._process.wait(DEADLINE)
 
+    @contextlib.contextmanager
+    def silent(self):
+        """Meanwhile it accepts connections and says nothing."""
+        self._signal_all(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number):
+        children = Path(f'/proc/{self._process.pid}/task/{self._process.pid}/children').read_text().split()
+        for pid in (self._process.pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def remove(self):
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self._home)

@@ -292,6 +292,60 @@ def test_mail_may_begin_after_a_savepoint_that_is_rolled_back(make_shop, message
 # --- sessions of every kind -------------------------------------------------
 
 
+class SaysNo:
+    """Votes after the session, which has committed by then."""
+
+    transaction_manager = None
+
+    def sortKey(self):
+        return '~~~'
+
+    def tpc_vote(self, txn):
+        raise ZeroDivisionError
+
+    def _do_nothing(self, txn):
+        pass
+
+    abort = tpc_begin = commit = tpc_finish = tpc_abort = _do_nothing
+
+
+@pytest.mark.parametrize('delivery', ['inline', 'queue'])
+def test_what_was_committed_though_somebody_said_no_is_not_called_discarded(
+    make_shop, message, smtp_server, there_is, settings, caplog, until, delivery
+):
+    caplog.set_level(logging.INFO)
+
+    def view(request):
+        request.dbsession.add(Order(name='one'))
+        request.mailer.send(message('order one'))
+        request.tm.get().join(SaysNo())
+
+    with pytest.raises(ZeroDivisionError):
+        make_shop(view, own={'mailqueue.delivery': delivery}).get('/')
+
+    # At once, and not when a lease has run out.
+    until(lambda: there_is() == (['one'], {'waiting': 1}))
+    told = [record.getMessage() for record in caplog.records if hasattr(record, 'mailqueue')]
+    assert [line.split()[0] for line in told] == ['status=queued', 'status=trouble']
+    assert 'its session had committed before: it will be sent' in told[1]
+    build_runner(Settings.from_mapping(settings)).run()
+    assert subjects(smtp_server, 1) == ['order one']
+
+
+def test_what_was_rolled_back_by_the_application_is_discarded(make_shop, message, there_is, caplog):
+    caplog.set_level(logging.INFO)
+
+    def view(request):
+        request.mailer.send(message('order one'))
+        request.dbsession.rollback()
+        request.tm.doom()
+
+    make_shop(view).get('/')
+
+    assert there_is() == ([], {})
+    assert [record.mailqueue['status'] for record in caplog.records if hasattr(record, 'mailqueue')] == ['discarded']
+
+
 @pytest.mark.parametrize('url', ['postgresql+psycopg', 'postgresql+psycopg2'], indirect=True)
 def test_a_session_may_commit_in_two_phases(make_shop, message, smtp_server, there_is, factory):
     def view(request):

@@ -17,7 +17,7 @@ from pyramid_mailqueue.queues import sql_leases
 from pyramid_mailqueue.queues.sql import MAX_DEATHS
 from pyramid_mailqueue.queues.sql_claim import SMALL, NewMessage
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_leases import BATCH, ENOUGH
+from pyramid_mailqueue.queues.sql_leases import BATCH
 from tests.crash.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
@@ -259,17 +259,20 @@ def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, env
     until(lambda: not rows())
 
 
-def test_so_many_that_are_done_wait_for_nobody(url, make_proven, envelope, rows, monkeypatch, until):
+def test_where_there_is_little_to_do_what_is_done_is_deleted_at_once(
+    url, make_proven, envelope, rows, monkeypatch, until
+):
     monkeypatch.setattr(sql_leases, 'LINGER', 1000)
+    monkeypatch.setattr(sql_leases, 'RESTS', 1_000_000)
     queue = make_proven(url)
-    claims = [queue.put_claimed(envelope) for _ in range(ENOUGH)]
-    for claim in claims[:-1]:
-        claim.settle(Settlement())
-    before = len(rows())
-    claims[-1].settle(Settlement())
+    first, second = queue.put_claimed(envelope), queue.put_claimed(envelope)
 
-    assert before == ENOUGH
-    until(lambda: not rows())
+    first.settle(Settlement())
+    until(lambda: [row[0] for row in rows()] == [second.id])
+    # The next one comes before the heartbeat has rested.
+    second.settle(Settlement())
+    queue.flush()
+    assert rows() == []
 
 
 def test_while_a_batch_is_done_and_not_deleted_nobody_goes_on(postgres_url, make_proven, envelope, sql, monkeypatch):
@@ -277,9 +280,9 @@ def test_while_a_batch_is_done_and_not_deleted_nobody_goes_on(postgres_url, make
     claims = [queue.put_claimed(envelope) for _ in range(BATCH)]
     may_write, run = threading.Event(), Database.run
 
-    def run_later(database, work):
+    def run_later(database, *work):
         may_write.wait(30)
-        return run(database, work)
+        return run(database, *work)
 
     monkeypatch.setattr(Database, 'run', run_later)
     left = []
@@ -327,17 +330,23 @@ def test_where_no_thread_can_be_started_what_is_done_is_deleted_at_once(url, mak
 
 @pytest.fixture
 def away(monkeypatch):
-    """Nothing can be said to the database while the returned list is not empty."""
+    """Nothing can be said to the database while the returned list is not empty: its first error is raised."""
     reasons = []
     run = Database.run
 
-    def run_or_not(database, work):
+    def run_or_not(database, *work):
         if reasons:
-            raise DatabaseAway('the database is away')
-        return run(database, work)
+            raise reasons[0]
+        return run(database, *work)
 
     monkeypatch.setattr(Database, 'run', run_or_not)
     return reasons
+
+
+AWAY = DatabaseAway('the database is away')
+
+# Of a driver, of this package, of the machine.
+DEFECTS = {type(it).__name__: it for it in (TypeError('a defect'), MemoryError(), OSError('of a driver'))}
 
 
 @pytest.mark.parametrize('end', ENDS.values(), ids=ENDS)
@@ -347,7 +356,7 @@ def test_what_cannot_be_written_is_written_when_the_database_is_back(
     monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
     queue = make_queue(url)
     claim = queue.put_claimed(FOR_TWO)
-    away.append('it is')
+    away.append(AWAY)
     end(claim)
     queue.flush()
     before = rows()
@@ -359,11 +368,87 @@ def test_what_cannot_be_written_is_written_when_the_database_is_back(
     assert [record.levelname for record in caplog.records if 'the database is away' in record.getMessage()]
 
 
+@pytest.mark.parametrize('defect', DEFECTS.values(), ids=DEFECTS)
+@pytest.mark.parametrize('end', ['done', 'deferred', 'buried', 'released'])
+def test_what_a_defect_keeps_from_being_written_is_written_later(
+    url, make_queue, rows, end, defect, away, until, caplog
+):
+    queue = make_queue(url)
+    claim = queue.put_claimed(FOR_TWO)
+    away.append(defect)
+    ENDS[end](claim)
+    queue.flush()
+    before = rows()
+    away.clear()
+
+    until(lambda: rows() != before)
+    assert 'in progress' not in {state for _, state, *_ in rows()}
+    told = [record.getMessage() for record in caplog.records if record.levelname == 'CRITICAL']
+    assert told == [f'A defect of pyramid_mailqueue: what became of {claim.id} is written later']
+
+
+@pytest.mark.parametrize('interruption', [KeyboardInterrupt, SystemExit])
+def test_what_an_interruption_keeps_from_being_written_is_written_later(
+    url, make_queue, envelope, rows, away, until, interruption
+):
+    queue = make_queue(url)
+    claim = queue.put_claimed(envelope)
+    away.append(interruption())
+    with pytest.raises(interruption):
+        claim.settle(Settlement((ADA,), due=LATER))
+    away.clear()
+
+    until(lambda: [row[1] for row in rows()] == ['waiting'])
+
+
+def test_one_message_that_cannot_be_written_keeps_no_other_from_it(url, make_queue, envelope, rows, until, monkeypatch):
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
+    queue = make_queue(url)
+    claims = [queue.put_claimed(envelope) for _ in range(3)]
+    settle = sql_leases.settle
+
+    def settle_or_not(connection, claim, **others):
+        if claim is claims[0]:
+            raise TypeError('a defect')
+        return settle(connection, claim=claim, **others)
+
+    monkeypatch.setattr(sql_leases, 'settle', settle_or_not)
+    for claim in claims:
+        claim.settle(Settlement((ADA,), due=LATER))
+
+    until(lambda: [row[1] for row in rows()] == ['in progress', 'waiting', 'waiting'])
+    monkeypatch.undo()
+    until(lambda: {row[1] for row in rows()} == {'waiting'})
+
+
+def test_the_heartbeat_outlives_a_defect(url, make_queue, envelope, away, until, monkeypatch, caplog):
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
+    queue = make_queue(url, lease=1)
+    claim = queue.put_claimed(envelope)
+    away.append(TypeError('a defect'))
+    until(lambda: 'could not be prolonged' in caplog.text)
+    away.clear()
+    before = claim.deadline
+
+    until(lambda: claim.deadline > before)
+
+
+def test_who_asks_for_one_message_hears_that_the_database_is_away(url, make_queue, envelope, away):
+    queue = make_queue(url)
+    name = queue.put(envelope)
+    away.append(AWAY)
+    with pytest.raises(QueueError, match='the database is away'):
+        queue.claim(name)
+    away.clear()
+
+    assert queue.claim(name)
+
+
 def test_nothing_is_sent_of_which_nobody_knows_whose_it_is(url, make_queue, envelope, away, caplog):
     queue = make_queue(url)
     claim = queue.put_claimed(envelope)
     queue.leases.timer = lambda: sql_leases.elapsed() + 1000
-    away.append('it is')
+    away.append(AWAY)
 
     assert not claim.is_valid()
     assert 'is not sent now' in caplog.text
@@ -374,7 +459,7 @@ def test_nothing_is_sent_of_which_nobody_knows_whose_it_is(url, make_queue, enve
 def test_the_heartbeat_tries_again_soon(url, make_queue, envelope, away, until, monkeypatch, caplog):
     monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
     queue = make_queue(url, lease=1)
-    away.append('it is')
+    away.append(AWAY)
     claim = NewMessage.made_of(envelope, queue.leases, claimed=True).claim
     queue.leases.hold([claim])
     until(lambda: 'could not be prolonged' in caplog.text)

@@ -1,0 +1,234 @@
+"""
+How long a statement of the queue may take: a database that accepts and does not answer must keep no process.
+
+A statement that has had its time is cancelled; if that does not help (the server is stopped, the network swallows
+everything) the connection under it is shut down.  A thread does that, and not a setting of the session: behind a
+pooler ``statement_timeout`` would hold for the statements of the application too, and it does not hold while a commit
+waits for a standby.  SQLite waits for nothing but locks, and has a limit of its own for that.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+__all__ = ['CONTENT_SECONDS', 'LONG_SECONDS', 'LOOK_SECONDS', 'NEWS_SECONDS', 'STATEMENT_SECONDS', 'Deadlines']
+
+#: How long a statement may take that is about a few messages.
+STATEMENT_SECONDS = 15
+
+#: The same, where contents come with it.
+CONTENT_SECONDS = 120
+
+#: The same, if it looks at the whole table.
+LOOK_SECONDS = 60
+
+#: The same, if it changes the whole table, or moves contents.
+LONG_SECONDS = 600
+
+#: The same, if nothing but news depends on it.
+NEWS_SECONDS = 5
+
+#: How long it waits for a cancelled statement to end before it shuts the connection down, in seconds.
+GRACE_SECONDS = 1
+
+#: A statement that fails after so many seconds has waited for something; the next ones are not to wait one by one.
+SLOW_SECONDS = 2
+
+#: How long after that no statement is begun, in seconds.
+SILENCE_SECONDS = 0.2
+
+#: How long the thread sleeps at most, in seconds.
+IDLE_SECONDS = 60
+
+
+class _Watched:
+    """One piece of work, which has a deadline by :func:`time.monotonic`."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.has_passed = False
+        # Of the driver; None while the connection is being made.
+        self.raw: Any = None
+
+
+class Deadlines:
+    """
+    The deadlines of one database.  Every method may be called from any thread.
+
+    :param can_cancel: whether a statement under way can be ended from another thread
+    """
+
+    def __init__(self, *, can_cancel: bool) -> None:
+        self._can_cancel = can_cancel
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """In a forked child: what the parent waits for is its own."""
+        self._changed = threading.Condition()
+        self._watched: set[_Watched] = set()
+        # The work of each thread.
+        self._current: dict[int, _Watched] = {}
+        # A second way to each connection: who closes the first one does not wait for this thread.
+        self._sockets: weakref.WeakKeyDictionary[Any, socket.socket] = weakref.WeakKeyDictionary()
+        self._thread: threading.Thread | None = None
+        self._wakes_at = math.inf
+        self._end = math.inf
+        self._silent_until = -math.inf
+
+    def hurry(self, seconds: float) -> None:
+        """Let all that is under way, and all that is begun later, end in so many seconds; ``inf`` is the usual."""
+        with self._changed:
+            self._end = time.monotonic() + seconds
+            self._silent_until = -math.inf
+            self._changed.notify_all()
+
+    @property
+    def left(self) -> float:
+        """How many seconds are left until the end; ``inf`` without one."""
+        return max(0.0, self._end - time.monotonic())
+
+    def close(self) -> None:
+        """Let the thread end; the next work starts another one."""
+        with self._changed:
+            self._thread = None
+            self._changed.notify_all()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[_Watched]:
+        """
+        Watch what this thread does on one connection, which may take so many seconds.
+
+        Raises TimeoutError: in the place of what is raised when the time is over, or at once if there is none.
+        """
+        began = time.monotonic()
+        watched = _Watched(began + seconds)
+        self._begin(watched, began)
+        try:
+            yield watched
+        except Exception as error:
+            if time.monotonic() - began > SLOW_SECONDS:
+                self._be_silent()
+            if watched.has_passed:
+                raise TimeoutError from error
+            raise
+        finally:
+            with self._changed:
+                self._watched.discard(watched)
+                self._current.pop(threading.get_ident(), None)
+            if watched.has_passed:
+                self._be_silent()
+
+    def _be_silent(self) -> None:
+        self._silent_until = time.monotonic() + SILENCE_SECONDS
+
+    def _begin(self, watched: _Watched, now: float) -> None:
+        with self._changed:
+            if now < self._silent_until or now >= self._end:
+                raise TimeoutError
+            self._watched.add(watched)
+            self._current[threading.get_ident()] = watched
+            if self._can_cancel:
+                self._see_to_thread(watched)
+
+    def note(self, raw: Any) -> None:
+        """Take note of a new connection of the driver, which the work of this thread uses."""
+        # Too many open files: then it can be cancelled only.
+        with suppress(OSError), self._changed:
+            self._sockets[raw] = opened = socket.fromfd(raw.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+            # One with which SQLAlchemy can do nothing is not closed, but dropped.
+            weakref.finalize(raw, opened.close).atexit = False
+        if (watched := self._current.get(threading.get_ident())) is not None:
+            self.attach(watched, raw)
+
+    def forget(self, raw: Any, *_: Any) -> None:
+        """A connection is about to be closed."""
+        with self._changed:
+            opened = self._sockets.pop(raw, None)
+            if opened is not None:
+                opened.close()
+
+    def attach(self, watched: _Watched, raw: Any) -> None:
+        """Tell which connection a work uses.  Raises TimeoutError if its time is over."""
+        with self._changed:
+            if watched.has_passed:
+                raise TimeoutError
+            watched.raw = raw
+
+    def check(self) -> None:
+        """Raise TimeoutError if the time of this thread's work is over, though nothing has failed."""
+        if self._current[threading.get_ident()].has_passed:
+            raise TimeoutError
+
+    def lift(self) -> None:
+        """Let the work of this thread take as long as it takes."""
+        with self._changed:
+            self._watched.discard(self._current[threading.get_ident()])
+
+    # -- the thread
+
+    def _see_to_thread(self, watched: _Watched) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            arguments = weakref.ref(self), self._changed
+            thread = threading.Thread(target=_watch, args=arguments, name='mailqueue-deadlines', daemon=True)
+            # Too many threads, or the interpreter is about to end: then it takes as long as it takes.
+            with suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
+        elif min(watched.deadline, self._end) < self._wakes_at:
+            self._changed.notify_all()
+
+    def look(self) -> float | None:
+        """End what is over; return in how many seconds to look again, None if nobody has to.  Called with the lock."""
+        if self._thread is not threading.current_thread():
+            return None
+        now = time.monotonic()
+        for watched in [*self._watched]:
+            if now >= min(watched.deadline, math.inf if watched.has_passed else self._end):
+                self._cut(watched, now)
+        deadlines = (min(it.deadline, math.inf if it.has_passed else self._end) for it in self._watched)
+        self._wakes_at = min(now + IDLE_SECONDS, *deadlines, math.inf)
+        return self._wakes_at - now
+
+    def _cut(self, watched: _Watched, now: float) -> None:
+        if watched.has_passed:
+            watched.deadline = math.inf
+            # Under the lock: nobody closes it meanwhile.
+            if (opened := self._sockets.get(watched.raw)) is not None:
+                with suppress(OSError):
+                    opened.shutdown(socket.SHUT_RDWR)
+            return
+        watched.has_passed = True
+        watched.deadline = now + GRACE_SECONDS
+        if watched.raw is not None:
+            # It asks the server, which may not answer.
+            canceller = threading.Thread(target=_cancel, args=(watched.raw,), name='mailqueue-cancel', daemon=True)
+            with suppress(RuntimeError):
+                canceller.start()
+
+
+def _watch(reference: weakref.ref[Deadlines], changed: threading.Condition) -> None:
+    with changed:
+        while (deadlines := reference()) is not None and (seconds := deadlines.look()) is not None:
+            del deadlines
+            changed.wait(seconds)
+
+
+def _cancel(raw: Any) -> None:
+    """
+    Ask the server to end a statement.  Where that cannot be done, its connection is shut down a little later.
+
+    psycopg2, and psycopg with libpq before version 17, would let no other thread run until the server has answered.
+    """
+    # Whatever the driver says, it was only an attempt.
+    with suppress(Exception):
+        from psycopg import Connection, capabilities
+
+        if isinstance(raw, Connection) and capabilities.has_cancel_safe():
+            raw.cancel_safe(timeout=GRACE_SECONDS)
