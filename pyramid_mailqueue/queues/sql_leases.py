@@ -11,9 +11,9 @@ messages:
   they are all that a death of the process can send twice; while the database is away, what was claimed before is added
   to them.
 * Any other end is written by who settles it, before :meth:`Leases.settle` returns.
-* What cannot be written now, because the database is away or whatever else happens, is noted until it is written.  Until
-  then no message is begun: it would be sent, and its outcome would not be written either.  So the first end of a process
-  is written before the next message.
+* What cannot be written now, because the database is away or whatever else happens, is noted until it is written.
+  Until then no message is begun: it would be sent, and its outcome would not be written either.  So the first end of a
+  process is written before the next message.
 
 A claim belongs to whoever delivers it: what is noted here does not keep it alive.  One that nobody has any more,
 because an interruption has taken it from its owner in the midst of something, is given back (:meth:`Leases.let_go`).

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import (
     ARRAY,
@@ -201,10 +201,12 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     return {claim.token}
 
 
-class _Probe(NamedTuple):
+@dataclass
+class _Probe:
     id: str
     token: str
     attempts: int = 0
+    has_begun: bool = True
 
 
 def try_everything(connection: Connection) -> None:

@@ -342,29 +342,6 @@ def test_inline_lets_go_whoever_wants_to_end_and_begins_with_nothing_more(claims
     assert caplog.messages == []
 
 
-def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
-    make_resting, queue, claims, says, trouble, until, caplog, monkeypatch
-):
-    def claim(id):
-        asked.append(id)
-        if len(asked) < 4:
-            raise QueueError('The database is away.')
-        return queue_claim(id)
-
-    queue_claim, asked, pause = queue.claim, [], Pause()
-    monkeypatch.setattr(queue, 'claim', claim)
-    background = make_resting(says(YES), pause)
-    background._queue_pause = Pause(first=0.01)
-    pause.begin(trouble)
-    background.dispatch(claims(2))
-    pause.end()
-    background.dispatch(claims(1))
-    until(lambda: queue.state == {})
-
-    assert caplog.messages == ['The database is away. Mail that was put off waits in it, until it is back.']
-    assert len({*asked[:4]}) == 1
-
-
 # --- idle mailers -----------------------------------------------------------
 
 
