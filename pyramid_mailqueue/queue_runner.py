@@ -119,6 +119,11 @@ class QueuedMessage:
         """See `IClaim`."""
         return self._claim.envelope
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._claim.recipients
+
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""
         self._claim.keep(recipients)
@@ -126,6 +131,11 @@ class QueuedMessage:
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
         self._claim.settle(settlement)
+        self._end()
+
+    def abandon(self) -> None:
+        """See `IClaim`."""
+        self._claim.abandon()
         self._end()
 
     def release(self) -> None:

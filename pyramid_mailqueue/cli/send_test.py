@@ -225,6 +225,7 @@ class ClaimForOneAttempt:
         self.attempts = claim.attempts
         self.queued_at = claim.queued_at
         self.envelope = claim.envelope
+        self.recipients = claim.recipients
 
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
@@ -236,6 +237,8 @@ class ClaimForOneAttempt:
     def release(self) -> None:
         """See `IClaim`."""
         self._claim.settle(Settlement())
+
+    abandon = release
 
 
 @contextmanager

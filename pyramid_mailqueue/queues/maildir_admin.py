@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import io
 import logging
 import math
 import os
@@ -35,7 +34,7 @@ from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, ol
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, born_of, modified_time
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.queue_file import MAX_HEADER_OCTETS, parse_header, read_header
 
 __all__ = ['MaildirAdmin']
 
@@ -182,12 +181,12 @@ class MaildirAdmin:
                 return entry
         raise _gone(id)
 
-    def content(self, id: str) -> bytes:
+    def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
         for folder, name in self._tries(id):
             try:
                 with self._opened(folder, name) as fd, open(fd, 'rb', closefd=False) as fp:
-                    return _content(fp)
+                    return _content(fp, start, most)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -360,9 +359,9 @@ class _Taken:
         The last reply stays, for whoever looks.  Raises QueueFileError if it cannot be read.
         """
         now = self._folders.clock()
-        source = io.BytesIO(self.file.read())
-        header = read_header(source)._replace(queued_at=now, attempts=0)
-        version = self._folders.write(self.file.path, header, source.read(), now)
+        header, start = parse_header(self.file.head(MAX_HEADER_OCTETS))
+        header = header._replace(queued_at=now, attempts=0)
+        version = self._folders.rewrite(self.file.path, header, self.file, start, now)
         self.file.close()
         self.file = version
 
@@ -436,12 +435,13 @@ def _entry(folder: str, name: str, fd: int) -> QueueEntry:
     )
 
 
-def _content(fp: BinaryIO) -> bytes:
+def _content(fp: BinaryIO, start: int, most: int | None) -> bytes:
     try:
         read_header(fp)
     except QueueFileError:
         fp.seek(0)
-    return fp.read()
+    fp.seek(start, os.SEEK_CUR)
+    return fp.read() if most is None else fp.read(most)
 
 
 def _gone(id: str) -> NoSuchMessage:

@@ -189,6 +189,15 @@ class MemoryClaim:
         """See `IClaim`."""
         return self._message.envelope
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._message.envelope.recipients
+
+    def abandon(self) -> None:
+        """See `IClaim`.  It is in memory already, and its queue dies with the process: nothing is counted."""
+        self.release()
+
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
         with self._messages.lock:

@@ -44,9 +44,9 @@ class MemoryAdmin:
         """See `IQueueAdmin`."""
         return _entry(self._messages.find(id))
 
-    def content(self, id: str) -> bytes:
+    def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
-        return self._messages.find(id).envelope.content
+        return self._messages.find(id).envelope.content[start : None if most is None else start + most]
 
     # -- what is done to it
 

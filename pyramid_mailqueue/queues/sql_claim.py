@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -112,14 +113,31 @@ class SQLClaim:
 
     def _read(self) -> Envelope:
         assert self._contents is not None
-        assert self._row.recipients is not None
         content = self._contents.take(self)
         if content is None:
             self._leases.lose([self])
             raise QueueError('somebody else has it')
-        try:
+        with self._put_aside_if_damaged():
             _check(self._row)
-            return Envelope(self._row.sender, recipients_of(self._row.recipients), content)
+            return Envelope(self._row.sender, self._recipients(), content)
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        if self._envelope is not None:
+            return self._envelope.recipients
+        with self._put_aside_if_damaged():
+            return self._recipients()
+
+    def _recipients(self) -> tuple[str, ...]:
+        assert self._row.recipients is not None
+        return recipients_of(self._row.recipients)
+
+    @contextmanager
+    def _put_aside_if_damaged(self) -> Iterator[None]:
+        """Raises QueueFileError in the place of TypeError and ValueError."""
+        try:
+            yield
         except (TypeError, ValueError) as error:
             self._put_aside(str(error))
             raise QueueFileError(f'its row is damaged: {error}') from error
@@ -149,6 +167,10 @@ class SQLClaim:
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql_leases`)."""
         self._leases.settle(self, settlement)
+
+    def abandon(self) -> None:
+        """See `IClaim`.  Nothing is written: whoever finds that its lease has run out counts a death."""
+        self._leases.forget(self)
 
     def release(self) -> None:
         """See `IClaim`."""
