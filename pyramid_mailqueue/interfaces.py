@@ -220,6 +220,13 @@ class IQueueAdmin(Contract, Protocol):
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """Return the message in one of *states* that has been in the queue for the longest time; None without any."""
 
+    def crashing(self, deaths: int, most: int) -> Sequence[str]:
+        """
+        Return the ids of messages that are still to be delivered and have ended a process so often, *most* of them.
+
+        What is counted is in :attr:`IClaim.deaths`.
+        """
+
     def stats(self, domains_of: Collection[str]) -> QueueStats:
         """Return how many messages there are, by state, and by the recipients' domains of those in *domains_of*."""
 

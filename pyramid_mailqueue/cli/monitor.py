@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.words import numbered, span_in_words
+from pyramid_mailqueue.queues.words import numbered, printable, span_in_words
 
 __all__ = ['CRITICAL', 'OK', 'UNKNOWN', 'WARNING', 'Verdict', 'judge', 'prometheus_text']
 
@@ -39,7 +39,11 @@ class Verdict:
 
 
 def judge(
-    counts: Mapping[str, int], oldest_age: float | None, max_age: float | None, max_waiting: int | None
+    counts: Mapping[str, int],
+    oldest_age: float | None,
+    max_age: float | None,
+    max_waiting: int | None,
+    crashing: Sequence[str] = (),
 ) -> Verdict:
     """
     Judge a queue: critical if a limit is exceeded, a warning if there is something that a person has to look at.
@@ -48,6 +52,7 @@ def judge(
     :param oldest_age: the age of the oldest message that is to be delivered, in seconds; None if there is none
     :param max_age: how old it may be, in seconds; None is no limit
     :param max_waiting: how many messages may wait; None is no limit
+    :param crashing: the ids of messages that end the processes which deliver them
     """
     waiting = counts.get('waiting', 0)
     critical = []
@@ -56,6 +61,8 @@ def judge(
     if max_waiting is not None and waiting > max_waiting:
         critical.append(f'{waiting} waiting (limit: {max_waiting})')
     warnings = [_counted(counts[state], noun) for state, noun in _TO_LOOK_AT.items() if counts.get(state)]
+    # What stands behind a bar is for programs.
+    warnings += [f'delivery dies of {printable(id_).replace("|", "?")} again and again' for id_ in crashing]
     status = CRITICAL if critical else WARNING if warnings else OK
     problems = (*critical, *warnings)
     summary = f'{waiting} waiting' + (f', oldest {span_in_words(oldest_age)}' if oldest_age is not None else '')

@@ -26,6 +26,9 @@ __all__ = [
     'show_stats',
 ]
 
+#: A message that has ended so many processes is told of by ``check``; and so many of them, at most.
+CRASHES, SOME = 2, 3
+
 _WIDE = 160
 _LIST = (
     Column('ID', is_whole=True),
@@ -248,7 +251,8 @@ def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     oldest = queue.admin.oldest(('waiting', 'in progress'))
     since = None if oldest is None else oldest.queued_at
     age = None if since is None else time.time() - since
-    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting)
+    crashing = queue.admin.crashing(CRASHES, SOME)
+    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting, crashing)
     if arguments.json:
         print_json(
             {

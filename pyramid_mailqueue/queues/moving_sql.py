@@ -25,12 +25,15 @@ from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.sql_claim import separated
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_tables import (
     CONTENT,
+    CONTENTS,
     MESSAGES,
     RECIPIENTS,
+    SIZE,
     current_schema,
     database_time,
     has_run_out,
@@ -91,9 +94,11 @@ class SQLSide:
         nobody = MESSAGES.c.id == ''
         columns = MESSAGES.c
         nothing = insert(MESSAGES).from_select(columns.keys(), select(*columns).where(nobody), include_defaults=False)
+        no_content = insert(CONTENTS).from_select(CONTENTS.c.keys(), select(CONTENTS).where(CONTENTS.c.id == ''))
 
         def change_nothing(connection: Connection) -> None:
             connection.execute(nothing)
+            connection.execute(no_content)
             connection.execute(update(MESSAGES).where(nobody).values(due=0))
             connection.execute(delete(MESSAGES).where(nobody))
 
@@ -102,7 +107,7 @@ class SQLSide:
         except ConfigurationError as error:
             raise ConfigurationError(
                 f'{error}. A move needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
-                f'{MESSAGES.name}.'
+                f'{MESSAGES.name}, and SELECT and INSERT in {CONTENTS.name}.'
             ) from error
 
     def recover(self) -> None:
@@ -136,7 +141,7 @@ class SQLSide:
 
     def _sizes(self, state: str) -> Iterator[tuple[str, int]]:
         last = ''
-        columns = (MESSAGES.c.id, func.length(MESSAGES.c.content))
+        columns = (MESSAGES.c.id, SIZE)
         while True:
             page = select(*columns).where(state_is(state), MESSAGES.c.id > last).order_by(MESSAGES.c.id).limit(PAGE)
             rows = self._rows(page)
@@ -180,9 +185,16 @@ class SQLSide:
         """See `Side`."""
         now = self._queue.leases.clock()
         rows = [{**_row(parcel, now), **_mark(_claim(batch, IN, parcel.state))} for parcel in parcels]
+        large = [content for row in rows if (content := separated(row)) is not None]
         statement = insert(MESSAGES).values(lease=database_time() + LEASE)
+
+        def insert_all(connection: Connection) -> None:
+            connection.execute(statement, rows)
+            if large:
+                connection.execute(insert(CONTENTS), large)
+
         try:
-            self._transact(lambda connection: connection.execute(statement, rows))
+            self._transact(insert_all)
         except QueueError as error:
             if isinstance(error.__cause__, (DataError, IntegrityError)):
                 raise DoesNotFit(str(error)) from error

@@ -294,9 +294,16 @@ _ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
 _RETRIES = re.compile(r'[0-9]+')
 
 
-# What was queued together has the same second.
-@lru_cache(maxsize=64)
 def _parse_date(name: str, value: str) -> float:
+    seconds = value[-8:-6]
+    if seconds.isascii() and seconds.isdigit() and seconds < '60':
+        # What was queued together has the same minute.
+        return min(_parse_whole_date(name, f'{value[:-8]}00{value[-6:]}') + int(seconds), LATEST)
+    return _parse_whole_date(name, value)
+
+
+@lru_cache(maxsize=64)
+def _parse_whole_date(name: str, value: str) -> float:
     match = _DATE.fullmatch(value)
     if not match:
         raise _bad_date(name, value)

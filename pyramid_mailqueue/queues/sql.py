@@ -42,6 +42,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     CompoundSelect,
+    Connection,
     Float,
     Integer,
     Text,
@@ -63,7 +64,15 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
+from pyramid_mailqueue.queues.sql_claim import (
+    ClaimedRow,
+    Contents,
+    NewMessage,
+    SQLClaim,
+    claim_values,
+    claiming,
+    insert_large,
+)
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
@@ -157,11 +166,21 @@ class SQLQueue:
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed)
         try:
-            self.database.run(lambda connection: connection.execute(message.statement, message.values))
+            self._insert(message)
         except UnicodeError as error:
             raise _sessions().unencodable(error) from error
         log_queued(message.id, envelope)
         return message
+
+    def _insert(self, message: NewMessage) -> None:
+        def insert_both(connection: Connection) -> None:
+            connection.execute(message.statement, message.values)
+            connection.execute(insert_large(), message.large)
+
+        if message.large is None:
+            self.database.run(lambda connection: connection.execute(message.statement, message.values))
+        else:
+            self.database.transact(insert_both)
 
     def tell_news(self) -> None:
         """Tell those who wait that there is mail which is not claimed.  Raises nothing."""

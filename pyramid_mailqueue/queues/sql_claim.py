@@ -26,12 +26,26 @@ from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
-from pyramid_mailqueue.queues.sql_tables import CONTENT, MESSAGES, RECIPIENTS, database_time, is_time, recipients_of
+from pyramid_mailqueue.queues.sql_tables import (
+    CONTENT,
+    INLINE,
+    MESSAGES,
+    RECIPIENTS,
+    database_time,
+    is_time,
+    recipients_of,
+)
 
-__all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claim_values', 'claiming']
-
-#: Contents of so many octets at most are read together.
-SMALL = 64 * 1024
+__all__ = [
+    'ClaimedRow',
+    'Contents',
+    'NewMessage',
+    'SQLClaim',
+    'claim_values',
+    'claiming',
+    'insert_large',
+    'separated',
+]
 
 
 class ClaimedRow(NamedTuple):
@@ -113,10 +127,11 @@ class SQLClaim:
 
     def _read(self) -> Envelope:
         assert self._contents is not None
-        content = self._contents.take(self)
-        if content is None:
+        try:
+            content = self._contents.take(self)
+        except KeyError:
             self._leases.lose([self])
-            raise QueueError('somebody else has it')
+            raise QueueError('somebody else has it') from None
         with self._put_aside_if_damaged():
             _check(self._row)
             return Envelope(self._row.sender, self._recipients(), content)
@@ -200,20 +215,21 @@ class Contents:
         self._database = database
         self._lock = threading.Lock()
         self._unread: list[SQLClaim] = []
-        self._read: dict[str, bytes] = {}
+        # Whatever is in the column: of a damaged row nothing.
+        self._read: dict[str, Any] = {}
 
     def note(self, claims: Iterable[SQLClaim]) -> None:
         """Note the claims of these messages."""
         self._unread = [*claims]
 
-    def take(self, claim: SQLClaim) -> bytes | None:
-        """Return the content of one message; None if it is not *claim*'s any more.  Raises QueueError."""
+    def take(self, claim: SQLClaim) -> Any:
+        """Return the content of one message; KeyError if it is not *claim*'s any more.  Raises QueueError."""
         with self._lock:
             if claim.token not in self._read:
                 self._read.update(self._fetch(claim))
-            return self._read.pop(claim.token, None)
+            return self._read.pop(claim.token)
 
-    def _fetch(self, claim: SQLClaim) -> dict[str, bytes]:
+    def _fetch(self, claim: SQLClaim) -> dict[str, Any]:
         others, self._unread = [it for it in self._unread if it is not claim and not it.is_over], []
         statement, values = _reading(self._database.dialect), {**named([claim, *others]), 'asked': claim.id}
         rows = self._database.run(lambda connection: connection.execute(statement, values).all())
@@ -222,7 +238,7 @@ class Contents:
 
 @lru_cache
 def _reading(dialect: str) -> Executable:
-    is_meant = or_(MESSAGES.c.id == bindparam('asked'), func.length(MESSAGES.c.content) <= SMALL)
+    is_meant = or_(MESSAGES.c.id == bindparam('asked'), func.length(MESSAGES.c.content) <= INLINE)
     statement = select(MESSAGES.c.claim, CONTENT).where(owned(dialect), is_meant)
     return statement.execution_options(**{AS_BYTES: True})
 
@@ -234,6 +250,7 @@ class NewMessage:
 
     :param statement: inserts it, given *values*
     :param values: its row
+    :param large: the row of its content, if that has one of its own; for :func:`insert_large`
     :param claim: the claim that will hold when the row is there; None if it is to wait
     """
 
@@ -242,6 +259,7 @@ class NewMessage:
     statement: Insert
     values: dict[str, Any]
     claim: SQLClaim | None
+    large: dict[str, Any] | None
 
     @classmethod
     def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool) -> NewMessage:
@@ -259,13 +277,30 @@ class NewMessage:
             'subject': subject_of(envelope.content).replace('\0', '\ufffd'),
             'content': envelope.content,
         }
+        large = separated(values)
         if not claimed:
-            return cls(name, envelope, _inserting(None), values, None)
+            return cls(name, envelope, _inserting(None), values, None, large)
         token = _new_token() + name
         row = ClaimedRow(name, token, now, 0, now, envelope.sender, None)
         claim = SQLClaim(leases, row, deadline, envelope=envelope)
         values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process()}
-        return cls(name, envelope, _inserting(leases.lease), values, claim)
+        return cls(name, envelope, _inserting(leases.lease), values, claim, large)
+
+
+def separated(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Take a large content out of the row of a message; return its own row then, for :func:`insert_large`."""
+    if len(values['content']) <= INLINE:
+        return None
+    content, values['content'] = values['content'], None
+    return {'id': values['id'], 'content': content}
+
+
+@lru_cache
+def insert_large() -> Insert:
+    """Return a statement that inserts large contents, after their messages."""
+    from pyramid_mailqueue.queues.sql_schema import LargeContent
+
+    return insert(LargeContent).execution_options(autoflush=False, dml_strategy='raw')
 
 
 @lru_cache(maxsize=4)

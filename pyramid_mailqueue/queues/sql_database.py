@@ -34,6 +34,7 @@ from pyramid_mailqueue.queues.sql_trouble import (
     first_line,
     is_code_of_mistake,
     is_forbidden,
+    is_of_memory,
     is_of_statement,
     is_said_of_mistakes,
     is_strange_to_driver,
@@ -132,7 +133,7 @@ class Database:
 
         A connection that turns out to be closed (a server that was restarted) is replaced once, and *work* done again:
         it has to be such that this does no harm.  Raises QueueError, DatabaseAway, or ConfigurationError for what does
-        not pass by itself.
+        not pass by itself; and MemoryError for what is too large for this process, or for the server.
         """
         try:
             try:
@@ -142,6 +143,8 @@ class Database:
                     raise
                 return self._try(work)
         except SQLAlchemyError as error:
+            if is_of_memory(error):
+                raise MemoryError(first_line(error)) from error
             raise self.refusal(error) from error
 
     def _try(self, work: Callable[[Connection], T]) -> T:

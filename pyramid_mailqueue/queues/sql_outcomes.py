@@ -11,7 +11,7 @@ SQLAlchemy, the driver and the database are quickest with.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ from sqlalchemy import (
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
+from pyramid_mailqueue.queues.sql_tables import ASIDE, CONTENTS, MESSAGES, has_run_out
 
 __all__ = [
     'IS_SEEN',
@@ -156,7 +156,8 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     if not _update_owned(connection, claim, {**attempt, **left}):
         return set()
     for burial in burials:
-        connection.execute(_copy(claim.id, {**_buried(burial), **UNCLAIMED}))
+        for copy in _copies(claim.id, {**_buried(burial), **UNCLAIMED}):
+            connection.execute(copy)
     return {claim.token}
 
 
@@ -194,12 +195,12 @@ def _text(text: str) -> str:
     return text.replace('\0', ' ')
 
 
-def _copy(id: str, values: Mapping[str, Any]) -> Executable:
-    """A new row, as that of *id* is now but for *values*; its content never leaves the database."""
-    columns = MESSAGES.c
+def _copies(id: str, values: Mapping[str, Any]) -> Iterator[Executable]:
+    """A new message, as that of *id* is now but for *values*; its content never leaves the database."""
     new = {'id': f'{id}.{secrets.token_hex(4)}', **values}
-    selected = [literal(new[c.name], c.type) if c.name in new else c for c in columns]
-    return insert(MESSAGES).from_select([*columns.keys()], select(*selected).where(MESSAGES.c.id == id))
+    for table in (MESSAGES, CONTENTS):
+        selected = [literal(new[c.name], c.type) if c.name in new else c for c in table.c]
+        yield insert(table).from_select([*table.c.keys()], select(*selected).where(table.c.id == id))
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     'first_line',
     'is_code_of_mistake',
     'is_forbidden',
+    'is_of_memory',
     'is_of_statement',
     'is_said_of_mistakes',
     'is_strange_to_driver',
@@ -33,6 +34,12 @@ _OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
 
 # SQLSTATE insufficient_privilege.
 _NOT_ALLOWED = '42501'
+
+# SQLSTATE out_of_memory, and program_limit_exceeded.
+_TOO_LARGE = ('53200', '54000')
+
+# By libpq, which has no codes of its own, and by servers of texts of more than 1 GB.
+_SAID_OF_MEMORY = ('out of memory', 'cannot allocate memory for', 'invalid memory alloc request size')
 
 # Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
 _OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
@@ -86,6 +93,12 @@ def is_of_statement(error: SQLAlchemyError) -> bool:
 def is_forbidden(error: SQLAlchemyError) -> bool:
     """Whether the user may not do this."""
     return _code_of(error) == _NOT_ALLOWED
+
+
+def is_of_memory(error: SQLAlchemyError) -> bool:
+    """Whether a row was too large for the memory of the driver, or of the server."""
+    words = said(error)
+    return _code_of(error) in _TOO_LARGE or any(known in words for known in _SAID_OF_MEMORY)
 
 
 def is_strange_to_driver(error: Exception) -> bool:
