@@ -183,7 +183,7 @@ def _print_raw(pieces: Iterator[bytes]) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.writelines(pieces)
         return
-    # What a pipe gets byte for byte could do anything to a terminal, on which nobody reads so much that it is in pieces.
+    # What a pipe gets byte for byte could do anything to a terminal.
     for line in b''.join(pieces).decode('utf-8', 'backslashreplace').splitlines():
         print(printable(line.expandtabs()))
 

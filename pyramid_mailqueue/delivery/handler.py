@@ -466,8 +466,8 @@ class _Shift:
                     log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()
                 continue
-            except MemoryError as error:
-                log.error('There is not enough memory for the message %s, and it waits: %s', claim.id, error)
+            except MemoryError:
+                log.error('There is not enough memory for the message %s; that counts as a death', claim.id)
                 claim.abandon()
                 continue
             except Exception:

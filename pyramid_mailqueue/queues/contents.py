@@ -40,6 +40,9 @@ MOST_LINES = 400_000
 #: Each line is compared with the boundary of each part that it is in: so much of that is done, at most.
 MOST_COMPARED = 10_000_000
 
+#: And each part costs the library a twentieth of a millisecond at least.
+MOST_DELIMITERS = 10_000
+
 # The library needs a time that grows with the square of their length to understand such fields.
 _ENDLESS = re.compile(rb'(?im)^content-(?:type|disposition)[ \t]*:(?:[^\r\n]|\r?\n[ \t]){5000}')
 
@@ -94,7 +97,9 @@ def read_contents(content: bytes) -> Contents:
     header = tuple(map(_field, header_lines(content[:MOST_HEADER])))
     lines = content.count(b'\n')
     boundaries = len(_BOUNDARY.findall(content))
-    if len(content) > MOST_OCTETS or lines > MOST_LINES or lines * boundaries > MOST_COMPARED:
+    delimiters = content.count(b'\n--') if boundaries else 0
+    is_too_large = len(content) > MOST_OCTETS or lines > MOST_LINES or delimiters > MOST_DELIMITERS
+    if is_too_large or lines * boundaries > MOST_COMPARED:
         return Contents(header, problem='This message is too large to be taken apart here.')
     if _ENDLESS.search(content):
         return Contents(header, problem='This message has parts that nobody can make sense of.')

@@ -31,7 +31,15 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, log_expired, log_trouble, queue_log, why
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import ExactId, Glance, QueueEntry, QueueStats, oldest_first, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import (
+    ExactId,
+    Glance,
+    QueueEntry,
+    QueueStats,
+    oldest_first,
+    tally,
+    tell_from_header,
+)
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, born_of, modified_time
@@ -190,7 +198,7 @@ class MaildirAdmin:
         except (OSError, QueueFileError):
             # Its header may be longer.
             entry = self._look(folder, name)
-            return entry and Glance(entry.state, entry.queued_at, entry.size, entry.recipients)
+            return Glance(entry.state, entry.queued_at, entry.size, entry.recipients) if entry else None
         return Glance(STATE_OF[folder], header.queued_at, size - start, header.recipients)
 
     @contextlib.contextmanager

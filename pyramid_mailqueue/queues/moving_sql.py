@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, func, insert, or_, select, text, update
+from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, insert, or_, select, text, update
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope

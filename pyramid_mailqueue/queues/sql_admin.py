@@ -175,7 +175,7 @@ class SQLAdmin:
         """See `IQueueAdmin`."""
         meant = CONTENT if most is None else part_of_content(start, most)
         statement = select(meant).where(MESSAGES.c.id == self._whole(id))
-        content = self._database.run(lambda connection: connection.scalar(statement))
+        content: bytes | None = self._database.run(lambda connection: connection.scalar(statement))
         if content is None:
             raise _nobody(id)
         return content[start:] if most is None else content

@@ -6,7 +6,7 @@ does it for the others.  Times are in seconds since the epoch, so that both data
 Nothing here needs the ORM of SQLAlchemy: importing that would take a fifth of the time of an mq-run with nothing to do.
 
 A message is one row.  A small content is the last column of it: whoever claims or lists messages does not read it.  A
-large one is a row of another table: SQLite writes, and so needs in memory, the whole of a row of which anything changes.
+large one is a row of another table: where anything changes in a row SQLite has all of it in memory, and writes it.
 PostgreSQL keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone then.
 """
 
@@ -138,6 +138,7 @@ INLINE = 64 * 1024
 
 #: The recipients of a row, for :func:`recipients_of`.
 RECIPIENTS = cast(MESSAGES.c.recipients, Text).label('recipients')
+
 
 def _of_content(value: Callable[[Any], Any]) -> ColumnElement[Any]:
     """Return *value* of the content of a message, wherever that is; NULL if it is nowhere."""

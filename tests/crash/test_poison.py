@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,7 @@ TERABYTE = 1 << 40
 
 def put_poison(queue, folder='new', name='1700000000.M1P1Q1R1.host', size=TERABYTE):
     """A file that claims to have *size* octets, of which the disk has a few."""
-    with open(queue.place(folder, name), 'wb') as file:
+    with Path(queue.place(folder, name)).open('wb') as file:
         file.write(HEADER + CONTENT)
         file.truncate(size)
     os.utime(queue.place(folder, name), (1, 1))
@@ -86,7 +87,7 @@ def test_a_run_sends_the_others_and_gives_the_poison_up_after_five_runs(queue, s
     assert dead.size == size - len(HEADER)
     assert dead.last_reply == 'given up: the process that delivered it died, 5 times'
     assert queue.counts()['waiting'] == queue.counts()['in progress'] == 0
-    assert os.stat(queue.place('dead', dead.id)).st_blocks < 1000, 'what is not there takes no room'
+    assert Path(queue.place('dead', dead.id)).stat().st_blocks < 1000, 'what is not there takes no room'
 
 
 LOOKS = """
@@ -120,5 +121,5 @@ def test_a_dead_letter_of_any_size_is_retried_without_being_read(queue):
         queue.path)  # fmt: skip
 
     assert queue.admin.find(name).state == 'waiting'
-    with open(queue.place('new', name), 'rb') as file:
+    with Path(queue.place('new', name)).open('rb') as file:
         assert file.read(5000).partition(b'end\r\n')[2].startswith(CONTENT + bytes(100))

@@ -16,9 +16,9 @@ from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.queues import sql_leases
 from pyramid_mailqueue.queues.sql import MAX_DEATHS
 from pyramid_mailqueue.queues.sql_claim import NewMessage
-from pyramid_mailqueue.queues.sql_tables import INLINE
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql_leases import BATCH, ENOUGH
+from pyramid_mailqueue.queues.sql_tables import INLINE
 from tests.crash.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
