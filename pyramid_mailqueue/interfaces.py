@@ -243,14 +243,25 @@ class IQueueAdmin(Contract, Protocol):
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """Return the message in one of *states* that has been in the queue for the longest time; None without any."""
 
+    def crashing(self, deaths: int, most: int) -> Sequence[str]:
+        """
+        Return the ids of messages that are still to be delivered and have ended a process so often, *most* of them.
+
+        What is counted is in :attr:`IClaim.deaths`.
+        """
+
     def stats(self, domains_of: Collection[str]) -> QueueStats:
         """Return how many messages there are, by state, and by the recipients' domains of those in *domains_of*."""
 
     def find(self, id: str) -> QueueEntry:
         """Return one message.  Raises :class:`~.exceptions.NoSuchMessage`."""
 
-    def content(self, id: str) -> bytes:
-        """Return the content of one message, byte for byte; of a corrupt one, all of its file."""
+    def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
+        """
+        Return the content of one message, byte for byte; of a corrupt one, what is in its file.
+
+        From *start* on, and no more than *most* octets: however large a message is, it can be looked at.
+        """
 
     def hold(self, id: str) -> QueueEntry:
         """Keep a waiting message from being delivered, until somebody calls :meth:`unhold`."""
@@ -381,6 +392,10 @@ class IClaim(Contract, Protocol):
         """When the message came into the queue, in seconds since the epoch."""
 
     @property
+    def recipients(self) -> tuple[str, ...]:
+        """The recipients of the envelope, for which the content is not read.  Raises as ``envelope`` does."""
+
+    @property
     def envelope(self) -> Envelope:
         """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
 
@@ -399,6 +414,14 @@ class IClaim(Contract, Protocol):
 
         If the new state cannot be written the message stays as it was; that is logged, not raised, and the reason is
         returned.  No more messages are begun then: what became of them could not be written either.
+        """
+
+    def abandon(self) -> None:
+        """
+        End the claim as the death of this process would, because the message itself stands in the way.
+
+        Called where there is not enough memory for the message, or where it makes the program fail.  It waits for a
+        while, and a run counts one more death: after too many the message is given up.  Never raises.
         """
 
     def keep(self, recipients: tuple[str, ...]) -> None:

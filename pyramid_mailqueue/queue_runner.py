@@ -123,6 +123,11 @@ class QueuedMessage:
         """See `IClaim`."""
         return self._claim.begin()
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._claim.recipients
+
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""
         self._claim.keep(recipients)
@@ -132,6 +137,11 @@ class QueuedMessage:
         unwritten = self._claim.settle(settlement)
         self._end()
         return unwritten
+
+    def abandon(self) -> None:
+        """See `IClaim`."""
+        self._claim.abandon()
+        self._end()
 
     def release(self) -> None:
         """See `IClaim`."""

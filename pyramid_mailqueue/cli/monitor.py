@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.words import numbered, span_in_words
+from pyramid_mailqueue.queues.words import numbered, printable, span_in_words
 
 __all__ = ['CRITICAL', 'OK', 'UNKNOWN', 'WARNING', 'Verdict', 'judge', 'prometheus_text']
 
@@ -44,6 +44,7 @@ def judge(
     max_age: float | None,
     max_waiting: int | None,
     misdated: int = 0,
+    crashing: Sequence[str] = (),
 ) -> Verdict:
     """
     Judge a queue: critical if a limit is exceeded, a warning if there is something that a person has to look at.
@@ -53,6 +54,7 @@ def judge(
     :param max_age: how old it may be, in seconds; None is no limit
     :param max_waiting: how many messages may wait; None is no limit
     :param misdated: how many have a due time that no retry can have given
+    :param crashing: the ids of messages that end the processes which deliver them
     """
     waiting = counts.get('waiting', 0)
     critical = []
@@ -65,6 +67,8 @@ def judge(
         warnings.append(
             f'{numbered(misdated, "message")} with a due time that no retry can have given: a clock is wrong'
         )
+    # What stands behind a bar is for programs.
+    warnings += [f'delivery dies of {printable(id_).replace("|", "?")} again and again' for id_ in crashing]
     status = CRITICAL if critical else WARNING if warnings else OK
     problems = (*critical, *warnings)
     summary = f'{waiting} waiting' + (f', oldest {span_in_words(oldest_age)}' if oldest_age is not None else '')

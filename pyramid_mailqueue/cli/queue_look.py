@@ -26,6 +26,9 @@ __all__ = [
     'show_stats',
 ]
 
+#: A message that has ended so many processes is told of by ``check``; and so many of them, at most.
+CRASHES, SOME = 2, 3
+
 _WIDE = 160
 _LIST = (
     Column('ID', is_whole=True),
@@ -99,15 +102,19 @@ def _address(sender: str | None) -> str:
 
 def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     """Print all there is to know of one message, or the message itself."""
+    # With the package that reads mail.
+    from pyramid_mailqueue.queues.contents import MOST_OCTETS, pieces_of
+
+    admin = queue.admin
     try:
-        entry = queue.admin.find(arguments.ids[0])
-        content = queue.admin.content(entry.id)
+        entry = admin.find(arguments.ids[0])
+        if arguments.raw:
+            _print_raw(pieces_of(admin, entry.id))
+            return EX_OK
+        content = admin.content(entry.id, most=MOST_OCTETS + 1)
     except NoSuchMessage as error:
         complain(arguments.prog, str(error))
         return EX_NOT_DONE
-    if arguments.raw:
-        _print_raw(content)
-        return EX_OK
     if arguments.json:
         header = [] if entry.state == 'corrupt' else header_lines(content)
         print_json({**as_json(entry), 'headers': [_field(line) for line in header]})
@@ -171,13 +178,13 @@ def _field(line: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _print_raw(content: bytes) -> None:
+def _print_raw(pieces: Iterator[bytes]) -> None:
     if not sys.stdout.isatty():
         sys.stdout.flush()
-        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.writelines(pieces)
         return
     # What a pipe gets byte for byte could do anything to a terminal.
-    for line in content.decode('utf-8', 'backslashreplace').splitlines():
+    for line in b''.join(pieces).decode('utf-8', 'backslashreplace').splitlines():
         print(printable(line.expandtabs()))
 
 
@@ -246,7 +253,8 @@ def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     age = None if since is None else time.time() - since
     count_misdated = getattr(queue, 'count_misdated', None)
     misdated = count_misdated() if count_misdated else 0
-    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting, misdated)
+    crashing = queue.admin.crashing(CRASHES, SOME)
+    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting, misdated, crashing)
     if arguments.json:
         print_json(
             {

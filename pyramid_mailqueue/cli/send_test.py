@@ -225,6 +225,7 @@ class ClaimForOneAttempt:
         self.attempts = claim.attempts
         self.queued_at = claim.queued_at
         self.envelope = claim.envelope
+        self.recipients = claim.recipients
 
     def begin(self) -> bool:
         """See `IClaim`."""
@@ -240,6 +241,8 @@ class ClaimForOneAttempt:
     def release(self) -> None:
         """See `IClaim`."""
         self._claim.settle(Settlement())
+
+    abandon = release
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pyramid_mailqueue.dashboard.names import find, id_of
 from pyramid_mailqueue.dashboard.pages import Page, admin_of, answering
 from pyramid_mailqueue.dashboard.permissions import CONTENT, VIEW
 from pyramid_mailqueue.interfaces import IMailer
-from pyramid_mailqueue.queues.contents import read_contents
+from pyramid_mailqueue.queues.contents import MOST_OCTETS, pieces_of, read_contents
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, UNDELIVERED, Choice, ExactId, QueueEntry
 from pyramid_mailqueue.settings import parse_duration
 
@@ -158,7 +158,7 @@ def show_message(request: Any) -> Page:
     entry = find(admin, id_of(request.matchdict['id']))
     contents = None
     if entry.state != 'corrupt' and request.has_permission(CONTENT):
-        contents = read_contents(admin.content(ExactId(entry.id)))
+        contents = read_contents(admin.content(ExactId(entry.id), most=MOST_OCTETS + 1))
     actions = tuple(action for action, possible in POSSIBLE.items() if entry.state in possible)
     done = request.GET.get('done', '')
     return Page('message.jinja2', {'entry': entry, 'contents': contents, 'actions': actions, 'done': done})
@@ -169,7 +169,7 @@ def download(request: Any) -> Response:
     admin = admin_of(request)
     entry = find(admin, id_of(request.matchdict['id']))
     kind = 'application/octet-stream' if entry.state == 'corrupt' else 'message/rfc822'
-    response = Response(admin.content(ExactId(entry.id)), content_type=kind)
+    response = Response(app_iter=pieces_of(admin, ExactId(entry.id)), content_type=kind, content_length=entry.size)
     # An id may hold anything, but a file's name in a header must not.
     name = _NOT_IN_A_NAME.sub('_', entry.id).strip('._')[:150] or 'message'
     response.headers['Content-Disposition'] = f'attachment; filename="{name}.eml"'

@@ -141,7 +141,7 @@ class MessageHandler:
         if self.take_from_rate is None:
             return True
         try:
-            seconds = self.take_from_rate(len(message.envelope.recipients))
+            seconds = self.take_from_rate(len(message.recipients))
         except (OSError, MailqueueError) as error:
             log.error('%s Mail waits in the queue.', error)
             seconds = RATE_TROUBLE_REST
@@ -490,6 +490,15 @@ class _Shift:
                     # Else its queue has told what became of it.
                     log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()
+                continue
+            except MemoryError:
+                log.error('There is not enough memory for the message %s; that counts as a death', claim.id)
+                claim.abandon()
+                continue
+            except Exception:
+                # What one message makes us fail with is not to keep the others from being delivered.
+                log.critical('A defect of pyramid_mailqueue: %s could not be delivered', claim.id, exc_info=True)
+                claim.abandon()
                 continue
             if attempt.is_valid():
                 return attempt

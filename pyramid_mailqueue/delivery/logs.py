@@ -60,7 +60,7 @@ def log_expired(entry: QueueEntry) -> None:
     log_event(queue_log, logging.INFO, status='discarded', id=entry.id, msgid=entry.message_id, **told, reason=reason)
 
 
-def log_trouble(problem: str, path: str, error: OSError, level: int = logging.ERROR) -> None:
+def log_trouble(problem: str, path: str, error: Exception, level: int = logging.ERROR) -> None:
     """Log what a person should look at: a file of the queue, and what cannot be done with it."""
     log_event(queue_log, level, status='trouble', file=path, problem=problem, error=why(error))
 

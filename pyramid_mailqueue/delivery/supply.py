@@ -139,7 +139,7 @@ class Supply:
         if self._take_from_rate is None:
             return 0
         try:
-            recipients = claim.envelope.recipients
+            recipients = claim.recipients
         except (OSError, MailqueueError):
             # Whoever delivers tells of it.
             return 0

@@ -15,9 +15,10 @@ from email import message_from_bytes
 from email.message import Message
 
 from pyramid_mailqueue.encoded_words import SLOW_CODECS, decoded, without_surrogates
+from pyramid_mailqueue.interfaces import IQueueAdmin
 from pyramid_mailqueue.queues.entries import header_lines
 
-__all__ = ['Contents', 'Part', 'body_of', 'read_contents']
+__all__ = ['MOST_OCTETS', 'Contents', 'Part', 'body_of', 'pieces_of', 'read_contents']
 
 #: So many octets of a header are shown, and so many characters of a text.
 MOST_HEADER = 64 * 1024
@@ -31,10 +32,16 @@ MOST_PARTS = 100
 
 #: What is larger is not taken apart: that would need its size in memory several times, and each line many times.
 MOST_OCTETS = 25 * 1024 * 1024
+
+#: What is not taken apart is given out in pieces of so many octets.
+PIECE = 8 * 1024 * 1024
 MOST_LINES = 400_000
 
 #: Each line is compared with the boundary of each part that it is in: so much of that is done, at most.
 MOST_COMPARED = 10_000_000
+
+#: And each part costs the library a twentieth of a millisecond at least.
+MOST_DELIMITERS = 10_000
 
 # The library needs a time that grows with the square of their length to understand such fields.
 _ENDLESS = re.compile(rb'(?im)^content-(?:type|disposition)[ \t]*:(?:[^\r\n]|\r?\n[ \t]){5000}')
@@ -77,12 +84,22 @@ class Contents:
     problem: str = ''
 
 
+def pieces_of(admin: IQueueAdmin, id: str) -> Iterator[bytes]:
+    """Yield the content of a message, whatever its size, in pieces.  Raises as `IQueueAdmin.content` does."""
+    start = 0
+    while piece := admin.content(id, start, PIECE):
+        yield piece
+        start += len(piece)
+
+
 def read_contents(content: bytes) -> Contents:
-    """Return what can be shown of *content*, whatever it is."""
+    """Return what can be shown of *content*, whatever it is; of a large one :data:`MOST_OCTETS` and one are enough."""
     header = tuple(map(_field, header_lines(content[:MOST_HEADER])))
     lines = content.count(b'\n')
     boundaries = len(_BOUNDARY.findall(content))
-    if len(content) > MOST_OCTETS or lines > MOST_LINES or lines * boundaries > MOST_COMPARED:
+    delimiters = content.count(b'\n--') if boundaries else 0
+    is_too_large = len(content) > MOST_OCTETS or lines > MOST_LINES or delimiters > MOST_DELIMITERS
+    if is_too_large or lines * boundaries > MOST_COMPARED:
         return Contents(header, problem='This message is too large to be taken apart here.')
     if _ENDLESS.search(content):
         return Contents(header, problem='This message has parts that nobody can make sense of.')

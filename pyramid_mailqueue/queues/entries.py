@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from pyramid_mailqueue.encoded_words import decoded
 from pyramid_mailqueue.envelope import message_id_of
@@ -26,6 +27,7 @@ __all__ = [
     'Choice',
     'DomainCount',
     'ExactId',
+    'Glance',
     'QueueEntry',
     'QueueStats',
     'Tally',
@@ -101,6 +103,19 @@ class QueueEntry:
         """Whether it is a dead letter, and became one before *before*, in seconds since the epoch."""
         died = self.queued_at if self.last_attempt is None else self.last_attempt
         return self.state == 'dead' and died is not None and died < before
+
+
+class Glance(NamedTuple):
+    """
+    What is counted of a message.
+
+    The fields are those of :class:`QueueEntry`.
+    """
+
+    state: str
+    queued_at: float | None
+    size: int
+    recipients: tuple[str, ...]
 
 
 def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueEntry]:
@@ -241,7 +256,7 @@ class QueueStats:
     by_domain: Mapping[str, Tally]
 
 
-def tally(entries: Iterable[QueueEntry], now: float, domains_of: Collection[str] = UNDELIVERED) -> QueueStats:
+def tally(entries: Iterable[QueueEntry | Glance], now: float, domains_of: Collection[str] = UNDELIVERED) -> QueueStats:
     """
     Count *entries*, in memory that grows with the number of domains only.
 

@@ -29,6 +29,12 @@ from pyramid_mailqueue.forks import call_in_children
 
 __all__ = ['Holder', 'LockedFile', 'abandon_all', 'sync_folder']
 
+#: How many octets one call of Linux reads, at most.
+MOST_AT_ONCE = 0x7FFFF000
+
+#: How many octets are copied at once.
+CHUNK = 1024 * 1024
+
 # Gone; a symbolic link; a folder; a fifo or socket.
 _NOTHING_TO_TAKE = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
@@ -95,10 +101,23 @@ class LockedFile:
         """How much is in the file, in octets.  Raises OSError."""
         return (self._stat or os.fstat(self.fd)).st_size
 
-    def read(self) -> bytes:
-        """Return what is in the file.  Raises OSError."""
-        size = self.size
-        content = os.pread(self.fd, size, 0)
+    def head(self, most: int) -> bytes:
+        """Return the first *most* octets of the file, or all of it if it has no more.  Raises OSError."""
+        return self._read(0, min(self.size, most))
+
+    def read(self, start: int = 0) -> bytes:
+        """Return what is in the file from *start* on.  Raises OSError, and MemoryError."""
+        size = self.size - start
+        if size > CHUNK and size > os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):
+            # Not every system says so itself before it has killed somebody.
+            raise MemoryError(f'{size} octets are more than the memory of this machine')
+        return self._read(start, size)
+
+    def _read(self, start: int, size: int) -> bytes:
+        content = os.pread(self.fd, size, start)
+        if MOST_AT_ONCE <= len(content) < size:
+            # One call gives no more.
+            content = b''.join((content, self._read(start + len(content), size - len(content))))
         if len(content) < size:
             raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
         return content
@@ -153,13 +172,21 @@ class Holder:
         self._held: weakref.WeakSet[LockedFile] = weakref.WeakSet()
         call_in_children(self._abandon_all)
 
-    def create(self, path: str, pieces: Sequence[bytes], modified: float | None = None) -> LockedFile:
+    def create(
+        self,
+        path: str,
+        pieces: Sequence[bytes],
+        modified: float | None = None,
+        *,
+        rest_of: tuple[LockedFile, int] | None = None,
+    ) -> LockedFile:
         """
         Write a new file durably and hold it; the caller renames it to where it becomes visible.
 
         :param path: a new name in the folder for files that nobody looks at
         :param pieces: what to write
         :param modified: the time of modification to give it, in seconds since the epoch; None is now
+        :param rest_of: a file, and where in it begins what is to follow, however much that is
         :raises OSError: nothing is left behind
         """
         file = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -168,6 +195,8 @@ class Holder:
             os.fchmod(file.fd, 0o600)
             fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write_all(file.fd, pieces)
+            if rest_of is not None:
+                _append(file.fd, *rest_of)
             if modified is not None:
                 os.utime(file.fd, (modified, modified))
             os.fsync(file.fd)
@@ -255,6 +284,24 @@ def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
             written -= len(rest.pop(0))
         if rest:
             rest[0] = rest[0][written:]
+
+
+def _append(fd: int, source: LockedFile, start: int) -> None:
+    """Copy what is in *source* from *start* on.  That takes no memory, and no room for what is not there (a hole)."""
+    size, shift = source.size, os.fstat(fd).st_size - start
+    while start < size:
+        try:
+            begin = os.lseek(source.fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            # A hole up to the end.
+            break
+        start = os.lseek(source.fd, begin, os.SEEK_HOLE)
+        for offset in range(begin, start, CHUNK):
+            os.lseek(fd, offset + shift, os.SEEK_SET)
+            _write_all(fd, [os.pread(source.fd, min(CHUNK, start - offset), offset)])
+    os.ftruncate(fd, size + shift)
 
 
 def sync_folder(path: str) -> None:

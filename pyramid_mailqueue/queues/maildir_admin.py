@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import io
+import itertools
 import logging
 import math
 import os
@@ -31,11 +31,19 @@ from zope.interface import implementer
 from pyramid_mailqueue.delivery.logs import log_event, log_expired, log_trouble, queue_log, why
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.queues.entries import ExactId, QueueEntry, QueueStats, oldest_first, tally, tell_from_header
+from pyramid_mailqueue.queues.entries import (
+    ExactId,
+    Glance,
+    QueueEntry,
+    QueueStats,
+    oldest_first,
+    tally,
+    tell_from_header,
+)
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_claim import FileName
 from pyramid_mailqueue.queues.maildir_folders import MOVING, MaildirFolders, born_of, modified_time
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.queue_file import MAX_HEADER_OCTETS, is_queue_file, parse_header, read_header
 
 __all__ = ['MaildirAdmin']
 
@@ -49,11 +57,14 @@ STATE_OF = {
     'corrupt': 'corrupt',
 }
 
-#: So much of a message is read to find its subject.
+#: So much of a message is read to find its subject; and so much of a file where nothing but its header is asked for.
 PEEK = 64 * 1024
+GLANCE = 4096
 
-#: So many names are kept in memory at most while messages are listed; then the folders are read again.
-SORTED_AT_ONCE = 50_000
+#: So many names are kept in memory at most while messages are listed; then the folders are read again.  The first rows
+#: of a list come after fewer of them.
+SORTED_AT_ONCE = 200_000
+SORTED_FIRST = 1000
 
 #: The oldest message is among so many, unless most of them have had a new start.
 OLDEST_FEW = 100
@@ -94,27 +105,45 @@ class MaildirAdmin:
 
     def entries(self, states: Collection[str]) -> Iterator[QueueEntry]:
         """See `IQueueAdmin`."""
-        looks = ((born, self._look(folder, name)) for born, name, folder in self._oldest_first(states))
-        return oldest_first((born, entry) for born, entry in looks if entry is not None and entry.state in states)
+
+        def looks() -> Iterator[tuple[float, QueueEntry]]:
+            for born, name, folder in self._oldest_first(states):
+                if STATE_OF[folder] not in states and not self._is_damaged(folder, name):
+                    continue
+                entry = self._look(folder, name)
+                if entry is not None and entry.state in states:
+                    yield born, entry
+
+        return oldest_first(looks())
+
+    def _is_damaged(self, folder: str, name: str) -> bool:
+        glance = self._glance(folder, name)
+        return glance is not None and glance.state == 'corrupt'
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
-        oldest, since = None, math.inf
+        oldest, since = ('', ''), math.inf
         for born, name, folder in self._oldest_first(states, at_once=OLDEST_FEW):
             # A name is from the second in which its message came, or, after a retry, from an earlier time.
             if born > since + 1:
                 break
-            entry = self._look(folder, name)
-            if entry and entry.state in states and entry.queued_at is not None and entry.queued_at < since:
-                oldest, since = entry, entry.queued_at
-        return oldest
+            glance = self._glance(folder, name)
+            if glance and glance.state in states and glance.queued_at is not None and glance.queued_at < since:
+                oldest, since = (folder, name), glance.queued_at
+        return self._look(*oldest) if since < math.inf else None
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
         """See `IQueueAdmin`."""
-        looks = (self._look(folder, file.name) for folder in STATE_OF for file in self._folders.files(folder))
-        return tally((entry for entry in looks if entry), self._folders.clock(), domains_of)
+        glances = (self._glance(folder, file.name) for folder in STATE_OF for file in self._folders.files(folder))
+        return tally((glance for glance in glances if glance), self._folders.clock(), domains_of)
 
-    def _oldest_first(self, states: Collection[str], at_once: int = SORTED_AT_ONCE) -> Iterator[tuple[float, str, str]]:
+    def crashing(self, deaths: int, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        names = (file.name for folder in ('cur', 'new') for file in self._folders.files(folder) if ',' in file.name)
+        found = (name for name in map(FileName.parse, names) if name.deaths >= deaths)
+        return [name.id for name in itertools.islice(found, most)]
+
+    def _oldest_first(self, states: Collection[str], at_once: int = SORTED_FIRST) -> Iterator[tuple[float, str, str]]:
         """Where there may be messages in these states: the time in their name, their name, and their folder."""
         # What is damaged is found wherever it is.
         folders = [folder for folder, state in STATE_OF.items() if state in states or 'corrupt' in states]
@@ -155,15 +184,35 @@ class MaildirAdmin:
         except OSError as error:
             return QueueEntry(name, STATE_OF[folder], last_reply=f'This file cannot be read: {why(error)}.')
 
+    def _glance(self, folder: str, name: str) -> Glance | None:
+        """The same, as far as that is counted: a small part of the file is read."""
+        if folder in ('prepared', MOVING) and self._is_held(folder, name):
+            return None
+        try:
+            fd = self._open(folder, name)
+            try:
+                head, size = os.read(fd, GLANCE), os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+            header, start = parse_header(head)
+        except (OSError, QueueFileError):
+            # Its header may be longer.
+            entry = self._look(folder, name)
+            return Glance(entry.state, entry.queued_at, entry.size, entry.recipients) if entry else None
+        return Glance(STATE_OF[folder], header.queued_at, size - start, header.recipients)
+
     @contextlib.contextmanager
     def _opened(self, folder: str, name: str) -> Iterator[int]:
         """Raises OSError."""
-        # Whatever stands there now: nothing outside of the queue is read, and nothing is waited for.
-        fd = os.open(self._folders.place(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = self._open(folder, name)
         try:
             yield fd
         finally:
             os.close(fd)
+
+    def _open(self, folder: str, name: str) -> int:
+        # Whatever stands there now: nothing outside of the queue is read, and nothing is waited for.
+        return os.open(self._folders.place(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def _is_held(self, folder: str, name: str) -> bool:
         file = self._folders.take(folder, name)
@@ -182,12 +231,12 @@ class MaildirAdmin:
                 return entry
         raise _gone(id)
 
-    def content(self, id: str) -> bytes:
+    def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
         for folder, name in self._tries(id):
             try:
                 with self._opened(folder, name) as fd, open(fd, 'rb', closefd=False) as fp:
-                    return _content(fp)
+                    return _content(fp, start, most)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -360,9 +409,9 @@ class _Taken:
         The last reply stays, for whoever looks.  Raises QueueFileError if it cannot be read.
         """
         now = self._folders.clock()
-        source = io.BytesIO(self.file.read())
-        header = read_header(source)._replace(queued_at=now, attempts=0)
-        version = self._folders.write(self.file.path, header, source.read(), now)
+        header, start = parse_header(self.file.head(MAX_HEADER_OCTETS))
+        header = header._replace(queued_at=now, attempts=0)
+        version = self._folders.rewrite(self.file.path, header, self.file, start, now)
         self.file.close()
         self.file = version
 
@@ -412,14 +461,15 @@ def _id_of(name: str) -> str:
 def _entry(folder: str, name: str, fd: int) -> QueueEntry:
     """Return what a message in this place would be shown as.  Raises OSError."""
     name, state, status = _id_of(name), STATE_OF[folder], os.fstat(fd)
+    head = os.pread(fd, GLANCE + PEEK, 0)
+    if len(head) > PEEK and is_queue_file(head) is None:
+        # A longer header is a rare thing.
+        head = os.pread(fd, MAX_HEADER_OCTETS + PEEK, 0)
     try:
-        with open(fd, 'rb', closefd=False) as fp:
-            fp.seek(0)
-            header = read_header(fp)
-            start = fp.tell()
-            subject, message_id = tell_from_header(fp.read(PEEK))
+        header, start = parse_header(head)
     except QueueFileError as error:
         return QueueEntry(name, 'corrupt', last_reply=str(error), size=status.st_size)
+    subject, message_id = tell_from_header(head[start:])
     return QueueEntry(
         name,
         state,
@@ -436,12 +486,13 @@ def _entry(folder: str, name: str, fd: int) -> QueueEntry:
     )
 
 
-def _content(fp: BinaryIO) -> bytes:
+def _content(fp: BinaryIO, start: int, most: int | None) -> bytes:
     try:
         read_header(fp)
     except QueueFileError:
         fp.seek(0)
-    return fp.read()
+    fp.seek(start, os.SEEK_CUR)
+    return fp.read() if most is None else fp.read(most)
 
 
 def _gone(id: str) -> NoSuchMessage:

@@ -19,7 +19,7 @@ from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.queues.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
 from pyramid_mailqueue.queues.maildir_trouble import leave_some_files
-from pyramid_mailqueue.queues.queue_file import QueueHeader, read_envelope
+from pyramid_mailqueue.queues.queue_file import MAX_HEADER_OCTETS, QueueHeader, parse_header, serialize_header
 
 __all__ = ['MAX_DEATHS', 'FileName', 'MaildirClaim']
 
@@ -28,6 +28,9 @@ MAX_DEATHS = 5
 
 #: How many seconds a message rests whose outcome could not be written: some recipients may have it already.
 UNSETTLED_REST = 300
+
+#: And one that could not be delivered for want of memory.
+ABANDONED_REST = 300
 
 
 @implementer(IClaim)
@@ -43,7 +46,9 @@ class MaildirClaim:
         self._folders = folders
         self._file = file
         self._has_to_take = file.closed
-        self._parsed: tuple[QueueHeader, Envelope] | None = None
+        # With the place in the file at which the content begins.
+        self._parsed: tuple[QueueHeader, int] | None = None
+        self._envelope: Envelope | None = None
         self._name = FileName.parse(file.name)
         self.id = self._name.id
 
@@ -101,19 +106,31 @@ class MaildirClaim:
     @property
     def envelope(self) -> Envelope:
         """See `IClaim`."""
-        return self._parse()[1]
+        header, start = self._parse()
+        if self._envelope is None:
+            self._envelope = Envelope.of_checked(header.sender, header.recipients, self._file.read(start), 0)
+        return self._envelope
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._header.recipients
 
     @property
     def _header(self) -> QueueHeader:
         return self._parse()[0]
 
-    def _parse(self) -> tuple[QueueHeader, Envelope]:
+    def _parse(self) -> tuple[QueueHeader, int]:
         if self._parsed is None:
-            self._parsed = read_envelope(self._file.read())
+            head = self._file.head(MAX_HEADER_OCTETS)
+            self._parsed = header, start = parse_header(head)
+            if len(head) == self._file.size:
+                # That was all of it; the content of a larger one is read when it is asked for.
+                self._envelope = Envelope.of_checked(header.sender, header.recipients, head, start)
         return self._parsed
 
     def is_readable(self) -> bool:
-        """Whether the file can be parsed; if not, the claim ends here, and the file is put aside untouched."""
+        """Whether its header can be read; if not, the claim ends here, and the file is put aside untouched."""
         try:
             self._parse()
         except QueueFileError as error:
@@ -141,13 +158,15 @@ class MaildirClaim:
             return
         header = self._header._replace(recipients=recipients)
         try:
-            file = self._folders.write(self._file.path, header, self.envelope.content, self._file.modified)
-        except (OSError, QueueError) as error:
+            file = self._write(self._file.path, header, self._file.modified)
+        except (OSError, QueueError, MemoryError) as error:
             self._tell_unsettled(error)
             return
         self._file.close()
         self._file = file
-        self._parsed = header, dataclasses.replace(self.envelope, recipients=recipients)
+        self._parsed = header, len(serialize_header(header))
+        if self._envelope is not None:
+            self._envelope = dataclasses.replace(self._envelope, recipients=recipients)
         self._forget_deaths()
 
     def _forget_deaths(self) -> None:
@@ -175,15 +194,37 @@ class MaildirClaim:
         return self._back_to_new(str(self._name._replace(deaths=self.deaths + 1)))
 
     def given_up(self) -> bool:
-        """Bury an orphan.  False if that failed (logged)."""
+        """
+        Bury an orphan.  False if that failed (logged).
+
+        Where its reason cannot be written into it (a full disk) it is buried as it is: it has killed others.
+        """
         reason = f'given up: the process that delivered it died, {MAX_DEATHS} times'
-        burial = Burial(self._header.recipients, reason)
-        return self._ended_by(Settlement(counted=False, burials=(burial,))) is None
+        try:
+            self._settle(Settlement(counted=False, burials=(Burial(self._header.recipients, reason),)))
+        except (OSError, QueueError, MemoryError) as error:
+            log_trouble('is given up, which cannot be written into it', self._file.path, error)
+            # If it was written, and that is all that could be done, this takes its place.
+            return self._moved('dead', self._burial_path(self.recipients))
+        finally:
+            self._file.close()
+        return True
+
+    def abandon(self) -> None:
+        """See `IClaim`."""
+        if self._file.closed:
+            return
+        self._rest_until(self._folders.clock() + ABANDONED_REST)
+        self._file.close()
 
     def _back_to_new(self, name: str) -> bool:
+        return self._moved('new', self._folders.place('new', name))
+
+    def _moved(self, folder: str, path: str) -> bool:
+        """Move the file to *path*, which is in *folder*, and end the claim.  False if that failed (logged)."""
         try:
-            self._file.move(self._folders.place('new', name))
-            self._folders.changed('new')
+            self._file.move(path)
+            self._folders.changed(folder)
         except OSError as error:
             log_trouble('stays in progress until the next run', self._file.path, error)
             self._folders.is_in_doubt = True
@@ -200,7 +241,7 @@ class MaildirClaim:
         """End the claim; return why the new state could not be written (logged), if so."""
         try:
             self._settle(settlement)
-        except (OSError, QueueFileError) as error:
+        except (OSError, QueueError, MemoryError) as error:
             self._tell_unsettled(error)
             self._postpone(settlement)
             self._folders.is_in_doubt = True
@@ -236,21 +277,29 @@ class MaildirClaim:
         return settlement.counted or settlement.due is not None or settlement.waiting != self._header.recipients
 
     def _bury(self, burial: Burial, settlement: Settlement) -> None:
+        header = self._next_header(burial.recipients, settlement, burial.reason)
+        self._write(self._burial_path(burial.recipients), header).close()
+
+    def _burial_path(self, recipients: tuple[str, ...]) -> str:
         # Few runs need it.
         import hashlib
 
-        header = self._next_header(burial.recipients, settlement, burial.reason)
-        names = hashlib.sha256('\0'.join(burial.recipients).encode()).hexdigest()
-        path = self._folders.place('dead', f'{self.id}.{names[:8]}')
-        self._folders.write(path, header, self.envelope.content).close()
+        names = hashlib.sha256('\0'.join(recipients).encode()).hexdigest()
+        return self._folders.place('dead', f'{self.id}.{names[:8]}')
 
     def _rewrite(self, settlement: Settlement) -> None:
         """Put the next version of the message in the place of this one, held from its first moment on."""
         header = self._next_header(settlement.waiting, settlement, settlement.last_reply)
         due = self._file.modified if settlement.due is None else settlement.due
-        file = self._folders.write(self._file.path, header, self.envelope.content, due)
+        file = self._write(self._file.path, header, due)
         self._file.close()
         self._file = file
+
+    def _write(self, path: str, header: QueueHeader, due: float | None = None) -> LockedFile:
+        """Write another version of the message; a content that nobody has asked for is not read for that."""
+        if self._envelope is not None:
+            return self._folders.write(path, header, self._envelope.content, due)
+        return self._folders.rewrite(path, header, self._file, self._parse()[1], due)
 
     def _next_header(self, recipients: tuple[str, ...], settlement: Settlement, last_reply: str) -> QueueHeader:
         header = self._header
@@ -263,12 +312,14 @@ class MaildirClaim:
 
     def _postpone(self, settlement: Settlement) -> None:
         """The next version cannot be written (a full disk); keep the old one, which needs no room, and its order."""
-        due = self._folders.clock() + UNSETTLED_REST if settlement.due is None else settlement.due
+        self._rest_until(self._folders.clock() + UNSETTLED_REST if settlement.due is None else settlement.due)
+        self._back_to_new(self._file.name)
+
+    def _rest_until(self, due: float) -> None:
         try:
             os.utime(self._file.fd, (due, due))
         except OSError as error:
             log_trouble('cannot be given its due time', self._file.path, error)
-        self._back_to_new(self._file.name)
 
 
 _FILE_NAME = re.compile(r'(.*?)(?:,stumbles=([0-9]{1,9}))?(?:,deaths=([0-9]{1,9}))?', re.DOTALL)

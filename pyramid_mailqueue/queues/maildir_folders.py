@@ -145,7 +145,18 @@ class MaildirFolders:
 
     def write(self, path: str, header: QueueHeader, content: bytes, due: float | None = None) -> LockedFile:
         """Write a version of a message, durably, put it at *path* and hold it.  Raises OSError."""
-        file = self._write(header, content, due)
+        return self._put_at(path, self._write(header, content, due))
+
+    def rewrite(
+        self, path: str, header: QueueHeader, source: LockedFile, start: int, due: float | None = None
+    ) -> LockedFile:
+        """The same, with the content that begins at *start* in *source*.  It takes no memory, however large that is."""
+        temporary = self.place('tmp', self.new_name())
+        return self._put_at(
+            path, self._holder.create(temporary, [serialize_header(header)], due, rest_of=(source, start))
+        )
+
+    def _put_at(self, path: str, file: LockedFile) -> LockedFile:
         try:
             file.move(path)
         except BaseException:

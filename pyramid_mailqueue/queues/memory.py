@@ -197,6 +197,15 @@ class MemoryClaim:
         """See `IClaim`.  Nothing here outlives a process."""
         return not self._has_ended
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._message.envelope.recipients
+
+    def abandon(self) -> None:
+        """See `IClaim`.  It is in memory already, and its queue dies with the process: nothing is counted."""
+        self.release()
+
     def settle(self, settlement: Settlement) -> None:
         """See `IClaim`."""
         with self._messages.lock:

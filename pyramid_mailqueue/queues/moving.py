@@ -229,7 +229,7 @@ class Move:
     def _move(self, state: str, ids: Sequence[str]) -> None:
         try:
             self._move_batch(state, ids)
-        except DoesNotFit:
+        except (DoesNotFit, MemoryError):
             # Nobody knows which of them.
             for id_ in ids:
                 self._move_alone(state, id_)
@@ -239,6 +239,8 @@ class Move:
             self._move_batch(state, [id])
         except DoesNotFit as error:
             self.report.refused[id] = str(error)
+        except MemoryError as error:
+            self.report.refused[id] = f'there is not enough memory for it: {error}'
 
     def _move_batch(self, state: str, ids: Sequence[str]) -> None:
         batch = self._decisions.new_batch()
@@ -246,7 +248,7 @@ class Move:
         try:
             parcels = self.source.take(batch, state, ids, self.report.refused.__setitem__)
             new_ids = self.target.stage(batch, parcels) if parcels else []
-        except DoesNotFit:
+        except (DoesNotFit, MemoryError):
             # A message that is refused is back where it was; if it is not, the move is at its end.
             self._end(batch, is_decided=False)
             raise

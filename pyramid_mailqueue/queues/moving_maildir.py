@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import io
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from pyramid_mailqueue.queues.maildir import SUPPLY, MaildirQueue
 from pyramid_mailqueue.queues.maildir_claim import FileName, unused
 from pyramid_mailqueue.queues.maildir_folders import MOVING, born_of
 from pyramid_mailqueue.queues.moving import IN, OUT, Parcel, batched
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.queue_file import MAX_HEADER_OCTETS, parse_header
 from pyramid_mailqueue.queues.sql_engine import is_same_database
 
 __all__ = ['DirectoryRecord', 'MaildirSide']
@@ -214,8 +213,7 @@ class MaildirSide:
 
 def _parcel(state: str, file: LockedFile) -> Parcel:
     """Raises QueueFileError, and OSError."""
-    source = io.BytesIO(file.read())
-    header = read_header(source)
+    header, start = parse_header(file.head(MAX_HEADER_OCTETS))
     name = FileName.parse(file.name)
     born = born_of(file.name)
     return Parcel(
@@ -224,7 +222,7 @@ def _parcel(state: str, file: LockedFile) -> Parcel:
         header.queued_at if born is None else born,
         file.modified,
         header,
-        source.read(),
+        file.read(start),
         name.stumbles,
         name.deaths,
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, func, insert, or_, select, text, update
+from sqlalchemy import CTE, Connection, Executable, Row, Update, delete, insert, or_, select, text, update
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from pyramid_mailqueue.envelope import Envelope
@@ -25,13 +25,16 @@ from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.queues.entries import tell_from_header
 from pyramid_mailqueue.queues.moving import IN, MOVED, OUT, DoesNotFit, Parcel, batched
 from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.sql_claim import separated
 from pyramid_mailqueue.queues.sql_deadlines import LONG_SECONDS
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, state_is
 from pyramid_mailqueue.queues.sql_tables import (
     CONTENT,
+    CONTENTS,
     MESSAGES,
     RECIPIENTS,
+    SIZE,
     current_schema,
     database_time,
     has_run_out,
@@ -123,7 +126,7 @@ class SQLSide:
 
     def _sizes(self, state: str) -> Iterator[tuple[str, int]]:
         last = ''
-        columns = (MESSAGES.c.id, func.length(MESSAGES.c.content))
+        columns = (MESSAGES.c.id, SIZE)
         while True:
             page = select(*columns).where(state_is(state), MESSAGES.c.id > last).order_by(MESSAGES.c.id).limit(PAGE)
             rows = self._rows(page)
@@ -167,9 +170,16 @@ class SQLSide:
         """See `Side`."""
         now = self._queue.leases.clock()
         rows = [{**_row(parcel, now), **_mark(_claim(batch, IN, parcel.state))} for parcel in parcels]
+        large = [content for row in rows if (content := separated(row)) is not None]
         statement = insert(MESSAGES).values(lease=database_time() + LEASE)
+
+        def insert_all(connection: Connection) -> None:
+            connection.execute(statement, rows)
+            if large:
+                connection.execute(insert(CONTENTS), large)
+
         try:
-            self._transact(lambda connection: connection.execute(statement, rows))
+            self._transact(insert_all)
         except QueueError as error:
             if isinstance(error.__cause__, (DataError, IntegrityError)):
                 raise DoesNotFit(str(error)) from error

@@ -28,7 +28,16 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, QueueError, QueueFileError
 from pyramid_mailqueue.queues.words import EARLIEST, LATEST
 
-__all__ = ['QueueHeader', 'is_queue_file', 'read_envelope', 'read_header', 'serialize_header', 'writer_of']
+__all__ = [
+    'MAX_HEADER_OCTETS',
+    'QueueHeader',
+    'is_queue_file',
+    'parse_header',
+    'read_envelope',
+    'read_header',
+    'serialize_header',
+    'writer_of',
+]
 
 MAX_HEADER_OCTETS = 1024 * 1024
 # What the other lines of a header can need, now or after later attempts.
@@ -149,7 +158,7 @@ class _CutOffError(QueueFileError):
 
 def read_envelope(data: bytes) -> tuple[QueueHeader, Envelope]:
     """Read a whole queue file.  Raises :class:`~.exceptions.QueueFileError` as :func:`read_header` does."""
-    header, end = _parse_header(data)
+    header, end = parse_header(data)
     return header, Envelope.of_checked(header.sender, header.recipients, data, end)
 
 
@@ -164,13 +173,17 @@ def read_header(fp: BinaryIO) -> QueueHeader:
     data = fp.read(READ_AHEAD)
     if _END not in data:
         data += fp.read(MAX_HEADER_OCTETS - len(data))
-    header, end = _parse_header(data)
+    header, end = parse_header(data)
     fp.seek(begin + end)
     return header
 
 
-def _parse_header(data: bytes) -> tuple[QueueHeader, int]:
-    """Return the header, and where the message begins."""
+def parse_header(data: bytes) -> tuple[QueueHeader, int]:
+    """
+    Return the header at the beginning of *data*, and where the message begins.
+
+    Raises :class:`~.exceptions.QueueFileError` as :func:`read_header` does; :data:`MAX_HEADER_OCTETS` are enough.
+    """
     try:
         fields, end = _read_fields(data)
     except QueueFileError as exc:
@@ -281,9 +294,16 @@ _ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
 _RETRIES = re.compile(r'[0-9]+')
 
 
-# What was queued together has the same second.
-@lru_cache(maxsize=64)
 def _parse_date(name: str, value: str) -> float:
+    seconds = value[-8:-6]
+    if seconds.isascii() and seconds.isdigit() and seconds < '60':
+        # What was queued together has the same minute.
+        return min(_parse_whole_date(name, f'{value[:-8]}00{value[-6:]}') + int(seconds), LATEST)
+    return _parse_whole_date(name, value)
+
+
+@lru_cache(maxsize=64)
+def _parse_whole_date(name: str, value: str) -> float:
     match = _DATE.fullmatch(value)
     if not match:
         raise _bad_date(name, value)

@@ -67,13 +67,21 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, translated
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_claim import ClaimedRow, Contents, NewMessage, SQLClaim, claim_values, claiming
+from pyramid_mailqueue.queues.sql_claim import (
+    ClaimedRow,
+    Contents,
+    NewMessage,
+    SQLClaim,
+    claim_values,
+    claiming,
+    insert_large,
+)
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_deadlines import LOOK_SECONDS, STATEMENT_SECONDS
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_news import listening, tell
 from pyramid_mailqueue.queues.sql_outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
-from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, database_time, has_run_out
+from pyramid_mailqueue.queues.sql_tables import ASIDE, CONTENTS, MESSAGES, database_time, has_run_out
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.sql_admin import SQLAdmin
@@ -170,18 +178,24 @@ class SQLQueue:
     def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
         message = NewMessage.made_of(envelope, self.leases, claimed=claimed, has_begun=claimed)
         seconds = STATEMENT_SECONDS + len(envelope.content) / SLOWEST
-
-        def insert(connection: Connection) -> None:
-            connection.execute(message.statement, message.values)
-            # A commit that waits for a standby is not undone when it is cancelled: it may be durable or not.
-            self.database.deadlines.check()
-
         try:
-            self.database.run(insert, seconds)
+            self.database.run(partial(self._insert, message), seconds)
         except UnicodeError as error:
             raise _sessions().unencodable(error) from error
         log_queued(message.id, envelope)
         return message
+
+    def _insert(self, message: NewMessage, connection: Connection) -> None:
+        def insert_both(connection: Connection) -> None:
+            connection.execute(message.statement, message.values)
+            connection.execute(insert_large(), message.large)
+
+        if message.large is None:
+            connection.execute(message.statement, message.values)
+        else:
+            self.database.in_transaction(connection, insert_both)
+        # A commit that waits for a standby is not undone when it is cancelled: it may be durable or not.
+        self.database.deadlines.check()
 
     def tell_news(self) -> None:
         """Tell those who wait that there is mail which is not claimed.  Raises nothing."""
@@ -295,7 +309,7 @@ class SQLQueue:
             raise translated(
                 ConfigurationError(
                     f'{error} {who} needs a user in mailqueue.sql_url who may SELECT, INSERT, UPDATE and DELETE in '
-                    f'{MESSAGES.name}.'
+                    f'{MESSAGES.name}, and SELECT and INSERT in {CONTENTS.name}.'
                 ),
                 error,
             ) from error

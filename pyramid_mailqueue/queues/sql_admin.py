@@ -49,9 +49,11 @@ from pyramid_mailqueue.queues.sql_tables import (
     CONTENT,
     MESSAGES,
     RECIPIENTS,
+    SIZE,
     has_run_out,
     has_time,
     is_time,
+    part_of_content,
     recipients_of,
 )
 
@@ -84,8 +86,7 @@ _COLUMNS = (
             MESSAGES.c.message_id,
         )
     ),
-    # Neither database reads a content to know its length.
-    func.length(MESSAGES.c.content).label('size'),
+    SIZE,
 )
 
 _OTHER_STATE = {
@@ -143,6 +144,12 @@ class SQLAdmin:
         by_time = statement.where(has_time(MESSAGES.c.queued_at)).order_by(MESSAGES.c.queued_at, MESSAGES.c.id)
         return next(map(_entry, self._rows(by_time.limit(1))), None)
 
+    def crashing(self, deaths: int, most: int) -> list[str]:
+        """See `IQueueAdmin`."""
+        crashing = (state_is('waiting', 'in progress'), MESSAGES.c.deaths >= deaths)
+        found = select(MESSAGES.c.id).where(*crashing).order_by(MESSAGES.c.id).limit(most)
+        return [row.id for row in self._rows(found)]
+
     def stats(self, domains_of: Collection[str]) -> QueueStats:
         """See `IQueueAdmin`.  The database counts but for the domains, for which addresses have to be read."""
         self._leases.flush()
@@ -165,13 +172,14 @@ class SQLAdmin:
             return _entry(row)
         raise _nobody(id)
 
-    def content(self, id: str) -> bytes:
+    def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
-        statement = select(CONTENT).where(MESSAGES.c.id == self._whole(id))
-        content = self._database.run(lambda connection: connection.scalar(statement), CONTENT_SECONDS)
+        meant = CONTENT if most is None else part_of_content(start, most)
+        statement = select(meant).where(MESSAGES.c.id == self._whole(id))
+        content: bytes | None = self._database.run(lambda connection: connection.scalar(statement), CONTENT_SECONDS)
         if content is None:
             raise _nobody(id)
-        return content
+        return content[start:] if most is None else content
 
     def _rows(self, statement: Executable, seconds: float = LOOK_SECONDS) -> list[Row[Any]]:
         return [*self._database.run(lambda connection: connection.execute(statement).all(), seconds)]
@@ -283,7 +291,7 @@ _ADDRESSES: tuple[Any, ...] = (
     MESSAGES.c.id,
     RECIPIENTS,
     MESSAGES.c.queued_at,
-    func.coalesce(func.length(MESSAGES.c.content), 0).label('size'),
+    SIZE,
 )
 
 
@@ -294,7 +302,7 @@ def _counting(now: float) -> Select[Any]:
     as_old: Iterator[Any] = (func.count().filter(is_known, queued_at >= now - 60 * limit) for limit in AGE_LIMITS)
     figures = (
         func.count(),
-        func.coalesce(func.sum(func.length(MESSAGES.c.content)), 0),
+        func.coalesce(func.sum(SIZE), 0),
         func.min(queued_at).filter(is_known),
         func.count().filter(is_known),
         *as_old,

@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,12 +28,26 @@ from pyramid_mailqueue.queues.sql_deadlines import CONTENT_SECONDS
 from pyramid_mailqueue.queues.sql_engine import AS_BYTES
 from pyramid_mailqueue.queues.sql_leases import Leases
 from pyramid_mailqueue.queues.sql_outcomes import UNCLAIMED, named, owned, update_recipients
-from pyramid_mailqueue.queues.sql_tables import CONTENT, MESSAGES, RECIPIENTS, database_time, is_time, recipients_of
+from pyramid_mailqueue.queues.sql_tables import (
+    CONTENT,
+    INLINE,
+    MESSAGES,
+    RECIPIENTS,
+    database_time,
+    is_time,
+    recipients_of,
+)
 
-__all__ = ['ClaimedRow', 'Contents', 'NewMessage', 'SQLClaim', 'claim_values', 'claiming']
-
-#: Contents of so many octets at most are read together.
-SMALL = 64 * 1024
+__all__ = [
+    'ClaimedRow',
+    'Contents',
+    'NewMessage',
+    'SQLClaim',
+    'claim_values',
+    'claiming',
+    'insert_large',
+    'separated',
+]
 
 
 class ClaimedRow(NamedTuple):
@@ -132,14 +147,32 @@ class SQLClaim:
 
     def _read(self) -> Envelope:
         assert self._contents is not None
-        assert self._row.recipients is not None
-        content = self._contents.take(self)
-        if content is None:
-            self._leases.lose([self])
-            raise QueueError('somebody else has it')
         try:
+            content = self._contents.take(self)
+        except KeyError:
+            self._leases.lose([self])
+            raise QueueError('somebody else has it') from None
+        with self._put_aside_if_damaged():
             _check(self._row)
-            return Envelope(self._row.sender, recipients_of(self._row.recipients), content)
+            return Envelope(self._row.sender, self._recipients(), content)
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        if self._envelope is not None:
+            return self._envelope.recipients
+        with self._put_aside_if_damaged():
+            return self._recipients()
+
+    def _recipients(self) -> tuple[str, ...]:
+        assert self._row.recipients is not None
+        return recipients_of(self._row.recipients)
+
+    @contextmanager
+    def _put_aside_if_damaged(self) -> Iterator[None]:
+        """Raises QueueFileError in the place of TypeError and ValueError."""
+        try:
+            yield
         except (TypeError, ValueError) as error:
             self._put_aside(str(error))
             raise QueueFileError(f'its row is damaged: {error}') from error
@@ -170,6 +203,10 @@ class SQLClaim:
         """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql_leases`)."""
         return self._leases.settle(self, settlement)
 
+    def abandon(self) -> None:
+        """See `IClaim`.  Nothing is written: whoever finds that its lease has run out counts a death."""
+        self._leases.forget(self)
+
     def release(self) -> None:
         """See `IClaim`."""
         self._leases.release([self])
@@ -199,20 +236,21 @@ class Contents:
         self._lock = threading.Lock()
         # Whoever has forgotten one of them does not find it here.
         self._unread: WeakSet[SQLClaim] = WeakSet()
-        self._read: dict[str, bytes] = {}
+        # Whatever is in the column: of a damaged row nothing.
+        self._read: dict[str, Any] = {}
 
     def note(self, claims: Iterable[SQLClaim]) -> None:
         """Note the claims of these messages."""
         self._unread = WeakSet(claims)
 
-    def take(self, claim: SQLClaim) -> bytes | None:
-        """Return the content of one message; None if it is not *claim*'s any more.  Raises QueueError."""
+    def take(self, claim: SQLClaim) -> Any:
+        """Return the content of one message; KeyError if it is not *claim*'s any more.  Raises QueueError."""
         with self._lock:
             if claim.token not in self._read:
                 self._read.update(self._fetch(claim))
-            return self._read.pop(claim.token, None)
+            return self._read.pop(claim.token)
 
-    def _fetch(self, claim: SQLClaim) -> dict[str, bytes]:
+    def _fetch(self, claim: SQLClaim) -> dict[str, Any]:
         others = [it for it in self._unread if it is not claim and not it.is_over]
         self._unread.clear()
         statement, values = _reading(self._database.dialect), {**named([claim, *others]), 'asked': claim.id}
@@ -222,7 +260,7 @@ class Contents:
 
 @lru_cache
 def _reading(dialect: str) -> Executable:
-    is_meant = or_(MESSAGES.c.id == bindparam('asked'), func.length(MESSAGES.c.content) <= SMALL)
+    is_meant = or_(MESSAGES.c.id == bindparam('asked'), func.length(MESSAGES.c.content) <= INLINE)
     statement = select(MESSAGES.c.claim, CONTENT).where(owned(dialect), is_meant)
     return statement.execution_options(**{AS_BYTES: True})
 
@@ -234,6 +272,7 @@ class NewMessage:
 
     :param statement: inserts it, given *values*
     :param values: its row
+    :param large: the row of its content, if that has one of its own; for :func:`insert_large`
     :param claim: the claim that will hold when the row is there; None if it is to wait
     """
 
@@ -242,6 +281,7 @@ class NewMessage:
     statement: Insert
     values: dict[str, Any]
     claim: SQLClaim | None
+    large: dict[str, Any] | None
 
     @classmethod
     def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool, has_begun: bool = False) -> NewMessage:
@@ -259,13 +299,30 @@ class NewMessage:
             'subject': subject_of(envelope.content).replace('\0', '\ufffd'),
             'content': envelope.content,
         }
+        large = separated(values)
         if not claimed:
-            return cls(name, envelope, _inserting(None), values, None)
+            return cls(name, envelope, _inserting(None), values, None, large)
         token = _new_token() + name
         row = ClaimedRow(name, token, now, 0, now, envelope.sender, None)
         claim = SQLClaim(leases, row, deadline, envelope=envelope, has_begun=has_begun)
         values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process(), 'deaths': int(has_begun)}
-        return cls(name, envelope, _inserting(leases.lease), values, claim)
+        return cls(name, envelope, _inserting(leases.lease), values, claim, large)
+
+
+def separated(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Take a large content out of the row of a message; return its own row then, for :func:`insert_large`."""
+    if len(values['content']) <= INLINE:
+        return None
+    content, values['content'] = values['content'], None
+    return {'id': values['id'], 'content': content}
+
+
+@lru_cache
+def insert_large() -> Insert:
+    """Return a statement that inserts large contents, after their messages."""
+    from pyramid_mailqueue.queues.sql_schema import LargeContent
+
+    return insert(LargeContent).execution_options(autoflush=False, dml_strategy='raw')
 
 
 @lru_cache(maxsize=4)

@@ -49,6 +49,7 @@ from pyramid_mailqueue.queues.sql_trouble import (
     first_line,
     is_code_of_mistake,
     is_forbidden,
+    is_of_memory,
     is_of_statement,
     is_read_only,
     is_rolled_back_for_others,
@@ -208,7 +209,8 @@ class Database:
         turns out to be closed (a server that was restarted), or leads to a server that takes no changes (a standby); or
         because others were in its way (a deadlock).
 
-        Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself.
+        Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself; and MemoryError for
+        what is too large for this process, or for the server.
         """
         try:
             try:
@@ -221,6 +223,8 @@ class Database:
                     raise
                 return self._try(work, seconds)
         except SQLAlchemyError as error:
+            if is_of_memory(error):
+                raise MemoryError(first_line(error)) from error
             raise translated(self.refusal(error), error) from error
         except TimeoutError as error:
             raise self._silence() from error
@@ -240,7 +244,7 @@ class Database:
 
     def transact(self, work: Callable[[Connection], T], seconds: float = STATEMENT_SECONDS) -> T:
         """The same, as one transaction."""
-        return self.run(lambda connection: self._in_transaction(connection, work), seconds)
+        return self.run(lambda connection: self.in_transaction(connection, work), seconds)
 
     def try_out(self, work: Callable[[Connection], None]) -> None:
         """Do *work* as one transaction, and roll it back.  Raises as :meth:`run` does, or what *work* raises."""
@@ -257,7 +261,7 @@ class Database:
         try:
             with self.connection(LOOK_SECONDS) as connection:
                 self._check_server(connection)
-                self._in_transaction(connection, create_tables)
+                self.in_transaction(connection, create_tables)
         except SQLAlchemyError as error:
             raise translated(self.refusal(error), error) from error
         except TimeoutError as error:
@@ -267,7 +271,8 @@ class Database:
         """Return the statements that create the tables."""
         return ddl(self._engine.url)
 
-    def _in_transaction(self, connection: Connection, work: Callable[[Connection], T]) -> T:
+    def in_transaction(self, connection: Connection, work: Callable[[Connection], T]) -> T:
+        """Return what *work* returns, whose statements are one transaction.  Raises SQLAlchemyError."""
         begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
         connection.exec_driver_sql(begin)
         try:

@@ -87,7 +87,7 @@ def make_engine(written: str | URL) -> Engine:
         connect_args=options,
     )
     # Before SQLAlchemy asks anything: a standby answers nothing where the default is serializable.
-    event.listen(engine, 'connect', _read_committed if dialect == 'postgresql' else _read_anything, insert=True)
+    event.listen(engine, 'connect', _read_committed if dialect == 'postgresql' else _set_up_sqlite, insert=True)
     if engine.dialect.driver == 'psycopg':
         event.listen(engine, 'before_cursor_execute', _ask_for_bytes)
     return engine
@@ -188,9 +188,11 @@ def _read_committed(connection: Any, _record: Any) -> None:
     connection.commit()
 
 
-def _read_anything(connection: Any, _record: Any) -> None:
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
     """A text that is not UTF-8 is shown as such, and does not keep the others of its statement from being read."""
     connection.text_factory = _as_text
+    # The content of a message goes with it.
+    connection.execute('PRAGMA foreign_keys = ON')
 
 
 def _as_text(octets: bytes) -> str:

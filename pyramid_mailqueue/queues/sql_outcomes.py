@@ -42,7 +42,7 @@ from sqlalchemy import (
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.sql_tables import ASIDE, MESSAGES, has_run_out
+from pyramid_mailqueue.queues.sql_tables import ASIDE, CONTENTS, MESSAGES, has_run_out
 
 __all__ = [
     'IS_SEEN',
@@ -196,9 +196,12 @@ def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: 
     if not _update_owned(connection, claim, {**attempt, **left}):
         return set()
     for burial in burials:
-        if connection.scalar(_copy(claim.id, {**_buried(burial), **UNCLAIMED})) is None:
-            raise QueueError(UNCHANGED)
+        _copy(connection, claim.id, {**_buried(burial), **UNCLAIMED})
     return {claim.token}
+
+
+# How many rows a message with a large content has.
+_WITH_CONTENT = 2
 
 
 @dataclass
@@ -217,9 +220,10 @@ def try_everything(connection: Connection) -> None:
     """
     probe = _Probe(f'probe.{secrets.token_hex(10)}', secrets.token_hex(10))
     row = {'id': probe.id, 'state': 'in progress', 'claim': probe.token, 'due': 0, 'queued_at': 0, 'recipients': []}
-    connection.execute(insert(MESSAGES).values(**row, sender='', message_id='', subject='', content=b''))
-    copied = connection.scalar(_copy(probe.id, {'state': 'dead', **UNCLAIMED}))
-    if not (copied and update_recipients(connection, probe, []) and delete_done(connection, [probe])):
+    connection.execute(insert(MESSAGES).values(**row, sender='', message_id='', subject=''))
+    connection.execute(insert(CONTENTS).values(id=probe.id, content=b''))
+    is_whole = _copy(connection, probe.id, {'state': 'dead', **UNCLAIMED}) == _WITH_CONTENT
+    if not (is_whole and update_recipients(connection, probe, []) and delete_done(connection, [probe])):
         raise QueueError(UNCHANGED)
 
 
@@ -257,13 +261,21 @@ def _text(text: str) -> str:
     return text.replace('\0', ' ')
 
 
-def _copy(id: str, values: Mapping[str, Any]) -> Executable:
-    """A new row, as that of *id* is now but for *values*; its content never leaves the database."""
-    columns = MESSAGES.c
+def _copy(connection: Connection, id: str, values: Mapping[str, Any]) -> int:
+    """
+    Add a message that is as that of *id* now but for *values*; return how many rows it has.
+
+    Its content never leaves the database.  Raises SQLAlchemyError, or QueueError where nothing is done.
+    """
     new = {'id': f'{id}.{secrets.token_hex(4)}', **values}
-    selected = [literal(new[c.name], c.type) if c.name in new else c for c in columns]
-    new_row = insert(MESSAGES).from_select([*columns.keys()], select(*selected).where(MESSAGES.c.id == id))
-    return new_row.returning(MESSAGES.c.id)
+    rows = 0
+    for table in (MESSAGES, CONTENTS):
+        selected = [literal(new[c.name], c.type) if c.name in new else c for c in table.c]
+        copy = insert(table).from_select([*table.c.keys()], select(*selected).where(table.c.id == id))
+        rows += len(connection.scalars(copy.returning(table.c.id)).all())
+        if not rows:
+            raise QueueError(UNCHANGED)
+    return rows
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:

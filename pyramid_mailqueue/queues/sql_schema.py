@@ -9,9 +9,9 @@ from __future__ import annotations
 from sqlalchemy.orm import DeclarativeBase, deferred
 
 from pyramid_mailqueue.queues import sql_tables
-from pyramid_mailqueue.queues.sql_tables import MESSAGES, VERSIONS, metadata
+from pyramid_mailqueue.queues.sql_tables import CONTENTS, MESSAGES, VERSIONS, metadata
 
-__all__ = ['Message', 'SchemaVersion', 'metadata']
+__all__ = ['LargeContent', 'Message', 'SchemaVersion', 'metadata']
 
 
 class _Base(DeclarativeBase):
@@ -24,6 +24,14 @@ class Message(_Base):
     __table__ = MESSAGES
 
     content = deferred(MESSAGES.c.content)
+
+
+class LargeContent(_Base):
+    """The content of one message; see :data:`~.sql_tables.CONTENTS`."""
+
+    __table__ = CONTENTS
+
+    content = deferred(CONTENTS.c.content)
 
 
 class SchemaVersion(_Base):

@@ -21,7 +21,7 @@ from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
-from pyramid_mailqueue.queues.sql_claim import NewMessage
+from pyramid_mailqueue.queues.sql_claim import NewMessage, insert_large
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_engine import shown
 from pyramid_mailqueue.queues.sql_schema import Message
@@ -92,7 +92,7 @@ def _has_joined(session: Session, txn: Any) -> bool:
 
 def insert_into(session: Session, message: NewMessage) -> None:
     """
-    INSERT a row.  The session's own pending objects are left alone.  Raises QueueError.
+    INSERT a message.  The session's own pending objects are left alone.  Raises QueueError.
 
     Whoever has to know that the session has changed hears of it by the event of an ORM statement.  Where that is nobody
     but zope.sqlalchemy it is told directly: what SQLAlchemy does about the event costs a tenth of such a transaction.
@@ -104,6 +104,8 @@ def insert_into(session: Session, message: NewMessage) -> None:
         marks: list[Any] = [getattr(it, 'mark_changed', None) for it in listeners]
         if None in marks:
             session.execute(statement, values)
+            if message.large is not None:
+                session.execute(insert_large(), message.large, bind_arguments=_destination())
             return
         for mark_changed in marks:
             mark_changed(session)
@@ -111,6 +113,8 @@ def insert_into(session: Session, message: NewMessage) -> None:
         # Those of a session are new in SQLAlchemy 2.1.
         options = getattr(session, 'execution_options', {})
         connection.execute(statement, values, execution_options=options)
+        if message.large is not None:
+            connection.execute(insert_large(), message.large, execution_options=options)
 
 
 _INSERT = insert(Message)

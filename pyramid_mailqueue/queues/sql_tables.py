@@ -5,14 +5,16 @@ The tables of the queue in a database.
 does it for the others.  Times are in seconds since the epoch, so that both databases say and compare them alike.
 Nothing here needs the ORM of SQLAlchemy: importing that would take a fifth of the time of an mq-run with nothing to do.
 
-A message is one row.  Its content is the last column: whoever claims or lists messages does not read it.  PostgreSQL
-keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone when the row changes.
+A message is one row.  A small content is the last column of it: whoever claims or lists messages does not read it.  A
+large one is a row of another table: where anything changes in a row SQLite has all of it in memory, and writes it.
+PostgreSQL keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone then.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
@@ -22,6 +24,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Float,
+    ForeignKey,
     Index,
     Integer,
     LargeBinary,
@@ -45,9 +48,12 @@ from sqlalchemy.sql.expression import FunctionElement
 __all__ = [
     'ASIDE',
     'CONTENT',
+    'CONTENTS',
+    'INLINE',
     'MESSAGES',
     'NOT_NOTED',
     'RECIPIENTS',
+    'SIZE',
     'VERSION',
     'VERSIONS',
     'create_tables',
@@ -58,6 +64,7 @@ __all__ = [
     'has_time',
     'is_time',
     'metadata',
+    'part_of_content',
     'recipients_of',
     'schema_in_sight',
     'version_of',
@@ -110,8 +117,19 @@ MESSAGES = Table(
     Column('recipients', JSON, nullable=False),
     Column('message_id', Text, nullable=False),
     Column('subject', Text, nullable=False),
+    Column('content', LargeBinary),
+)
+
+#: The contents of more than :data:`INLINE` octets, which are in the place of that in the row of the message.
+CONTENTS = Table(
+    'mailqueue_content',
+    metadata,
+    Column('id', _Id, ForeignKey(MESSAGES.c.id, ondelete='CASCADE'), primary_key=True),
     Column('content', LargeBinary, nullable=False),
 )
+
+#: How many octets of content are in the row of the message, at most.
+INLINE = 64 * 1024
 
 
 # --- what may be damaged -----------------------------------------------------
@@ -122,8 +140,23 @@ MESSAGES = Table(
 #: The recipients of a row, for :func:`recipients_of`.
 RECIPIENTS = cast(MESSAGES.c.recipients, Text).label('recipients')
 
+
+def _of_content(value: Callable[[Any], Any]) -> ColumnElement[Any]:
+    """Return *value* of the content of a message, wherever that is; NULL if it is nowhere."""
+    elsewhere = select(value(CONTENTS.c.content)).where(CONTENTS.c.id == MESSAGES.c.id).scalar_subquery()
+    return func.coalesce(value(MESSAGES.c.content), elsewhere)
+
+
 #: The content of a row: octets, also where SQLite has a text.
-CONTENT = cast(MESSAGES.c.content, LargeBinary).label('content')
+CONTENT = _of_content(lambda content: cast(content, LargeBinary)).label('content')
+
+#: Its octets.  Neither database reads a content to know its length.
+SIZE = func.coalesce(_of_content(func.length), 0).label('size')
+
+
+def part_of_content(start: int, most: int) -> ColumnElement[bytes]:
+    """Return the octets of the content from *start* on, *most* of them."""
+    return _of_content(lambda content: func.substr(cast(content, LargeBinary), start + 1, most, type_=LargeBinary()))
 
 
 def recipients_of(written: str) -> tuple[str, ...]:
@@ -177,6 +210,7 @@ _index('aside', MESSAGES.c.state, MESSAGES.c.id, where=f'state IN {ASIDE}')
 
 
 @event.listens_for(MESSAGES, 'after_create')
+@event.listens_for(CONTENTS, 'after_create')
 def _keep_contents_apart(table: Table, connection: Connection, **_: Any) -> None:
     if connection.dialect.name == 'postgresql':
         # A row that is claimed and deleted within seconds is not worth compressing.

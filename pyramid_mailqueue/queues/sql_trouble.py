@@ -22,6 +22,7 @@ __all__ = [
     'first_line',
     'is_code_of_mistake',
     'is_forbidden',
+    'is_of_memory',
     'is_of_statement',
     'is_read_only',
     'is_rolled_back_for_others',
@@ -44,6 +45,12 @@ _ROLLED_BACK = '40'
 
 # SQLSTATE read_only_sql_transaction.
 _READ_ONLY = '25006'
+
+# SQLSTATE out_of_memory, and program_limit_exceeded.
+_TOO_LARGE = ('53200', '54000')
+
+# By libpq, which has no codes of its own, and by servers of texts of more than 1 GB.
+_SAID_OF_MEMORY = ('out of memory', 'cannot allocate memory for', 'invalid memory alloc request size')
 
 # Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
 _OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
@@ -107,6 +114,12 @@ def is_rolled_back_for_others(error: SQLAlchemyError) -> bool:
 def is_read_only(error: SQLAlchemyError) -> bool:
     """Whether the server takes no changes: a standby, or a primary that is none any more."""
     return _code_of(error) == _READ_ONLY
+
+
+def is_of_memory(error: SQLAlchemyError) -> bool:
+    """Whether a row was too large for the memory of the driver, or of the server."""
+    words = said(error)
+    return _code_of(error) in _TOO_LARGE or any(known in words for known in _SAID_OF_MEMORY)
 
 
 def is_strange_to_driver(error: Exception) -> bool:

@@ -49,6 +49,13 @@ def test_a_queue_is_judged_by_its_limits_and_by_what_somebody_has_to_look_at(cou
     assert all(PERFORMANCE_DATA.fullmatch(value) for value in data.split())
 
 
+def test_a_message_that_ends_processes_again_and_again_is_a_warning_with_its_id():
+    verdict = judge({'waiting': 1}, None, None, None, ['x|y'])
+
+    assert verdict.status == WARNING
+    assert verdict.text.startswith('MAILQUEUE WARNING - delivery dies of x?y again and again | oldest=')
+
+
 def test_the_performance_data_have_every_number_with_its_limit():
     counts = {state: number for number, state in enumerate(STATES)}
 

@@ -381,6 +381,32 @@ class Claim:
     def release(self):
         self.steps.append('released')
 
+    def abandon(self):
+        self.steps.append('abandoned')
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RecursionError(), ZeroDivisionError()])
+def test_a_message_that_makes_the_program_fail_is_abandoned_and_the_others_are_delivered(says, error):
+    steps = []
+    good = Claim(Envelope('a@x.example', ('b@x.example',), b'Hello\r\n'), steps)
+    claims = iter([Claim(error, steps), good])
+
+    class Claims:
+        opens_first = is_over = False
+
+        def take(self):
+            return next(claims, None)
+
+        take_now = take
+
+        def hand_over(self, claims):
+            return False
+
+    results = [*MessageHandler([says(YES)]).deliver_all(Claims())]
+
+    assert [claim for claim, _ in results] == [good]
+    assert steps == ['abandoned', 'settled']
+
 
 @pytest.mark.parametrize(
     'error', [QueueFileError('Envelope-to is missing'), OSError(5, 'Input/output error'), PermissionError(13, 'no')]

@@ -360,7 +360,7 @@ class Unreadable:
     id = 'unreadable'
 
     @property
-    def envelope(self):
+    def recipients(self):
         raise QueueFileError('Envelope-to is missing')
 
 

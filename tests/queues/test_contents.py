@@ -149,3 +149,11 @@ def test_whatever_a_message_holds_the_inbox_of_the_demo_shows_it(inbox, content)
     assert mail.recipient == 'ada@x.example'
     for text in (mail.sender, mail.subject, mail.text, mail.source):
         assert text.encode() is not None
+
+
+def test_a_message_with_very_many_parts_is_not_taken_apart():
+    part = b'--x\r\n\r\n\r\n'
+    contents = read_contents(b'Content-Type: multipart/mixed; boundary=x\r\n\r\n' + part * 100_000 + b'--x--\r\n')
+
+    assert contents.problem == 'This message is too large to be taken apart here.'
+    assert contents.header == (('Content-Type', 'multipart/mixed; boundary=x'),)

@@ -1447,15 +1447,27 @@ def test_deaths_that_cannot_be_forgotten_are_told_of_and_what_was_kept_is_kept(q
     assert claim(queue).envelope.recipients == ('b@x.example',)
 
 
-def test_a_burial_that_fails_is_not_reported_as_one(queue, told):
+def test_a_burial_whose_reason_cannot_be_written_keeps_the_file_as_it_is(queue, told):
     at(queue, 'cur', 'x,deaths=4').write_bytes(HEADER)
 
     with intercepted(Fault('ENOSPC', 1, lasts=True)) as fault:
         fault._can_fail = lambda call: call.name == 'writev'
+        assert queue.recover(time.time()).buried == ('x',)
+
+    (dead,) = names(queue, 'dead')
+    assert at(queue, 'dead', dead).read_bytes() == HEADER
+    assert [entry.id for entry in queue.admin.entries(['dead'])] == [dead]
+    assert told(level='ERROR', status='trouble', problem='is given up, which cannot be written into it')
+
+
+def test_a_burial_that_fails_is_not_reported_as_one(queue, told):
+    at(queue, 'cur', 'x,deaths=4').write_bytes(HEADER)
+
+    with intercepted(Fault('EACCES', 1, lasts=True, can_fail=lambda call: call.name == 'rename')):
         assert queue.recover(time.time()).buried == ()
 
-    assert names(queue, 'new') == ['x,deaths=4']
-    assert told(level='CRITICAL', status='unsettled')
+    assert names(queue, 'cur') == ['x,deaths=4']
+    assert told(level='ERROR', status='trouble', problem='stays in progress until the next run')
 
 
 def in_doubt(queue):

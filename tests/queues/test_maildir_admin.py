@@ -905,3 +905,11 @@ def test_whatever_people_do_while_mail_is_delivered_each_message_arrives_once(qu
 
     assert where(queue) == {}
     assert sorted(notes.delivered) == sorted(envelope.recipients[0] for envelope in envelopes)
+
+
+def test_messages_that_have_ended_processes_are_named(queue):
+    for folder, name in [('new', 'a'), ('new', 'b,deaths=1'), ('new', 'c,stumbles=9,deaths=2'), ('cur', 'd,deaths=4')]:
+        Path(queue.place(folder, name)).write_bytes(GARBAGE)
+
+    assert sorted(queue.admin.crashing(2, 10)) == ['c', 'd']
+    assert len(queue.admin.crashing(1, 2)) == 2

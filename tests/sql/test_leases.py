@@ -15,9 +15,10 @@ from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.queues import sql_leases
 from pyramid_mailqueue.queues.sql import MAX_DEATHS
-from pyramid_mailqueue.queues.sql_claim import SMALL, NewMessage
+from pyramid_mailqueue.queues.sql_claim import NewMessage
 from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql_leases import BATCH
+from pyramid_mailqueue.queues.sql_tables import INLINE
 from tests.crash.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
@@ -490,7 +491,7 @@ def test_what_the_database_refuses_is_told_and_keeps_others_back(postgres_url, m
 
 def test_small_contents_are_read_together_and_a_large_one_when_it_is_asked_for(url, make_queue):
     queue = make_queue(url)
-    sizes = {queue.put(Envelope('', (ADA,), b'x' * size)): size for size in (10, 20, SMALL + 1, 30)}
+    sizes = {queue.put(Envelope('', (ADA,), b'x' * size)): size for size in (10, 20, INLINE + 1, 30)}
     claims = queue._claim_after((-1, ''), LATER, 4)
     statements = []
     event.listen(queue.database.engine, 'before_cursor_execute', lambda *it: statements.append(it[2]))
