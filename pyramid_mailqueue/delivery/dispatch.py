@@ -21,7 +21,6 @@ it was, where mq-run finds it.  The delivery thread comes back to it after that,
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import queue
 import sys
@@ -33,13 +32,14 @@ from collections.abc import Callable, Sequence
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 
 __all__ = ['BackgroundDispatcher', 'InlineDispatcher', 'threads_run_here']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How many claims may wait for the delivery thread, and how many messages it remembers over a pause.
 MAX_CLAIMS = 256

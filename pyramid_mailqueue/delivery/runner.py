@@ -27,7 +27,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
@@ -36,7 +36,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How long a run that was told to end waits for the messages in hand, in seconds.
 PATIENCE = 30
