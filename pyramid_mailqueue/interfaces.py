@@ -361,11 +361,13 @@ class IClaim(Contract, Protocol):
     def envelope(self) -> Envelope:
         """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool | None:
         """
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
         If the new state cannot be written the message stays as it was, waiting; that is logged, not raised.
+
+        :return: False if it was not written; anything else says that it was, or is going to be
         """
 
     def keep(self, recipients: tuple[str, ...]) -> None:

@@ -123,10 +123,11 @@ class QueuedMessage:
         """See `IClaim`."""
         self._claim.keep(recipients)
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool | None:
         """See `IClaim`."""
-        self._claim.settle(settlement)
+        is_written = self._claim.settle(settlement)
         self._end()
+        return is_written
 
     def release(self) -> None:
         """See `IClaim`."""

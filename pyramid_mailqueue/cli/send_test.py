@@ -226,9 +226,9 @@ class ClaimForOneAttempt:
         self.queued_at = claim.queued_at
         self.envelope = claim.envelope
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool | None:
         """See `IClaim`."""
-        self._claim.settle(Settlement())
+        return self._claim.settle(Settlement())
 
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""

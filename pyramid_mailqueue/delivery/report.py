@@ -14,7 +14,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, delivery_log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 
@@ -39,6 +39,7 @@ class Account(NamedTuple):
     :param attempts: how many were made before this one
     :param queued_at: when the message came into the queue, in seconds since the epoch
     :param now: the same, of the attempt
+    :param is_written: whether its outcome is in the queue; else the message waits there as it was
     """
 
     id: str
@@ -47,6 +48,7 @@ class Account(NamedTuple):
     attempts: int
     queued_at: float
     now: float
+    is_written: bool = True
 
     @property
     def age(self) -> float:
@@ -145,7 +147,7 @@ class _Outcome(NamedTuple):
     """
     What became of one recipient.
 
-    :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried`` or ``discarded``
+    :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried``, ``discarded`` or ``unsettled``
     :param via: the transport that had the last word
     :param smtp: what a server said
     :param error: what else went wrong
@@ -164,7 +166,8 @@ def _outcomes(account: Account, settlement: Settlement) -> Iterator[_Outcome]:
         for recipient, reply in answer.replies.items():
             said.setdefault(recipient, []).append((answer, reply))
     fates = {recipient: _status_of(burial) for burial in settlement.burials for recipient in burial.recipients}
-    fates |= dict.fromkeys(settlement.waiting, 'deferred' if settlement.counted else '')
+    of_waiting = 'unsettled' if not account.is_written else 'deferred' if settlement.counted else ''
+    fates |= dict.fromkeys(settlement.waiting, of_waiting)
     troubles = [str(answer.trouble) for answer in account.answers if answer.trouble is not None]
     for recipient in account.envelope.recipients:
         words = said.get(recipient, [])
@@ -210,7 +213,7 @@ def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement)
     if account.id:
         figures = {'attempts': account.attempts + settlement.counted, 'delay': f'{account.age:.1f}'}
 
-    def log(logger: logging.Logger, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
+    def log(logger: Log, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
         log_event(logger, level, status=status, **common, to=','.join(to), via=via, **figures, **said)
 
     for it in outcomes:

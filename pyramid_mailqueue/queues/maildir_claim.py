@@ -147,10 +147,9 @@ class MaildirClaim:
             self._file.close()
         return True
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool:
         """See `IClaim`."""
-        if not self._file.closed:
-            self._ended_by(settlement)
+        return not self._file.closed and self._ended_by(settlement)
 
     def _ended_by(self, settlement: Settlement) -> bool:
         """End the claim; False if the new state could not be written (logged)."""

@@ -189,17 +189,18 @@ class MemoryClaim:
         """See `IClaim`."""
         return self._message.envelope
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool:
         """See `IClaim`."""
         with self._messages.lock:
             if not self._end():
-                return
+                return False
             for burial in settlement.burials:
                 self._messages.bury(self._next(burial.recipients, settlement, burial.reason))
             if settlement.waiting:
                 self._messages.by_id[self.id] = self._waiting(settlement)
             else:
                 del self._messages.by_id[self.id]
+            return True
 
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""

@@ -90,6 +90,7 @@ class SQLClaim:
         self.deaths = row.deaths
         self.deadline = deadline
         self.is_confirmed = is_confirmed
+        self.is_written = True
 
     def __repr__(self) -> str:
         return f'<SQLClaim {self.id}>'
@@ -146,9 +147,9 @@ class SQLClaim:
         if not is_ours:
             self._leases.lose([self])
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> bool:
         """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql_leases`)."""
-        self._leases.settle(self, settlement)
+        return self._leases.settle(self, settlement)
 
     def release(self) -> None:
         """See `IClaim`."""

@@ -28,7 +28,7 @@ from typing import Protocol
 
 from sqlalchemy import select, update
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
 from pyramid_mailqueue.forks import call_in_children
@@ -38,7 +38,7 @@ from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'ENOUGH', 'LINGER', 'Leases', 'elapsed']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How many messages that are done are not deleted, at most.
 BATCH = 100
@@ -62,9 +62,10 @@ IDLE = 10
 class HeldClaim(Claimed, Protocol):
     """What is noted of a claim while it is held."""
 
-    # Until when the lease holds at least, by the timer; and whether the row was seen.
+    # Until when the lease holds at least, by the timer; whether the row was seen; and whether its end was not refused.
     deadline: float
     is_confirmed: bool
+    is_written: bool
 
 
 def elapsed() -> float:
@@ -162,10 +163,10 @@ class Leases:
 
     # -- the ends of claims
 
-    def settle(self, claim: HeldClaim, settlement: Settlement) -> None:
+    def settle(self, claim: HeldClaim, settlement: Settlement) -> bool:
         """See `IClaim`."""
         if not self.forget(claim):
-            return
+            return False
         is_done = not (settlement.waiting or settlement.burials)
         with self._changed:
             self._ended.append((claim, settlement))
@@ -176,6 +177,7 @@ class Leases:
                 self._changed.notify_all()
         if not may_linger:
             self.flush()
+        return claim.is_written
 
     def release(self, claims: Sequence[HeldClaim]) -> None:
         """See `IClaim`."""
@@ -231,7 +233,7 @@ class Leases:
         while batch:
             claim, end = batch[0]
             assert end is not None
-            self._write_some([claim], partial(self._settle, claim, end))
+            claim.is_written = self._write_some([claim], partial(self._settle, claim, end))
             del batch[0]
 
     def _settle(self, claim: HeldClaim, settlement: Settlement) -> set[str]:
@@ -247,8 +249,8 @@ class Leases:
                 raise
             return self.database.transact(partial(write, settlement=plain))
 
-    def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> None:
-        """Raises DatabaseAway."""
+    def _write_some(self, claims: Sequence[HeldClaim], write: Callable[[], set[str]]) -> bool:
+        """Whether all was written.  Raises DatabaseAway."""
         try:
             ours = write()
         except DatabaseAway:
@@ -257,8 +259,9 @@ class Leases:
             reason = 'its outcome cannot be written; it waits as it was, and may be delivered again'
             for claim in claims:
                 log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
-        else:
-            self._tell_lost(claims, ours)
+            return False
+        self._tell_lost(claims, ours)
+        return all(claim.token in ours for claim in claims)
 
     def _tell_lost(self, claims: Collection[HeldClaim], ours: set[str]) -> None:
         for claim in claims:

@@ -338,6 +338,7 @@ def test_a_recovery_that_fails_is_completed_by_the_next_one(rounds, told, in_dou
                 'discarded': 2 if in_doubt == 'discard' else 0,
                 'swept': 1,
                 'half_way': 0,
+                'expired': 0,
             }
 
 
