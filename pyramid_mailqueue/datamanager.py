@@ -43,7 +43,7 @@ import transaction
 import transaction.interfaces
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import log_event
+from pyramid_mailqueue.delivery.logs import Log, log_event
 from pyramid_mailqueue.delivery.results import DROPPED, Dropped
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
@@ -51,7 +51,7 @@ from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, I
 
 __all__ = ['MailDataManager']
 
-log = logging.getLogger('mailqueue.queue_log')
+log = Log('mailqueue.queue_log')
 
 _NEVER_ENDED = (
     "its transaction was never committed: write 'with transaction.manager:' around send() (in Pyramid 'with "

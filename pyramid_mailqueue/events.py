@@ -12,18 +12,17 @@ request, and no transaction of one.  What they raise is logged by their name, an
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 from zope.interface import providedBy
 
-from pyramid_mailqueue.delivery.logs import name_of
+from pyramid_mailqueue.delivery.logs import Log, name_of
 from pyramid_mailqueue.envelope import Envelope
 
 __all__ = ['MailBuried', 'MailDeferred', 'MailDelivered', 'MailEvent', 'MailQueued', 'notify']
 
-log = logging.getLogger('mailqueue.plugins')
+log = Log('mailqueue.plugins')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,10 @@ def refuse_root(queue_dir: Path | None, command: str) -> None:
         return
     # The folders inside are made by the application, whoever owns the one around them.
     places = (queue_dir / 'new', queue_dir, *queue_dir.parents)
-    owner = next(path for path in places if path.exists()).stat().st_uid
+    try:
+        owner = next(path for path in places if path.exists()).stat().st_uid
+    except OSError as error:
+        raise QueueError(f'The queue directory {queue_dir} cannot be used: {error.strerror}') from error
     if owner == 0:
         return
     user = user_name(owner)
@@ -218,7 +221,8 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
         status = EX_IOERR
     except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
         complain(command, 'this is a defect of pyramid_mailqueue; please report it with these lines:')
-        traceback.print_exc()
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
         status = EX_SOFTWARE
     _let_go_of_stderr()
     return status
@@ -234,9 +238,10 @@ def _let_go_of_stderr() -> None:
 
 
 def complain(command: str, text: str) -> None:
-    """Tell a person on stderr what is wrong, one line or several."""
-    for line in text.splitlines():
-        print(f'{command}: {printable(line)}', file=sys.stderr)
+    """Tell a person on stderr what is wrong, one line or several.  If nobody hears it, that changes nothing."""
+    with suppress(OSError, ValueError):
+        for line in text.splitlines():
+            print(f'{command}: {printable(line)}', file=sys.stderr)
 
 
 def silence_stdout() -> None:

@@ -20,13 +20,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from pyramid_mailqueue.cli.service import stream_at
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.exceptions import ConfigurationError, described
 from pyramid_mailqueue.settings import Settings, known_keys
 
 __all__ = ['has_app', 'parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
 
 #: What a command also prints; it is logged for those whose logs go elsewhere.
-run_log = logging.getLogger('mailqueue.run')
+run_log = Log('mailqueue.run')
 
 # What plaster makes of a plain path with one of these suffixes: known without a look at every installed package.
 _INI_SCHEMES = ('file+ini', 'file+conf', 'file+cfg')
@@ -437,9 +439,13 @@ def _log_to_file(name: str, path: Path) -> None:
     from logging.handlers import WatchedFileHandler
 
     try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        handler = WatchedFileHandler(path, encoding='utf-8')
+        handler: logging.Handler
+        if stream := stream_at(path):
+            handler = logging.StreamHandler(stream)
+        else:
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            handler = WatchedFileHandler(path, encoding='utf-8')
     except OSError as exc:
         raise ConfigurationError(f'{name} = {path}: cannot be written ({exc.strerror}).') from exc
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S%z'))

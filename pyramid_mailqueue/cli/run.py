@@ -7,6 +7,12 @@ when there was nothing to do.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    # Before the imports below, which take their time.
+    from pyramid_mailqueue.cli.signals import EarlySignals
+
+    SIGNALS = EarlySignals()
+
 import argparse
 import logging
 import math
@@ -34,11 +40,11 @@ from pyramid_mailqueue.cli.common import (
     read_settings,
     refuse_root,
     require_queue,
-    silence_stdout,
 )
 from pyramid_mailqueue.cli.config import parse_override, read_app_settings, run_log, setup_logging
 from pyramid_mailqueue.cli.progress import open_progress
-from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
+from pyramid_mailqueue.cli.service import guard_logs, notify_systemd, reopen_log_files, steady_outputs
+from pyramid_mailqueue.cli.signals import EarlySignals
 from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
@@ -52,6 +58,8 @@ WATCH_INTERVAL = 5
 
 #: The summary counts so many that wait, at most: a database would take its time to count all of a long backlog.
 MOST_WAITING = 10_000
+
+STOPPED = 'stopped; what was not delivered waits for the next run'
 
 _EPILOG = """\
 exit status:
@@ -68,13 +76,19 @@ Run it as the user that the application runs as: both must be able to read and w
 """
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command with the arguments *argv*, those of the process if None, and exit."""
+def main(argv: Sequence[str] | None = None, *, signals: EarlySignals | None = None) -> NoReturn:
+    """
+    Run the command with the arguments *argv*, those of the process if None, and exit.
+
+    :param signals: those that have come while it started; by default they are heard from now on
+    """
+    signals = signals or EarlySignals()
     parser = _parser()
     arguments = parse_runner_arguments(parser, _with_interval(sys.argv[1:] if argv is None else argv))
     if arguments.app and arguments.queue_dir:
         parser.error('with --app the queue is that of the application: leave out the queue directory')
-    sys.exit(exit_status_of('mq-run', lambda: _run(arguments)))
+    with steady_outputs():
+        sys.exit(exit_status_of('mq-run', lambda: _run(arguments, signals)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,14 +134,28 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    runner = _build_runner(arguments)
-    with closing(runner), _heard_signals(reopens_logs=arguments.watch is not None) as signals:
-        if arguments.watch is None:
-            return _run_once(runner, signals, arguments)
-        listening = getattr(runner.queue, 'listening', None)
-        with nullcontext() if listening is None else listening(signals.on_mail):
-            return _watch(runner, signals, arguments)
+def _run(arguments: argparse.Namespace, early: EarlySignals) -> int:
+    try:
+        with (
+            _heard_signals(early, reopens_logs=arguments.watch is not None) as signals,
+            closing(_build_runner(arguments)) as runner,
+            signals.work_begins(),
+        ):
+            return _work(runner, signals, arguments)
+    except _StoppedAtOnce:
+        if arguments.watch is not None:
+            return EX_OK
+        _complain(STOPPED)
+        return EX_TEMPFAIL
+
+
+def _work(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
+    guard_logs()
+    if arguments.watch is None:
+        return _run_once(runner, signals, arguments)
+    listening = getattr(runner.queue, 'listening', None)
+    with nullcontext() if listening is None else listening(signals.on_mail):
+        return _watch(runner, signals, arguments)
 
 
 def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
@@ -157,6 +185,7 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
     signals.reload = runner.handler.reload
     notify_systemd('READY=1')
     while not signals.stop.requested and left != 0 and (rest := end - time.monotonic()) > 0:
+        guard_logs()
         try:
             runner.round(signals.stop, max_messages=left, max_seconds=None if arguments.max_time is None else rest)
             trouble: Exception | None = runner.report.trouble
@@ -185,7 +214,7 @@ def tell_of(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     if report.trouble:
         _complain_of(report.trouble)
     if report.stopped:
-        _complain('stopped; what was not delivered waits for the next run')
+        _complain(STOPPED)
     _summarize(report, runner, verbose=verbose)
 
 
@@ -199,18 +228,34 @@ def _complain(text: str) -> None:
     complain('mq-run', text)
 
 
+class _StoppedAtOnce(KeyboardInterrupt):
+    """Nothing is in hand.  An application that is being loaded does what it does at Ctrl-C."""
+
+
 class _Signals:
     """What the signals that have come ask for."""
 
     def __init__(self) -> None:
         self.stop = Stop(on_news=self._tend_to_logs, on_ending=_tell_ending)
+        self._is_working = False
         self._logs_are_stale = False
         self._has_mail = False
         self.reload: Callable[[], None] = _do_nothing
 
+    @contextmanager
+    def work_begins(self) -> Iterator[None]:
+        """Until the end of the ``with`` block there may be messages in hand, which are finished first."""
+        self._is_working = True
+        try:
+            yield
+        finally:
+            self._is_working = False
+
     def on_stop(self, _number: int, _frame: FrameType | None) -> None:
         """End when the messages in hand are finished: a process that dies over one counts against it."""
         self.stop.request()
+        if not self._is_working:
+            raise _StoppedAtOnce
 
     def on_rotation(self, _number: int, _frame: FrameType | None) -> None:
         """Go on in new log files, and with the certificate authorities that there are now."""
@@ -253,23 +298,19 @@ def _tell_ending() -> None:
 
 
 @contextmanager
-def _heard_signals(*, reopens_logs: bool) -> Iterator[_Signals]:
+def _heard_signals(early: EarlySignals, *, reopens_logs: bool) -> Iterator[_Signals]:
     signals = _Signals()
-    handlers = {
-        signal.SIGTERM: signals.on_stop,
-        signal.SIGINT: signals.on_stop,
-        signal.SIGHUP: signals.on_rotation if reopens_logs else signals.on_stop,
-    }
-    former = {}
     try:
-        for number, handler in handlers.items():
-            # Who started us may have chosen that we ignore one of them, as nohup does.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                former[number] = signal.signal(number, handler)
+        early.hand_over(
+            {
+                signal.SIGTERM: signals.on_stop,
+                signal.SIGINT: signals.on_stop,
+                signal.SIGHUP: signals.on_rotation if reopens_logs else signals.on_stop,
+            }
+        )
         yield signals
     finally:
-        for number, handler_before in former.items():
-            signal.signal(number, handler_before)
+        early.restore()
 
 
 def _build_runner(arguments: argparse.Namespace) -> Runner:
@@ -286,6 +327,7 @@ def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     refuse_root(settings.queue_dir, 'mq-run')
     require_queue(settings)
     setup_logging(arguments.ini, overrides, settings)
+    guard_logs()
     return build_runner(settings, lookup=_look_up)
 
 
@@ -310,10 +352,11 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
         return Path(value).expanduser().absolute() if value else None
 
     refuse_root(path_of('queue_dir'), 'mq-run')
-    logs = Settings(
+    places = Settings(
         logging_conf=path_of('logging_conf'), delivery_log=path_of('delivery_log'), queue_log=path_of('queue_log')
     )
-    setup_logging(arguments.ini, overrides, logs)
+    setup_logging(arguments.ini, overrides, places)
+    guard_logs()
     registry = _load_app(arguments, overrides)
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
@@ -391,12 +434,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     except QueueError:
         # What was done is done.  If the queue is still away for the next run, that tells of it.
         waiting = ''
-    try:
-        print(f'mq-run: {", ".join(told)}{waiting}', flush=True)
-    except OSError:
-        # Nobody hears it (a full disk, a pager that was left).  The mail is where it should be, and that is what the
-        # exit status tells; but the interpreter would try once more when it ends, and then say otherwise.
-        silence_stdout()
+    print(f'mq-run: {", ".join(told)}{waiting}', flush=True)
 
 
 def _count_waiting(queue: IMailQueue) -> int | str:
@@ -408,4 +446,4 @@ def _count_waiting(queue: IMailQueue) -> int | str:
 
 
 if __name__ == '__main__':
-    main()
+    main(signals=SIGNALS)

@@ -42,7 +42,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.logs import delivery_log, queue_log
 from pyramid_mailqueue.delivery.results import SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.exceptions import ConfigurationError, MessageError
+from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
 from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
 from pyramid_mailqueue.settings import Settings, default_tls
@@ -231,9 +231,9 @@ class ClaimForOneAttempt:
         """See `IClaim`."""
         return self._claim.begin()
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""
-        self._claim.settle(Settlement())
+        return self._claim.settle(Settlement())
 
     def keep(self, recipients: tuple[str, ...]) -> None:
         """See `IClaim`."""

@@ -1,20 +1,34 @@
 """
 What a command owes to those who keep it running: word for systemd, and new log files after a rotation.
 
-Neither can fail: a service that delivers mail does not stop because nobody listens to it.
+One rule holds for all that it tells, on stdout and stderr, to its log files and to systemd: nothing that is only told
+ends or slows what is done.  What cannot be written at once is left out, and the mail is delivered all the same.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import select
 import socket
+import stat
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO, cast
 
-__all__ = ['all_handlers', 'notify_systemd', 'reopen_log_files']
+from pyramid_mailqueue.exceptions import described
+
+__all__ = ['all_handlers', 'guard_logs', 'notify_systemd', 'reopen_log_files', 'steady_outputs', 'stream_at']
+
+#: How long a reader that has stopped to read is waited for, in seconds; after that not at all, until it reads again.
+READER_PATIENCE = 0.5
+
+FORMER = 'logging goes on in the former file'
 
 
 def notify_systemd(*states: str, environ: Mapping[str, str] = os.environ) -> bool:
@@ -46,6 +60,208 @@ def notify_systemd(*states: str, environ: Mapping[str, str] = os.environ) -> boo
     return True
 
 
+# --- stdout and stderr ------------------------------------------------------
+
+
+@contextmanager
+def steady_outputs() -> Iterator[None]:
+    """Let no standard stream, and no log handler that is guarded, raise or wait for long within the ``with`` block."""
+    _open_missing_descriptors()
+    try:
+        with redirect_stdout(_steady(sys.stdout)), redirect_stderr(_steady(sys.stderr)):
+            yield
+    finally:
+        for handler in all_handlers():
+            if guard := _LogGuard.of(handler):
+                guard.remove()
+
+
+def _open_missing_descriptors() -> None:
+    """What was closed before this process began is /dev/null: else a queue file would be its stdout or stderr."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _steady(stream: TextIO | None) -> TextIO:
+    """Return what writes to *stream* by the rule of this module; a stream of a test that has no file as it is."""
+    if stream is None:
+        return Path(os.devnull).open('w', encoding='utf-8')
+    try:
+        return cast('TextIO', _SteadyStream(stream))
+    except (AttributeError, OSError, ValueError):
+        return stream
+
+
+class _SteadyStream:
+    """Writes text to the file of *stream*, past the buffer of that, which would try again what has failed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._fd = stream.fileno()
+        self._stream = stream
+        self._is_stuck = False
+        with suppress(OSError):
+            stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        data = text.encode(self._stream.encoding, 'backslashreplace')
+        with suppress(OSError):
+            # A pipe or a socket that is ready has room for so much.
+            while data and self._is_ready():
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+    def _is_ready(self) -> bool:
+        self._is_stuck = not _is_writable(self._fd, 0 if self._is_stuck else READER_PATIENCE)
+        return not self._is_stuck
+
+
+def _is_writable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
+
+
+def stream_at(path: Path) -> TextIO | None:
+    """
+    Return stdout or stderr if *path* leads there, as ``/dev/stdout`` does; None if it is a file of its own.
+
+    A socket, such as the journal's, cannot be opened by its name.
+    """
+    with suppress(OSError):
+        there = path.stat()
+        for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
+            if not stat.S_ISREG(there.st_mode) and os.path.samestat(there, os.fstat(fd)):
+                return stream
+    return None
+
+
+# --- log files --------------------------------------------------------------
+
+
+def guard_logs() -> None:
+    """Guard the log handlers that there are now, until the end of :func:`steady_outputs`."""
+    for handler in all_handlers():
+        if not _LogGuard.of(handler):
+            _LogGuard(handler)
+
+
+class _LogGuard:
+    """
+    Keeps the trouble of a log handler to itself: one line on stderr when it begins, and one when it is over.
+
+    Its methods stand in the place of the handler's, and are called with the lock of that held.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+        self._emit: Callable[[logging.LogRecord], None] = handler.emit
+        self._error: BaseException | None = None
+        name = getattr(handler, 'baseFilename', None) or repr(handler)
+        self._writing = _Trouble(f'{name} cannot be written', 'mail is delivered all the same', f'{name} is written')
+        self._moving = _Trouble(f'{name} cannot be opened anew', FORMER, f'{name} is opened anew')
+        handler.emit = self.emit
+        handler.handleError = self.note_error
+        if hasattr(handler, 'reopenIfNeeded'):
+            # A WatchedFileHandler: it would close the former file first.
+            handler.reopenIfNeeded = self.follow
+
+    @classmethod
+    def of(cls, handler: logging.Handler) -> _LogGuard | None:
+        """Return the guard of *handler*, if it has one."""
+        guard = getattr(handler.emit, '__self__', None)
+        return guard if isinstance(guard, cls) else None
+
+    def remove(self) -> None:
+        """Give the handler its own methods back."""
+        for name in ('emit', 'handleError', 'reopenIfNeeded'):
+            vars(self._handler).pop(name, None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See :meth:`logging.Handler.emit`."""
+        self._error = None
+        with _Contained() as attempt:
+            if _is_stuck(self._handler):
+                raise BlockingIOError(errno.EAGAIN, 'nobody reads it')
+            self._emit(record)
+        self._writing.see(attempt.error or self._error)
+
+    def note_error(self, record: logging.LogRecord) -> None:
+        """See :meth:`logging.Handler.handleError`; called while an exception is handled."""
+        self._error = sys.exc_info()[1]
+
+    def follow(self) -> None:
+        """Go on in a new file if the former was moved away; in the former one for as long as there can be no other."""
+        stream = self._handler.stream
+        if stream is None:
+            return
+        with _Contained() as attempt:
+            if not _is_at(self._handler.baseFilename, stream.fileno()):
+                _reopen(self._handler)
+        self._moving.see(attempt.error)
+
+
+class _Trouble:
+    """What is told of a trouble: once for each reason, and when it is over."""
+
+    def __init__(self, problem: str, consequence: str, relief: str) -> None:
+        self._problem = problem
+        self._consequence = consequence
+        self._relief = relief
+        self._told = ''
+
+    def see(self, error: BaseException | None) -> None:
+        """Take note of how it went; None is well."""
+        reason = '' if error is None else _reason(error)
+        if reason and reason != self._told:
+            _complain(f'{self._problem} ({reason}); {self._consequence}')
+        elif self._told and not reason:
+            _complain(f'{self._relief} again')
+        self._told = reason
+
+
+class _Contained(AbstractContextManager['_Contained']):
+    """Keeps what its ``with`` block raises, unless it is meant for all, such as Ctrl-C."""
+
+    error: BaseException | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """See the class."""
+        self.error = error
+        return isinstance(error, Exception)
+
+
+def _reason(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error) or described(error)
+
+
+def _is_stuck(handler: logging.Handler) -> bool:
+    """Whether a record could not be written without waiting for a reader."""
+    channel: Any = getattr(handler, 'stream', None) or getattr(handler, 'socket', None)
+    if isinstance(channel, _SteadyStream):
+        return False
+    with suppress(AttributeError, OSError, ValueError):
+        return not _is_writable(channel.fileno(), 0)
+    return False
+
+
+def _is_at(path: str, fd: int) -> bool:
+    """Whether the file that is open is still the one of that name."""
+    with suppress(OSError):
+        return os.path.samestat(Path(path).stat(), os.fstat(fd))
+    return False
+
+
 def reopen_log_files() -> None:
     """
     Let each file handler go on in a file that is newly opened under its name: what logrotate asks for by SIGHUP.
@@ -56,11 +272,10 @@ def reopen_log_files() -> None:
     for handler in all_handlers():
         if not isinstance(handler, logging.FileHandler):
             continue
-        try:
+        with _Contained() as attempt:
             _reopen(handler)
-        except Exception as error:  # noqa: BLE001 - whatever a handler of others does, the rest has its turn
-            reason = (isinstance(error, OSError) and error.strerror) or error
-            _complain(f'{handler.baseFilename} cannot be opened anew ({reason}); logging goes on in the former file')
+        if attempt.error is not None:
+            _complain(f'{handler.baseFilename} cannot be opened anew ({_reason(attempt.error)}); {FORMER}')
 
 
 def all_handlers() -> Iterable[logging.Handler]:

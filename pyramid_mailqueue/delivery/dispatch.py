@@ -22,7 +22,6 @@ it was, where mq-run finds it.  The delivery thread comes back to it after that,
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import os
 import queue
@@ -37,6 +36,7 @@ from functools import partial
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
@@ -45,7 +45,7 @@ from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 
 __all__ = ['BackgroundDispatcher', 'InlineDispatcher', 'threads_run_here']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How many claims may wait for the delivery thread, and how many messages it remembers over a pause.
 MAX_CLAIMS = 256

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import threading
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from functools import reduce
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ['Claims', 'MessageHandler']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 
 #: Behind a content of more octets nothing is announced before it has its outcome.
@@ -635,8 +635,12 @@ class _Shift:
             if has_failed(settlement):
                 result = heed_plugins(account, result, before=attempt.keep)
                 settlement = result.settlement or settlement
-            result = replace(result, unwritten=claim.settle(settlement))
-            self._handler.note_unwritten(result.unwritten)
+            unwritten = claim.settle(settlement)
+            self._handler.note_unwritten(unwritten)
+            if unwritten is not None:
+                settlement = settlement.unwritten()
+                is_queued = result.queued or bool(settlement.waiting)
+                result = replace(result, settlement=settlement, queued=is_queued, unwritten=unwritten)
             tell(account, result, settlement, self._handler.notify)
         yield claim, result
 

@@ -4,26 +4,67 @@ What is told of a message, to people and to programs.
 Three loggers: ``mailqueue.delivery_log`` has every result for a recipient, ``mailqueue.queue_log`` what became of a
 message in the queue (queued, deferred, buried, discarded), ``mailqueue.smtp`` the dialog with the server.  One line is
 one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict.
+
+Nothing that is only told ends what is done: whatever a log handler raises, our loggers are :class:`Log`, which do not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.queues.words import printable
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry
 
-__all__ = ['delivery_log', 'log_event', 'log_expired', 'log_queued', 'log_trouble', 'name_of', 'queue_log', 'why']
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
 
-delivery_log = logging.getLogger('mailqueue.delivery_log')
-queue_log = logging.getLogger('mailqueue.queue_log')
+__all__ = [
+    'Log',
+    'delivery_log',
+    'log_event',
+    'log_expired',
+    'log_queued',
+    'log_trouble',
+    'name_of',
+    'queue_log',
+    'why',
+]
 
 
-def log_event(logger: logging.Logger, level: int, **fields: object) -> None:
+class Log(_Adapter):
+    """
+    The logger of a name.  It raises no Exception, and each record is one line that any terminal shows as text.
+
+    :param name: as for :func:`logging.getLogger`
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.getLogger(name), {})
+
+    def log(self, level: int, msg: object, *args: object, stacklevel: int = 1, **kwargs: Any) -> None:
+        """See :meth:`logging.Logger.log`."""
+        if not self.isEnabledFor(level):
+            return
+        with suppress(Exception):
+            self.logger.log(level, msg, *map(_shown, args), stacklevel=stacklevel + 1, **kwargs)
+
+
+def _shown(value: object) -> object:
+    text = str(value)
+    return value if text.isprintable() else printable(text)
+
+
+delivery_log = Log('mailqueue.delivery_log')
+queue_log = Log('mailqueue.queue_log')
+
+
+def log_event(logger: Log, level: int, **fields: object) -> None:
     """
     Log one event; fields that are None or empty are left out.
 
@@ -45,12 +86,11 @@ def _quoted(value: str) -> str:
 
 
 def log_queued(id: str, envelope: Envelope) -> None:
-    """Log that a message is in the queue.  Raises no Exception: somebody's handler must not tell a commit otherwise."""
+    """Log that a message is in the queue."""
     if not queue_log.isEnabledFor(logging.INFO):
         return
     told = {'from': f'<{envelope.sender}>', 'to': ','.join(envelope.recipients)}
-    with contextlib.suppress(Exception):
-        log_event(queue_log, logging.INFO, status='queued', id=id, msgid=envelope.message_id, **told)
+    log_event(queue_log, logging.INFO, status='queued', id=id, msgid=envelope.message_id, **told)
 
 
 def log_expired(entry: QueueEntry) -> None:

@@ -21,7 +21,6 @@ All are called in the thread that delivers.  What they raise is logged by their 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from pyramid_mailqueue.delivery.logs import name_of
+from pyramid_mailqueue.delivery.logs import Log, name_of
 from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.forks import call_in_children
@@ -51,7 +50,7 @@ else:
 
 __all__ = ['MQAction', 'MQSignal', 'PluginMessage', 'PluginRegistry', 'call_receivers', 'registry']
 
-log = logging.getLogger('mailqueue.plugins')
+log = Log('mailqueue.plugins')
 
 #: The group of entry points.
 GROUP = 'mailqueue.plugins'

@@ -14,7 +14,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, delivery_log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.envelope import Envelope
 
@@ -25,9 +25,6 @@ __all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell', 'what_wai
 
 #: A message that is older than this, in seconds, and still waits is worth a warning.
 LONG = 3600
-
-#: What is written of a recipient whose outcome the queue cannot write.
-UNSETTLED = 'unsettled'
 
 DISCARDED = 'discarded by a plugin'
 
@@ -120,10 +117,7 @@ def tell(
     """
     is_kept = bool(account.id)
     if notify is not None or has_failed(settlement) or not is_kept or delivery_log.isEnabledFor(logging.INFO):
-        outcomes = [*_outcomes(account, settlement, is_written=result.unwritten is None)]
-        if result.unwritten is not None:
-            # Nobody waits or is given up because of it: its queue has told of that.
-            settlement = Settlement()
+        outcomes = [*_outcomes(account, settlement, is_unwritten=result.unwritten is not None)]
         _log(account, outcomes, settlement)
         if notify is not None:
             for event in _events(account, outcomes, settlement):
@@ -165,15 +159,14 @@ class _Outcome(NamedTuple):
     error: str = ''
 
 
-def _outcomes(account: Account, settlement: Settlement, *, is_written: bool) -> Iterator[_Outcome]:
+def _outcomes(account: Account, settlement: Settlement, *, is_unwritten: bool) -> Iterator[_Outcome]:
     said: dict[str, list[tuple[SendResult, Reply]]] = {}
     for answer in account.answers:
         for recipient, reply in answer.replies.items():
             said.setdefault(recipient, []).append((answer, reply))
     fates = {recipient: _status_of(burial) for burial in settlement.burials for recipient in burial.recipients}
-    fates |= dict.fromkeys(settlement.waiting, 'deferred' if settlement.counted else '')
-    if not is_written:
-        fates = {recipient: fate and UNSETTLED for recipient, fate in fates.items()}
+    of_waiting = 'unsettled' if is_unwritten else 'deferred' if settlement.counted else ''
+    fates |= dict.fromkeys(settlement.waiting, of_waiting)
     troubles = [str(answer.trouble) for answer in account.answers if answer.trouble is not None]
     for recipient in account.envelope.recipients:
         words = said.get(recipient, [])
@@ -219,7 +212,7 @@ def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement)
     if account.id:
         figures = {'attempts': account.attempts + settlement.counted, 'delay': f'{account.age:.1f}'}
 
-    def log(logger: logging.Logger, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
+    def log(logger: Log, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
         log_event(logger, level, status=status, **common, to=','.join(to), via=via, **figures, **said)
 
     for it in outcomes:

@@ -185,6 +185,11 @@ class Settlement:
     last_reply: str = ''
     burials: tuple[Burial, ...] = ()
 
+    def unwritten(self) -> Settlement:
+        """Return what is true if this could not be written: whoever does not have the message waits as before."""
+        waiting = (*self.waiting, *(recipient for burial in self.burials for recipient in burial.recipients))
+        return Settlement(waiting, counted=not waiting, last_reply=self.last_reply)
+
 
 class Dropped(Enum):
     """Instead of the claim of a message that was added to a transaction, and is not part of it any more."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait
@@ -18,7 +18,7 @@ from pyramid_mailqueue.interfaces import ISender
 
 __all__ = ['MAX_STUMBLES', 'Route', 'Stumbles']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: So often in a row a server may break off in the midst of a message before its transport rests.  One message that it
 #: cannot stand must not keep all others from it.

@@ -27,7 +27,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, log_event, queue_log
 from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
@@ -37,7 +37,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How long a run that was told to end waits for the messages in hand, in seconds.
 PATIENCE = 30
@@ -74,10 +74,10 @@ class RunReport:
     recovery: Recovery = field(default_factory=Recovery)
     done: int = field(default=0, compare=False)
 
-    def count(self, settlement: Settlement, *, is_written: bool = True) -> None:
-        """Count one message; one whose settlement is not written was at best sent."""
-        is_deferred = bool(settlement.waiting and settlement.counted and is_written)
-        is_refused = bool(settlement.burials and is_written)
+    def count(self, settlement: Settlement) -> None:
+        """Count one message."""
+        is_deferred = bool(settlement.waiting and settlement.counted)
+        is_refused = bool(settlement.burials)
         is_sent = not (settlement.waiting or settlement.burials)
         self.sent += is_sent
         self.deferred += is_deferred
@@ -405,7 +405,7 @@ class _Crew:
         with self._lock:
             self._report.trouble = result.trouble or self._report.trouble
             if result.settlement is not None:
-                self._report.count(result.settlement, is_written=result.unwritten is None)
+                self._report.count(result.settlement)
                 self._is_cut_short |= bool(result.settlement.waiting and not result.settlement.counted)
             if self._on_progress is not None:
                 self._on_progress(self._report)

@@ -106,6 +106,10 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
+# What is behind the first one would be taken for a host, a port, a database or an option, and told as such.
+_PASSWORD_WITH_AT = re.compile(r'[^:/]+://[^:/@]*:[^@]*@(?:[^?]*|[^?]*\?[^=&]*)@')
+
+
 def shown(url: URL) -> str:
     """Return *url* for people, without its passwords, and without options that may hold one."""
     return url.difference_update_query([*_secrets(url)]).render_as_string(hide_password=True)
@@ -138,7 +142,7 @@ def _secrets(url: URL) -> Mapping[str, Sequence[str]]:
 def is_same_database(one: str, other: str) -> bool:
     """Whether two URLs lead to the same database, as far as URLs can tell.  Raises ValueError for what is no URL."""
     try:
-        return _identity(make_url(one)) == _identity(make_url(other))
+        return _identity(_parsed(one)) == _identity(_parsed(other))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 
@@ -200,8 +204,10 @@ def _as_text(octets: bytes) -> str:
 
 
 def _parsed(url: str | URL) -> URL:
-    """Raises ArgumentError, or ValueError."""
+    """Raises ArgumentError, or ValueError, which has nothing of the password."""
+    if isinstance(url, str) and _PASSWORD_WITH_AT.match(url):
+        raise ValueError('it has more than one @; in a password it is written %40')
     try:
         return make_url(url)
-    except ValueError as error:
-        raise ValueError(f'its port is not a number ({_SEVERAL_HOSTS})') from error
+    except ValueError:
+        raise ValueError(f'its port is not a number ({_SEVERAL_HOSTS})') from None

@@ -35,7 +35,7 @@ from weakref import WeakValueDictionary
 
 from sqlalchemy import select, update
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, log_event, queue_log
 from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
 from pyramid_mailqueue.forks import call_in_children
@@ -55,7 +55,7 @@ from pyramid_mailqueue.queues.sql_tables import MESSAGES, database_time
 
 __all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 #: How many messages that are done are not deleted, at most.
 BATCH = 100

@@ -7,7 +7,6 @@ not go with two phases.  Whoever misses it finds the mail when he looks the next
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.queues.sql_database import Database
 from pyramid_mailqueue.queues.sql_deadlines import NEWS_SECONDS
@@ -24,7 +24,7 @@ from pyramid_mailqueue.queues.sql_trouble import first_line
 
 __all__ = ['listening', 'tell']
 
-log = logging.getLogger('mailqueue.delivery')
+log = Log('mailqueue.delivery')
 
 CHANNEL = 'mailqueue'
 

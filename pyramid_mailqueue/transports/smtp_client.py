@@ -23,6 +23,7 @@ from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.transports.smtp_server import VALID_FOR, Address, Server
@@ -30,7 +31,7 @@ from pyramid_mailqueue.transports.smtp_transaction import ReplyReader, printable
 
 __all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
 
-log = logging.getLogger('mailqueue.smtp')
+log = Log('mailqueue.smtp')
 
 # More than a record of TLS: nothing that was decrypted stays behind, where poll() would not see it.
 READ_SIZE = 64 * 1024
@@ -417,7 +418,7 @@ class Client(smtplib.SMTP):
     def _login_failed(self, username: str, why: str, code: int | None = None) -> ServerTrouble:
         kind = _LoginRefused if code is not None and code >= 500 else ServerTrouble
         return kind(
-            f'{self._server} does not let {username!r} in: {why}. '
+            f'{self._server} does not let {username!r} in: {_text(why)}. '
             'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
             code=code,
         )
@@ -488,4 +489,4 @@ class Client(smtplib.SMTP):
 
 def _text(said: bytes | str) -> str:
     """What a server said, in one line."""
-    return ' '.join((printable(said) if isinstance(said, bytes) else said).split())
+    return ' '.join(printable(said.encode(errors='replace') if isinstance(said, str) else said).split())

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Generator, Hashable
 from contextlib import suppress
 
+from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.exceptions import ServerTrouble
@@ -17,7 +18,7 @@ from pyramid_mailqueue.transports.smtp_transaction import Capabilities, Dialogue
 
 __all__ = ['Session']
 
-log = logging.getLogger('mailqueue.smtp')
+log = Log('mailqueue.smtp')
 
 #: How much goes into one record of TLS, at most (RFC 8446 section 5.1).
 TLS_RECORD = 16 * 1024

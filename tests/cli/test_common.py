@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pwd
 
@@ -76,6 +77,17 @@ def test_everybody_else_is_left_to_the_permissions(monkeypatch):
     monkeypatch.setattr(os, 'geteuid', lambda: 1000)
 
     refuse_root(Directory(NOBODY), 'mq-queue')
+
+
+def test_a_queue_directory_that_cannot_be_looked_at_is_told(monkeypatch):
+    class Broken(Directory):
+        def stat(self):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, 'geteuid', lambda: 0)
+
+    with pytest.raises(QueueError, match=r'^The queue directory /srv/queue cannot be used: Input/output error$'):
+        refuse_root(Broken(NOBODY), 'mq-run')
 
 
 def test_each_line_of_an_error_names_the_file_once():

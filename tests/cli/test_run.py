@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import pwd
+import re
 import signal
 import socket
 import ssl
@@ -21,6 +22,7 @@ import pytest
 import trustme
 
 from pyramid_mailqueue.cli import run
+from pyramid_mailqueue.cli.signals import EarlySignals
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
@@ -97,16 +99,8 @@ def start(tmp_path):
         # What the tests of an application have installed for it lies in the same folder.
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
         env |= environ or {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command, *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env,
-                **options,
-            )
-        )
+        options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'env': env, **options}
+        processes.append(subprocess.Popen([sys.executable, *command, *map(str, arguments)], **options))
         return processes[-1]
 
     yield start
@@ -936,7 +930,7 @@ def test_a_run_leaves_the_handlers_of_signals_as_they_were(app_ini):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
-    with run._heard_signals(reopens_logs=True) as signals:
+    with run._heard_signals(EarlySignals(), reopens_logs=True) as signals:
         during = [signal.getsignal(number) for number in numbers]
         assert not signals.stop.requested
 
@@ -1457,6 +1451,299 @@ def test_who_watches_goes_on_with_a_new_certificate_and_tells_at_sighup_that_pas
     assert ended(process)[0] == 0
     told = path.with_name('app.log').read_text()
     assert told.count('passwords are those of the start') == hears_of_it
+
+
+# --- nothing that is only told ends or slows what is done --------------------
+
+
+def take_its_place(log, kind):
+    """Let *log* be moved away, and be something that cannot be opened."""
+    if kind == 'no folder':
+        log.parent.rename(log.parent.with_suffix('.former'))
+        return log.parent.with_suffix('.former') / log.name
+    former = log.rename(log.with_suffix('.former'))
+    if kind == 'a folder':
+        log.mkdir()
+    elif kind == 'a dangling link':
+        log.symlink_to(log.parent / 'nowhere' / 'log')
+    return former
+
+
+def give_it_back(log, kind):
+    if kind == 'no folder':
+        log.parent.mkdir()
+    elif kind == 'a folder':
+        log.rmdir()
+    else:
+        log.unlink()
+
+
+WATCHED_LOG = LOGGING.replace('class = FileHandler', 'class = handlers.WatchedFileHandler').replace(
+    'app.log', 'log/log'
+)
+
+
+@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link'])
+@pytest.mark.parametrize(
+    'keys', [{'delivery_log': '%(here)s/log/log'}, {'more': WATCHED_LOG}], ids=['delivery_log', 'WatchedFileHandler']
+)
+def test_who_watches_goes_on_in_the_former_log_until_there_can_be_a_new_one(
+    watch, app_ini, put, server, tmp_path, until, kind, keys
+):
+    log = tmp_path / 'log' / 'log'
+    log.parent.mkdir()
+    process = watch(app_ini(server, **keys), *OFTEN)
+    former = take_its_place(log, kind)
+    put('ada@x.example')
+    put('bob@x.example')
+    until(lambda: former.read_text().count('status=sent') == 2)
+    give_it_back(log, kind)
+    put('eve@x.example')
+    until(lambda: log.is_file() and 'to=eve@x.example' in log.read_text())
+
+    status, out, err = ended(process)
+
+    assert status == 0
+    assert sum(int(count) for count in re.findall('([0-9]) sent', out)) == 3
+    reason = 'Is a directory' if kind == 'a folder' else 'No such file or directory'
+    assert err == (
+        f'mq-run: {log} cannot be opened anew ({reason}); logging goes on in the former file\n'
+        f'mq-run: {log} is opened anew again\n'
+    )
+
+
+@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link'])
+def test_a_reload_whose_log_cannot_be_opened_ends_nothing(watch, app_ini, put, server, tmp_path, systemd, until, kind):
+    log = tmp_path / 'log' / 'app.log'
+    log.parent.mkdir()
+    process = watch(app_ini(server, LOGGING.replace('%(here)s', '%(here)s/log')), *OFTEN)
+    former = take_its_place(log, kind)
+    process.send_signal(signal.SIGHUP)
+    systemd.wait_for('RELOADING=1')
+    systemd.wait_for('READY=1')
+    put()
+    until(lambda: 'status=sent' in former.read_text())
+
+    status, _, err = ended(process)
+
+    assert (status, err.count('\n')) == (0, 1)
+    assert err.endswith('; logging goes on in the former file\n')
+
+
+def test_a_disk_without_room_for_a_log_is_told_in_one_line_and_in_another_when_there_is(
+    watch, app_ini, put_many, server, tmp_path, until
+):
+    log = tmp_path / 'delivery.log'
+    log.symlink_to('/dev/full')
+    process = watch(app_ini(server, delivery_log=log), *OFTEN)
+    put_many(31)
+    until(lambda: len(server.messages) == 31)
+    log.unlink()
+    put_many(1)
+    until(lambda: log.is_file() and 'status=sent' in log.read_text())
+
+    status, out, err = ended(process)
+
+    assert status == 0
+    assert sum(int(count) for count in re.findall('([0-9]+) sent', out)) == 32
+    assert err == (
+        f'mq-run: {log} cannot be written (No space left on device); mail is delivered all the same\n'
+        f'mq-run: {log} is written again\n'
+    )
+
+
+def test_a_handler_with_a_defect_is_told_in_one_line(watch, app_ini, put_many, server, until, tmp_path):
+    (tmp_path / 'broken.py').write_text(
+        'import logging\nclass Broken(logging.Handler):\n    def emit(self, record): raise LookupError(record.name)\n'
+    )
+    path = app_ini(server, LOGGING.replace('FileHandler', 'broken.Broken').replace("('%(here)s/app.log',)", '()'))
+    process = watch(path, *OFTEN)
+    put_many(3)
+    until(lambda: len(server.messages) == 3)
+
+    status, _, err = ended(process)
+
+    assert status == 0
+    assert 'Traceback' not in err
+    assert 'mq-run: <Broken (NOTSET)> cannot be written (mailqueue.delivery_log); mail is delivered' in err
+
+
+class Hearer:
+    """Who reads what is told, for as long as it does: a pipe, or a socket as the journal's."""
+
+    def __init__(self, kind):
+        if kind == 'pipe':
+            reader, writer = os.pipe()
+            self.writer, self._reader = os.fdopen(writer, 'w'), os.fdopen(reader)
+        elif kind == 'full disk':
+            self.writer = self._reader = os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w')
+        else:
+            self._reader, self.writer = socket.socketpair()
+
+    def go_away(self):
+        self._reader.close()
+
+
+@pytest.fixture(params=['pipe', 'socket', 'full disk'])
+def hearer(request):
+    hearer = Hearer(request.param)
+    with closing(hearer.writer):
+        yield hearer
+        hearer.go_away()
+
+
+# Everything to stderr, and to stdout too.
+LOUD = LOGGING.replace('FileHandler', 'StreamHandler').replace("('%(here)s/app.log',)", '(sys.stderr,)')
+
+
+@pytest.mark.parametrize(
+    ('more', 'goes'), [('', True), (LOUD, True), (LOUD, False)], ids=['gone', 'gone from a dialog', 'deaf']
+)
+def test_nobody_who_hears_it_ends_or_slows_who_watches(watch, app_ini, put_many, server, until, hearer, more, goes):
+    streams = {'stdout': hearer.writer, 'stderr': hearer.writer}
+    process = watch(app_ini(server, more, delivery_log='/dev/stdout'), *OFTEN, code=SHORT_PAUSES, **streams)
+    put_many(1)
+    until(lambda: len(server.messages) == 1)
+    if goes:
+        hearer.go_away()
+    # More than a pipe or a socket keeps for a reader who does not come.
+    number = 3 if goes else 200
+    put_many(number)
+    until(lambda: len(server.messages) == 1 + number)
+    # What it complains of ends it no more than what it reports.
+    sessions = len(server.sessions)
+    server.script['connect'] = Close('421 4.3.2 away')
+    server.hang_up()
+    put_many(1)
+    until(lambda: len(server.sessions) > sessions + 2)
+    del server.script['connect']
+    until(lambda: len(server.messages) == 2 + number)
+
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(10) == 0
+
+
+def test_an_stderr_that_takes_nothing_changes_no_exit_status(start, app_ini, put):
+    put()
+    with closing(socket.create_server(('127.0.0.1', 0))) as closed:
+        port = closed.getsockname()[1]
+    with Path('/dev/full').open('w') as full:
+        process = start(app_ini(smtp_port=port), stdout=full, stderr=full)
+
+        assert process.wait(30) == 75
+
+
+@pytest.mark.parametrize(('mistake', 'status'), [({}, 0), ({'smtp_port': 'x'}, 78)])
+def test_a_reader_of_stderr_that_is_gone_changes_no_exit_status(start, app_ini, hearer, mistake, status):
+    hearer.go_away()
+    process = start(app_ini(**mistake), '-v', stdout=hearer.writer, stderr=hearer.writer)
+
+    assert process.wait(30) == status
+
+
+@pytest.mark.parametrize('closed', ['1', '2', '12', '012'])
+def test_streams_that_are_closed_from_the_start_are_no_queue_files(start, app_ini, put, server, state, closed):
+    put()
+
+    process = start(app_ini(server), '-v', preexec_fn=lambda: [os.close(int(fd)) for fd in closed])
+
+    assert process.wait(30) == 0
+    assert (len(server.messages), state()) == (1, {})
+
+
+@pytest.mark.parametrize('name', ['/dev/stdout', '/dev/fd/1', '/proc/self/fd/1', 'link'])
+@pytest.mark.parametrize('kind', ['pipe', 'socket'])
+def test_a_log_may_go_to_stdout_whatever_that_is(start, app_ini, put, server, tmp_path, name, kind):
+    put()
+    if name == 'link':
+        name = tmp_path / 'link.log'
+        name.symlink_to('/dev/stdout')
+    ours, theirs = socket.socketpair() if kind == 'socket' else map(os.fdopen, os.pipe(), 'rw')
+    with closing(ours), closing(theirs):
+        process = start(app_ini(server, delivery_log=name), stdout=theirs)
+        status, err = process.wait(30), process.stderr.read()
+        told = ours.recv(65536).decode() if kind == 'socket' else os.read(ours.fileno(), 65536).decode()
+
+    assert (status, err) == (0, '')
+    assert ' INFO status=sent ' in told
+    assert told.endswith('mq-run: 1 sent; 0 waiting\n')
+
+
+# --- told to stop while it starts -------------------------------------------
+
+# Process 1 of a container, for which a signal without a handler does not exist.
+AS_PROCESS_1 = ('unshare', '--fork', '--pid', '--kill-child')
+
+
+@pytest.fixture(scope='module')
+def process_1():
+    if subprocess.run([*AS_PROCESS_1, 'true'], check=False, capture_output=True).returncode:
+        pytest.skip('no namespace of processes can be made here')
+
+
+def child_of(process):
+    """The process that is number 1 of its own namespace, when it can be told to stop."""
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    while not (pids := children.read_text().split()) or not hears_sigterm(int(pids[0])):
+        assert process.poll() is None
+        time.sleep(0.001)  # there is nothing that would wake us
+    return int(pids[0])
+
+
+def hears_sigterm(pid):
+    caught = re.search('^SigCgt:\t(.*)', Path(f'/proc/{pid}/status').read_text(), re.MULTILINE)[1]
+    return int(caught, 16) >> signal.SIGTERM - 1 & 1
+
+
+def test_signals_are_heard_before_anything_is_imported_that_takes_its_time():
+    code = 'import sys; from pyramid_mailqueue.cli import start; print({"argparse", "logging", "ssl"} & {*sys.modules})'
+
+    assert subprocess.check_output([sys.executable, '-c', code], text=True) == 'set()\n'
+
+
+@pytest.mark.usefixtures('process_1')
+@pytest.mark.parametrize('delay', [0, 0.05, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize(('arguments', 'status'), [((), 75), (OFTEN, 0)], ids=['run', 'watch'])
+def test_process_1_of_a_container_hears_sigterm_while_it_starts(app_ini, put_many, server, delay, arguments, status):
+    put_many(1)
+    server.script['connect'] = Silence()
+    command = [*AS_PROCESS_1, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(app_ini(server)), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        pid = child_of(process)
+        time.sleep(delay)  # the moment at which the signal comes is the subject
+        os.kill(pid, signal.SIGTERM)
+
+        assert process.wait(20) == status
+
+
+@pytest.mark.usefixtures('process_1')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ('arguments', 'status', 'told'),
+    [
+        ((), 75, 'mq-run: stopped; what was not delivered waits for the next run\n'),
+        (('--watch', '5'), 0, ''),
+    ],
+    ids=['run', 'watch'],
+)
+def test_an_application_that_takes_long_to_load_is_not_waited_for(
+    shop_ini, tmp_path, until, number, arguments, status, told
+):
+    (tmp_path / 'slow.py').write_text(
+        f'import pathlib, time\npathlib.Path({str(tmp_path / "begun")!r}).touch()\ntime.sleep(60)\n'
+    )
+    path = shop_ini()
+    path.write_text(path.read_text().replace('shop:main', 'slow:main'))
+    command = [*AS_PROCESS_1, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(path), '--app', *arguments]
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        pid = child_of(process)
+        until((tmp_path / 'begun').exists)
+        os.kill(pid, number)
+
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (status, told)
 
 
 def test_who_watches_for_so_many_messages_ends_with_the_last_of_them(watch, app_ini, put_many, server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.delivery.logs import delivery_log, log_event, queue_log
+from pyramid_mailqueue.delivery.logs import Log, delivery_log, log_event, queue_log
+from pyramid_mailqueue.exceptions import ServerTrouble
 
 
 class Lines(logging.Handler):
@@ -110,12 +112,43 @@ def test_the_record_names_the_code_that_tells(lines):
     assert lines.records[-1].funcName == 'line_of'
 
 
+def test_what_a_server_says_is_text_in_one_line_in_every_log(lines):
+    log = Log('test.lines')
+
+    log.warning('%s The message %s waits.', ServerTrouble('mail:25 says \x1b]0;owned\x07\nstatus=sent'), 'ID')
+    log.error('%d of %s', 3, 'm\u202eail')
+
+    said = [record.getMessage() for record in lines.records[-2:]]
+    assert said == [r'mail:25 says \x1b]0;owned\x07\nstatus=sent The message ID waits.', r'3 of m\u202eail']
+
+
+class Broken(logging.Handler):
+    def emit(self, record):
+        raise OSError(errno.EIO, 'Input/output error')
+
+
+@pytest.mark.parametrize('place', ['emit', 'filter'])
+def test_a_log_handler_that_raises_changes_nothing(place):
+    broken = Broken() if place == 'emit' else logging.NullHandler()
+    if place == 'filter':
+        broken.addFilter(lambda record: 1 / 0)
+    logger = logging.getLogger('mailqueue')
+    logger.addHandler(broken)
+    try:
+        log_event(queue_log, logging.CRITICAL, status='trouble')
+        Log('mailqueue.delivery').warning('%s Mail waits.', 'Away.')
+        Log('mailqueue.plugins').exception('failed')
+    finally:
+        logger.removeHandler(broken)
+
+
 def test_what_nobody_hears_is_not_put_together(lines):
     class Precious:
         def __str__(self):
             raise AssertionError('nobody asked')
 
     log_event(logging.getLogger('test.lines'), logging.DEBUG, key=Precious())
+    Log('test.lines').debug('%s', Precious())
 
 
 def test_the_loggers_are_called_as_documented():

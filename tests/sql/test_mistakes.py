@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import pwd
+import re
 import shutil
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -420,6 +422,29 @@ def test_an_option_that_may_hold_a_secret_is_not_shown(option):
     assert 'sslmode=prefer' in shown(url)
     for quote in (value, f'invalid "{value}"', 'host=y password=hush4711 port=1', "password='hush4711'"):
         assert 'hush4711' not in without_passwords(quote, url)
+
+
+@pytest.mark.parametrize('password', ['p@hush4711', 'p@hush:4711', 'p@hush/4711', 'p@hush?4711', 'p@h@ush@4711'])
+def test_no_part_of_a_password_with_an_unescaped_at_sign_is_shown(password):
+    for rest in ('localhost/app', 'localhost:5432/app', 'localhost/app?sslmode=prefer', '/app?host=/run'):
+        with pytest.raises(ConfigurationError, match='more than one @; in a password it is written %40') as info:
+            Database(f'postgresql+psycopg://shop:{password}@{rest}')
+
+        told = ''.join(traceback.format_exception(info.value))
+        assert not re.search('h?ush|4711', told.partition('ConfigurationError')[2])
+
+
+@pytest.mark.parametrize(
+    'url',
+    [
+        'postgresql+psycopg://shop:p%40ss@localhost/app',
+        'postgresql+psycopg://shop:pass@localhost/app?application_name=mail@shop',
+        'postgresql+psycopg://shop@localhost/app',
+        'sqlite:////srv/a@b/c@d.db',
+    ],
+)
+def test_other_at_signs_are_none_of_a_password(url):
+    assert Database(url).name
 
 
 def test_a_password_is_not_shown_wherever_it_stands_in_the_url():

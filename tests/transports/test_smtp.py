@@ -939,6 +939,7 @@ def test_cram_md5_is_answered_where_there_is_nothing_else():
     [
         ((), [], 0, 'it offers no AUTH'),
         (('AUTH GSSAPI NTLM',), [], 0, 'it offers GSSAPI NTLM'),
+        (('AUTH GSSAPI\x1b]0;owned\x07 X\u2028Y',), [], 0, 'it offers GSSAPI ]0;OWNED'),
         # Not with the next mechanism: a third wrong password locks an account.
         (('AUTH PLAIN LOGIN CRAM-MD5',), ['535 5.7.8 wrong'], 1, '535 5.7.8 wrong'),
         (('AUTH PLAIN LOGIN',), [Close()], 1, 'it closed the connection'),
@@ -959,6 +960,7 @@ def test_who_is_not_let_in_is_told_what_to_check(extensions, replies, said, text
             transport.send(SENDER, (A,), CONTENT)
 
         assert "'user'" in str(caught.value)
+        assert str(caught.value).isprintable()
         assert 'mailqueue.smtp_username' in str(caught.value)
         assert verbs(server.sessions[0]).count('AUTH') == said
 

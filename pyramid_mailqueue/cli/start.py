@@ -1,0 +1,17 @@
+"""The door of ``mq-run``: it hears signals before it imports the rest, which takes its time."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from pyramid_mailqueue.cli.signals import EarlySignals
+
+__all__ = ['main']
+
+
+def main() -> NoReturn:
+    """Run ``mq-run`` with the arguments of the process, and exit."""
+    signals = EarlySignals()
+    from pyramid_mailqueue.cli import run
+
+    run.main(signals=signals)
