@@ -71,7 +71,9 @@ class Deadlines:
 
     def start_anew(self) -> None:
         """In a forked child: what the parent waits for is its own."""
-        self._changed = threading.Condition()
+        # Held by its own name: an interruption may keep a Condition from letting go of it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._watched: set[_Watched] = set()
         # The work of each thread.
         self._current: dict[int, _Watched] = {}
@@ -84,7 +86,7 @@ class Deadlines:
 
     def hurry(self, seconds: float) -> None:
         """Let all that is under way, and all that is begun later, end in so many seconds; ``inf`` is the usual."""
-        with self._changed:
+        with self._lock:
             self._end = time.monotonic() + seconds
             self._silent_until = -math.inf
             self._changed.notify_all()
@@ -96,7 +98,7 @@ class Deadlines:
 
     def close(self) -> None:
         """Let the thread end; the next work starts another one."""
-        with self._changed:
+        with self._lock:
             self._thread = None
             self._changed.notify_all()
 
@@ -119,7 +121,7 @@ class Deadlines:
                 raise TimeoutError from error
             raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._watched.discard(watched)
                 self._current.pop(threading.get_ident(), None)
             if watched.has_passed:
@@ -129,9 +131,12 @@ class Deadlines:
         self._silent_until = time.monotonic() + SILENCE_SECONDS
 
     def _begin(self, watched: _Watched, now: float) -> None:
-        with self._changed:
+        with self._lock:
             if now < self._silent_until or now >= self._end:
                 raise TimeoutError
+            # An interruption may have left the last one here.
+            if (left := self._current.get(threading.get_ident())) is not None:
+                self._watched.discard(left)
             self._watched.add(watched)
             self._current[threading.get_ident()] = watched
             if self._can_cancel:
@@ -140,7 +145,7 @@ class Deadlines:
     def note(self, raw: Any) -> None:
         """Take note of a new connection of the driver, which the work of this thread uses."""
         # Too many open files: then it can be cancelled only.
-        with suppress(OSError), self._changed:
+        with suppress(OSError), self._lock:
             self._sockets[raw] = opened = socket.fromfd(raw.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
             # One with which SQLAlchemy can do nothing is not closed, but dropped.
             weakref.finalize(raw, opened.close).atexit = False
@@ -149,16 +154,18 @@ class Deadlines:
 
     def forget(self, raw: Any, *_: Any) -> None:
         """A connection is about to be closed."""
-        with self._changed:
+        with self._lock:
             opened = self._sockets.pop(raw, None)
             if opened is not None:
                 opened.close()
 
     def attach(self, watched: _Watched, raw: Any) -> None:
         """Tell which connection a work uses.  Raises TimeoutError if its time is over."""
-        with self._changed:
+        with self._lock:
             if watched.has_passed:
                 raise TimeoutError
+            # The same: nobody else works on this connection.
+            self._watched -= {it for it in self._watched if it.raw is raw and it is not watched}
             watched.raw = raw
 
     def check(self) -> None:
@@ -168,7 +175,7 @@ class Deadlines:
 
     def lift(self) -> None:
         """Let the work of this thread take as long as it takes."""
-        with self._changed:
+        with self._lock:
             self._watched.discard(self._current[threading.get_ident()])
 
     # -- the thread
