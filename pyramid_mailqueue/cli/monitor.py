@@ -43,6 +43,7 @@ def judge(
     oldest_age: float | None,
     max_age: float | None,
     max_waiting: int | None,
+    *,
     misdated: int = 0,
     crashing: Sequence[str] = (),
 ) -> Verdict:

@@ -254,7 +254,8 @@ def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     count_misdated = getattr(queue, 'count_misdated', None)
     misdated = count_misdated() if count_misdated else 0
     crashing = queue.admin.crashing(CRASHES, SOME)
-    verdict = judge(counts, age, arguments.max_age, arguments.max_waiting, misdated, crashing)
+    limits = arguments.max_age, arguments.max_waiting
+    verdict = judge(counts, age, *limits, misdated=misdated, crashing=crashing)
     if arguments.json:
         print_json(
             {

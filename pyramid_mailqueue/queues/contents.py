@@ -85,11 +85,21 @@ class Contents:
 
 
 def pieces_of(admin: IQueueAdmin, id: str) -> Iterator[bytes]:
-    """Yield the content of a message, whatever its size, in pieces.  Raises as `IQueueAdmin.content` does."""
-    start = 0
-    while piece := admin.content(id, start, PIECE):
-        yield piece
-        start += len(piece)
+    """
+    Return the content of a message, whatever its size, in pieces.
+
+    Raises as `IQueueAdmin.content` does: before the first one, or later.
+    """
+    first = admin.content(id, 0, PIECE)
+
+    def pieces() -> Iterator[bytes]:
+        piece, start = first, 0
+        while piece:
+            yield piece
+            start += len(piece)
+            piece = admin.content(id, start, PIECE)
+
+    return pieces()
 
 
 def read_contents(content: bytes) -> Contents:

@@ -50,7 +50,7 @@ def test_a_queue_is_judged_by_its_limits_and_by_what_somebody_has_to_look_at(cou
 
 
 def test_a_message_that_ends_processes_again_and_again_is_a_warning_with_its_id():
-    verdict = judge({'waiting': 1}, None, None, None, ['x|y'])
+    verdict = judge({'waiting': 1}, None, None, None, crashing=['x|y'])
 
     assert verdict.status == WARNING
     assert verdict.text.startswith('MAILQUEUE WARNING - delivery dies of x?y again and again | oldest=')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import pwd
 import re
@@ -1576,7 +1577,8 @@ class Hearer:
             reader, writer = os.pipe()
             self.writer, self._reader = os.fdopen(writer, 'w'), os.fdopen(reader)
         elif kind == 'full disk':
-            self.writer = self._reader = os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w')
+            # Nobody can go away from there.
+            self.writer, self._reader = os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w'), io.StringIO()
         else:
             self._reader, self.writer = socket.socketpair()
 
