@@ -806,7 +806,7 @@ def test_what_may_be_the_trouble_of_one_file_is_told_of_and_passed_over(queue, t
     assert told(level='ERROR', status='trouble', error=os.strerror(errno_of(error)))
 
 
-def test_a_message_that_is_asked_for_while_none_can_be_claimed_waits(queue):
+def test_a_message_that_is_asked_for_while_none_can_be_claimed_waits(queue, told):
     name = put(queue)
 
     with intercepted(Fault('EMFILE', 1)), pytest.raises(QueueError, match='Too many open files'):
