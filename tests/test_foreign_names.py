@@ -26,6 +26,7 @@ OVERRIDES = {
     'cli.config._Parser.optionxform': 'documented: to be set by subclasses',
     'cli.dialog.Dialog.emit': 'documented: what a handler is made of',
     'cli.queue._Parser.error': 'documented: what is done about wrong usage',
+    'delivery.logs.Log.log': 'documented: what every other method of an adapter goes through',
     'queues.sql_tables.database_time.inherit_cache': 'documented: what an element of SQL says of itself',
     'queues.sql_tables.database_time.type': 'as inherit_cache',
     'testing.outbox.Outbox.clear': 'a list that is emptied as a whole',

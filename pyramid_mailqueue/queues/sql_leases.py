@@ -277,8 +277,12 @@ class Leases:
         if ended:
             self.flush()
 
-    def flush(self) -> None:
-        """Write what has ended.  What cannot be written now the heartbeat tries again.  Raises no Exception."""
+    def flush(self) -> bool:
+        """
+        Write what has ended; whether there was anything.
+
+        What cannot be written now the heartbeat tries again.  Raises no Exception.
+        """
         with self._writing:
             # What ends in the meantime waits for others, or there would be a statement for each.
             ended = [*self._ended.values()]
@@ -289,6 +293,7 @@ class Leases:
                     self._told.clear()
             except Exception as error:  # noqa: BLE001 - a defect has to lose nothing, either
                 self._try_later(error)
+            return bool(ended)
 
     def _try_later(self, error: Exception) -> None:
         told, self.trouble = self.trouble, _standstill(error)
@@ -425,9 +430,8 @@ class Leases:
                 return
 
     def _work(self) -> None:
-        if self._ended:
-            began = time.monotonic()
-            self.flush()
+        began = time.monotonic()
+        if self._ended and self.flush():
             now = time.monotonic()
             self._rests_until = now + self._pause if self._pause else began + min(LINGER, RESTS * (now - began))
         if self._held and self.timer() >= self._renewed + self.lease / 3:

@@ -104,16 +104,20 @@ class SQLStaging:
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
+        added = [message for message, _ in self._added]
+        # A transaction that is aborted before that has nothing in the database.
+        has_ended = self._is_prepared and self._session.get_transaction() is not self._transaction
+        there = self._committed(added) if added and has_ended else ()
         self._let_go()
-        added, self._added = self._added, []
-        if not added or self._session.get_transaction() is self._transaction:
-            return [message.envelope for message, _ in added]
-        # It has ended already: a session that commits in its vote may have heard a "no" from somebody behind it.
-        there = self._committed([message for message, _ in added])
-        return [message.envelope for message, _ in added if message not in there]
+        self._added = []
+        return [message.envelope for message in added if message not in there]
 
     def _committed(self, messages: Sequence[NewMessage]) -> Sequence[NewMessage]:
-        """Return those whose rows are there, or may be; let them wait for a run, and tell of them."""
+        """
+        Return those whose rows are there, or may be; let them wait for a run, and tell of them.
+
+        Their session has ended already: one that commits in its vote may have heard a "no" from somebody behind it.
+        """
         try:
             ids = self._leases.present([message.id for message in messages])
         except MailqueueError as error:
@@ -132,7 +136,7 @@ class SQLStaging:
         return there
 
     def _let_go(self) -> None:
-        """A session that commits in its vote may have done so by then, and nobody would end the claims."""
+        """A session may have committed by then, which nobody here knows, and nobody would end the claims."""
         if self._is_prepared and (claims := self._claims):
             self._leases.let_go(claims)
             self._leases.watch()

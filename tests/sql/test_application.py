@@ -178,6 +178,7 @@ def test_what_only_a_person_can_mend_is_not_repeated(make_shop, message, url, sq
         request.mailer.send(message('order one'))
 
     app = make_shop(view, include=('pyramid_tm', 'pyramid_retry'))
+    sql(url, 'DROP TABLE mailqueue_content')
     sql(url, 'DROP TABLE mailqueue_message')
     with pytest.raises(QueueError):
         app.get('/')
@@ -421,6 +422,7 @@ def test_a_transaction_that_the_database_holds_for_read_only_is_told_so(make_sho
 
 def test_a_session_of_a_database_without_the_tables_is_told_so(make_shop, message, sql, url):
     app = make_shop(lambda request: request.mailer.send(message('one')))
+    sql(url, 'DROP TABLE mailqueue_content')
     sql(url, 'DROP TABLE mailqueue_message')
 
     with pytest.raises(QueueError, match=r'mq-queue app\.ini init'):

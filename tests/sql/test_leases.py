@@ -263,9 +263,9 @@ def test_what_is_done_is_deleted_with_others_a_little_later(url, make_queue, env
 def test_where_there_is_little_to_do_what_is_done_is_deleted_at_once(
     url, make_proven, envelope, rows, monkeypatch, until
 ):
+    queue = make_proven(url)
     monkeypatch.setattr(sql_leases, 'LINGER', 1000)
     monkeypatch.setattr(sql_leases, 'RESTS', 1_000_000)
-    queue = make_proven(url)
     first, second = queue.put_claimed(envelope), queue.put_claimed(envelope)
 
     first.settle(Settlement())
@@ -384,8 +384,9 @@ def test_what_a_defect_keeps_from_being_written_is_written_later(
 
     until(lambda: rows() != before)
     assert 'in progress' not in {state for _, state, *_ in rows()}
-    told = [record.getMessage() for record in caplog.records if record.levelname == 'CRITICAL']
-    assert told == [f'A defect of pyramid_mailqueue: what became of {claim.id} is written later']
+    unsettled, told = [record.getMessage() for record in caplog.records if record.levelname == 'CRITICAL']
+    assert unsettled.startswith(f'status=unsettled id={claim.id} ')
+    assert told == f'A defect of pyramid_mailqueue is in the way of {claim.id}'
 
 
 @pytest.mark.parametrize('interruption', [KeyboardInterrupt, SystemExit])

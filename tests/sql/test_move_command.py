@@ -190,6 +190,7 @@ def role(postgres_url, sql):
     sql(postgres_url, f'CREATE ROLE {role}')
     sql(postgres_url, f'GRANT USAGE ON SCHEMA {schema} TO {role}')
     sql(postgres_url, f'GRANT SELECT ON mailqueue_schema TO {role}')
+    sql(postgres_url, f'GRANT SELECT, INSERT ON mailqueue_content TO {role}')
     yield role
     sql(postgres_url, f'DROP OWNED BY {role}')
     sql(postgres_url, f'DROP ROLE {role}')
