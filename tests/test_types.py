@@ -80,9 +80,9 @@ def project(tmp_path_factory):
     (folder / 'site/pyramid_mailqueue').symlink_to(ROOT / 'pyramid_mailqueue')
     venv.create(folder / 'venv')
     python = folder / 'venv/bin/python'
-    of_venv = sysconfig.get_path('purelib', 'venv', {'base': str(folder / 'venv')})
+    (of_venv,) = folder.glob('venv/lib/python*/site-packages')
     paths = [folder / 'site', sysconfig.get_path('purelib'), sysconfig.get_path('platlib')]
-    Path(of_venv, 'all.pth').write_text(''.join(f'{path}\n' for path in paths))
+    (of_venv / 'all.pth').write_text(''.join(f'{path}\n' for path in paths))
     shutil.copytree(FILES, folder, dirs_exist_ok=True)
     for name, text in samples().items():
         (folder / name).write_text(text)

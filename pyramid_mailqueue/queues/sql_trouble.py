@@ -151,8 +151,8 @@ def code_of_refusal(error: SQLAlchemyError) -> str | None:
     Return the SQLSTATE with which a server refuses connections; None if nobody can tell.
 
     libpq knows it, and hands out nothing but text.  What it does tell is each message of the server, to whoever traces
-    a connection: so one more is made, in the same way.  psycopg2 cannot do that, and libpq before version 14 writes
-    something else.
+    a connection: so one more is made, in the same way.  psycopg2 cannot do that, and libpq before version 18 loses its
+    way in the messages of a login with a password.
     """
     failed = getattr(getattr(error, 'orig', None), 'pgconn', None)
     if failed is None or 'timeout expired' in said(error):

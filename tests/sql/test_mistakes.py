@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+from psycopg import pq
 from sqlalchemy import create_engine, make_url
 
 from pyramid_mailqueue.cli import queue as mq_queue_command
@@ -26,6 +27,8 @@ from pyramid_mailqueue.wiring import build_mailer, build_queue
 from tests.sql.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')
+
+LIBPQ_18 = 180000
 
 NUMBERS = itertools.count(1)
 
@@ -125,6 +128,8 @@ def test_an_option_that_a_driver_cannot_read_is_a_mistake(url):
         Database(with_query(url, connect_timeout='soon')).check()
 
 
+# SQLAlchemy does not close a connection of which it can make nothing.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('option', ['prepare_threshold', 'row_factory', 'cursor_factory', 'connection_factory'])
 def test_an_option_at_which_a_driver_stumbles_is_a_mistake_that_shows_no_password(url, option, mq_run):
     wrong = make_url(with_query(url, **{option: 'secret'})).set(password='secret')
@@ -182,7 +187,8 @@ def test_a_user_who_may_not_connect_is_a_mistake_and_a_server_that_is_full_or_go
     with monkeypatch.context() as patch:
         # As of a server that speaks another language; what a driver says itself is English everywhere.
         patch.setattr(sql_trouble, '_SAID_OF_MISTAKES', ('no password supplied',))
-        check('psycopg')
+        if pq.version() >= LIBPQ_18:
+            check('psycopg')
     locked_server.stop()
     for driver in DRIVERS:
         assert refusal(driver, 'shop', 'right')[0] is DatabaseAway
