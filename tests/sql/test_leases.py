@@ -372,8 +372,9 @@ def test_what_cannot_be_written_is_written_when_the_database_is_back(
 @pytest.mark.parametrize('defect', DEFECTS.values(), ids=DEFECTS)
 @pytest.mark.parametrize('end', ['done', 'deferred', 'buried', 'released'])
 def test_what_a_defect_keeps_from_being_written_is_written_later(
-    url, make_queue, rows, end, defect, away, until, caplog
+    url, make_queue, rows, end, defect, away, until, caplog, monkeypatch
 ):
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
     queue = make_queue(url)
     claim = queue.put_claimed(FOR_TWO)
     away.append(defect)
