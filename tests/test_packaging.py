@@ -177,7 +177,8 @@ def test_what_the_package_imports_is_required(setup):
 def test_the_oldest_versions_are_those_that_are_known_to_work(setup):
     oldest = minima(setup)
 
-    # Before these the SQL queue could not start, errors of hooks before a commit vanished, and a misspelt sslmode passed for a database that is away.
+    # Before these the SQL queue could not start, errors of hooks before a commit vanished, and a misspelt sslmode was
+    # taken for a database that is away.
     assert {'SQLAlchemy==2.0.11', 'transaction==3.0.1', 'psycopg==3.2.1'} <= set(oldest)
 
 

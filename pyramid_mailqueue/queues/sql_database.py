@@ -195,6 +195,7 @@ class Database:
         except Exception as error:
             if not is_strange_to_driver(error):
                 raise
+            self.deadlines.abandon()
             options = ', '.join(sorted(engine.url.query)) or 'none'
             raise self._lasting_mistake(
                 f'the driver can do nothing with it, or with an option in it ({options}): {type(error).__name__}: '

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 __all__ = ['CONTENT_SECONDS', 'LONG_SECONDS', 'LOOK_SECONDS', 'NEWS_SECONDS', 'STATEMENT_SECONDS', 'Deadlines']
 
 #: How long a statement may take that is about a few messages.
@@ -115,7 +117,7 @@ class Deadlines:
         try:
             yield watched
         except Exception as error:
-            if time.monotonic() - began > SLOW_SECONDS:
+            if isinstance(error, SQLAlchemyError) and time.monotonic() - began > SLOW_SECONDS:
                 self._be_silent()
             if watched.has_passed:
                 raise TimeoutError from error
@@ -172,6 +174,12 @@ class Deadlines:
         """Raise TimeoutError if the time of this thread's work is over, though nothing has failed."""
         if self._current[threading.get_ident()].has_passed:
             raise TimeoutError
+
+    def abandon(self) -> None:
+        """Close the connection that this thread has just made: SQLAlchemy, which can do nothing with it, does not."""
+        raw = self._current[threading.get_ident()].raw
+        if raw is not None:
+            raw.close()
 
     def lift(self) -> None:
         """Let the work of this thread take as long as it takes."""

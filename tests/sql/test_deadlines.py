@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pyramid_mailqueue.delivery.results import Settlement
+from pyramid_mailqueue.queues import sql_deadlines
 from pyramid_mailqueue.queues.sql_database import DatabaseAway
 from pyramid_mailqueue.queues.sql_deadlines import SILENCE_SECONDS
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
@@ -74,6 +75,14 @@ def test_what_waits_for_a_lock_has_its_time(url, make_queue):
 
     time.sleep(SILENCE_SECONDS)
     assert queue.database.run(lambda connection: connection.execute(text('SELECT 1')).scalar()) == 1
+
+
+def test_what_takes_long_and_has_not_failed_silences_nobody(url, make_queue, monkeypatch):
+    monkeypatch.setattr(sql_deadlines, 'SLOW_SECONDS', 0)
+    queue = make_queue(url)
+    queue.check_rights('mq-run')
+
+    assert queue.count_due(time.time()) == 0
 
 
 def test_what_was_cancelled_is_never_done(postgres_url, make_queue, envelope, sql):

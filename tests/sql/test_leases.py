@@ -49,6 +49,12 @@ def make_proven(make_queue, envelope):
     return make_proven
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """What has failed is tried again soon."""
+    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
+
+
 def is_held(queue):
     """Whether the heartbeat still has something to prolong or to write."""
     return queue.leases._has_work
@@ -369,12 +375,12 @@ def test_what_cannot_be_written_is_written_when_the_database_is_back(
     assert [record.levelname for record in caplog.records if 'the database is away' in record.getMessage()]
 
 
+@pytest.mark.usefixtures('impatient')
 @pytest.mark.parametrize('defect', DEFECTS.values(), ids=DEFECTS)
 @pytest.mark.parametrize('end', ['done', 'deferred', 'buried', 'released'])
 def test_what_a_defect_keeps_from_being_written_is_written_later(
-    url, make_queue, rows, end, defect, away, until, caplog, monkeypatch
+    url, make_queue, rows, end, defect, away, until, caplog
 ):
-    monkeypatch.setattr(sql_leases, 'PATIENCE', 0.01)
     queue = make_queue(url)
     claim = queue.put_claimed(FOR_TWO)
     away.append(defect)

@@ -128,8 +128,6 @@ def test_an_option_that_a_driver_cannot_read_is_a_mistake(url):
         Database(with_query(url, connect_timeout='soon')).check()
 
 
-# SQLAlchemy does not close a connection of which it can make nothing.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('option', ['prepare_threshold', 'row_factory', 'cursor_factory', 'connection_factory'])
 def test_an_option_at_which_a_driver_stumbles_is_a_mistake_that_shows_no_password(url, option, mq_run):
     wrong = make_url(with_query(url, **{option: 'secret'})).set(password='secret')
