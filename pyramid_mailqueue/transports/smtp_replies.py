@@ -23,22 +23,30 @@ _LOGIN_CODES = frozenset({530, 534, 535, 538})
 _LOGIN_ENHANCED = frozenset({'5.7.8', '5.7.9', '5.7.10', '5.7.11', '5.7.13', '5.7.14', '5.7.57'})
 
 _LOGIN_WORDS = re.compile(
-    r'\b(?:authentication|login|starttls|tls|encryption) (?:is )?(?:required|needed)'
-    r'|\bissue a starttls|\b(?:client|you) (?:is |was |are )?not (?:yet )?(?:authenticated|logged in)',
+    r'\b(?:auth(?:entication)?|login|starttls|tls|encryption) (?:is )?(?:required|needed)'
+    r'|\bissue a starttls|\b(?:please|you must) (?:first )?(?:authenticate|log ?in)\b'
+    r'|\bnot (?:yet )?(?:authenticated|logged in)\b',
     re.IGNORECASE,
 )
+
+# Whose sender is authenticated otherwise.
+_POLICIES = re.compile(r'\b(?:spf|dkim|dmarc)\b', re.IGNORECASE)
 
 # "Command not implemented", "bad sequence of commands".
 _SESSION_CODES = frozenset({502, 503})
 
-# The system takes no mail; the account has sent too much; another version of the protocol; no name for our address.
-_SESSION_ENHANCED = frozenset({'5.3.2', '5.4.5', '5.5.5', '5.7.25'})
+# The system takes no mail; the account has sent too much; another version of the protocol; no name for our address; no
+# connector of ours.
+_SESSION_ENHANCED = frozenset({'5.3.2', '5.4.5', '5.5.5', '5.7.25', '5.7.64'})
 
 _SESSION_WORDS = re.compile(
-    r'\b(?:helo|ehlo)\b|\bclient host\b'
+    r'\b(?:helo|ehlo)\b|\bclient host\b|\bfully[- ]qualified (?:host ?name|domain name)\b'
+    r'|\byour (?:ip|host|server)\b|\breverse (?:dns|lookup|host ?name)\b|\bptr record\b'
     r'|\btoo many (?:messages|mails|e-?mails|transactions)\b'
     r'|\b(?:per|in this|in one|for this) (?:smtp )?(?:session|connection)\b'
-    r'|\b(?:sending|session|connection) (?:limit|quota)\b|\bnumber of (?:allowed )?(?:outgoing )?(?:messages|mails)\b',
+    r'|\b(?:sending|session|connection|message|mail|transaction) (?:limit|quota)\b'
+    r'|\bmax(?:imum)? (?:messages|mails|transactions)\b'
+    r'|\bnumber of (?:allowed )?(?:outgoing )?(?:messages|mails)\b',
     re.IGNORECASE,
 )
 
@@ -72,4 +80,6 @@ def is_about_login(reply: Reply) -> bool:
         return False
     if reply.code in _LOGIN_CODES or reply.enhanced in _LOGIN_ENHANCED:
         return True
-    return not (reply.enhanced or '').startswith(_MESSAGE_SUBJECTS) and bool(_LOGIN_WORDS.search(reply.text))
+    if (reply.enhanced or '').startswith(_MESSAGE_SUBJECTS) or _POLICIES.search(reply.text):
+        return False
+    return _LOGIN_WORDS.search(reply.text) is not None

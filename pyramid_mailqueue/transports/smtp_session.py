@@ -13,7 +13,7 @@ from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.transports.smtp_client import READ_SIZE, Client, shut_down
-from pyramid_mailqueue.transports.smtp_server import Server
+from pyramid_mailqueue.transports.smtp_server import MAX_VAIN, Server
 from pyramid_mailqueue.transports.smtp_transaction import Capabilities, Dialogue, MailTransaction
 
 __all__ = ['Session']
@@ -43,6 +43,8 @@ class Session:
         self.instead_of: Reply | None = None
         self.idle_since = 0.0
         self._has_delivered = False
+        # How many objections in a row there were since.
+        self._in_vain = 0
         self._is_broken_off = False
         self._server = server
         self._client = client
@@ -81,6 +83,7 @@ class Session:
             known.add(_about(transaction), _said(objection))
         self.instead_of = None
         self._has_delivered |= transaction.delivered
+        self._in_vain = 0 if transaction.delivered else self._in_vain + (objection is not None)
 
     def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
         """
@@ -121,10 +124,12 @@ class Session:
         The server has ended this session, or takes only so many messages in one.
 
         In either case nothing of *transaction* has happened, and a new session may do.  A limit is told by whatever
-        reply to MAIL, or by 4xx to everybody at RCPT, DATA or the end of the data; not if new sessions say the same.
+        reply to MAIL, or by 4xx to everybody at RCPT, DATA or the end of the data; not if new sessions say the same,
+        unless nothing works in this one any more.
         """
         if transaction.objection is not None and self._has_delivered and not self._is_broken_off:
-            return not self._server.objections.holds(_about(transaction), _said(transaction.objection))
+            is_known = self._server.objections.holds(_about(transaction), _said(transaction.objection))
+            return self._in_vain >= MAX_VAIN or not is_known
         return self.was_stale(transaction)
 
     @property

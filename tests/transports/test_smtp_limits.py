@@ -41,6 +41,8 @@ LIMITS = [
     '554 Too many messages per connection',
     '503 5.5.1 enough',
     '530 5.7.0 the login has expired',
+    '550 5.7.1 Message limit reached',
+    '554 5.5.0 Max transactions reached',
 ]
 
 
@@ -94,6 +96,21 @@ def test_what_a_new_session_says_too_is_the_outcome(step, reply):
 
     assert course.outcomes == [{'m1@x.example': ACCEPTED}, {'m2@x.example': reply}]
     assert len(server.sessions) == 2
+
+
+def test_a_session_in_which_nothing_works_any_more_is_replaced_though_new_ones_have_said_the_same():
+    wait = '451 4.7.1 not now'
+    in_each = {0: [None, wait], 1: [wait, None, wait], 2: [wait, None, wait], 3: [wait, None, *[wait] * 9]}
+    letters = [letter(f'm{number}') for number in range(11)]
+    by_session = {number: {'RCPT': replies} for number, replies in in_each.items()}
+    with ScriptedSMTPServer(by_session=by_session) as server, transport_to(server) as transport:
+        course = play(transport, *letters)
+
+    made_to_wait = {'m1', 'm3', 'm5', 'm7', 'm8'}
+    assert [{*outcome.values()} for outcome in course.outcomes] == [
+        {wait if f'm{number}' in made_to_wait else ACCEPTED} for number in range(11)
+    ]
+    assert len(server.sessions) == 5
 
 
 @pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
@@ -185,6 +202,16 @@ ABOUT_US = [
     '554 5.3.2 the system takes no messages',
     '550 5.4.5 Daily sending quota exceeded',
     '550 Too many messages in this session',
+    '553 5.7.1 <shop@site.example>: Sender address rejected: not logged in',
+    '550 SMTP AUTH required',
+    '550 please authenticate first',
+    '550 5.5.1 You must authenticate',
+    '550 5.7.0 Sender not authenticated',
+    '550 relaying denied, please log in',
+    '550 need fully-qualified hostname',
+    '550 5.7.1 Your IP is blacklisted',
+    '550 5.7.1 No reverse DNS for your address',
+    '550 5.7.64 TenantAttribution; Relay Access Denied',
 ]
 
 ABOUT_THE_MESSAGE = [
@@ -199,6 +226,9 @@ ABOUT_THE_MESSAGE = [
     '550 5.7.1 Email rejected per DMARC policy',
     '550 5.7.26 the sender is unauthenticated; all senders must authenticate with SPF or DKIM',
     '550 5.7.23 SPF validation failed',
+    '550 5.7.1 the message is not authenticated by DKIM',
+    '550 5.7.1 the message names a server that is blacklisted',
+    '552 5.3.4 larger than the maximum message size',
     '524 5.2.4 Mailing list expansion problem: <bob@x.example>',
     '552 5.2.2 mailbox full: too many messages in it',
     '552 5.3.4 message too big',
