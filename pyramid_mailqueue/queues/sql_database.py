@@ -275,8 +275,9 @@ class Database:
     def in_transaction(self, connection: Connection, work: Callable[[Connection], T]) -> T:
         """Return what *work* returns, whose statements are one transaction.  Raises SQLAlchemyError."""
         begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
-        connection.exec_driver_sql(begin)
         try:
+            # Here already, or an interruption would leave it begun.
+            connection.exec_driver_sql(begin)
             result = work(connection)
             connection.exec_driver_sql('COMMIT')
         except BaseException:

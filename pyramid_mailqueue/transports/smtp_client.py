@@ -99,8 +99,8 @@ class Connector:
         Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person.
 
         Each address of the server is tried once (RFC 5321 section 5.1), whatever is wrong with the one before: all but
-        the last one have the timeout of a command together.  One that could not be used is left out for
-        :data:`~.smtp_server.VALID_FOR` seconds, as long as there is another one.
+        the last one have the timeout of a command together.  One that could not be used comes last for
+        :data:`~.smtp_server.VALID_FOR` seconds.
 
         :param on_socket: called with the socket when there is one, before the server has said anything, and with each
             one that takes its place: the one with TLS, before the handshake, and that of a second connection, if
@@ -163,11 +163,10 @@ class Connector:
         return client
 
     def _worth_trying(self, addresses: list[Address]) -> list[Address]:
-        """Leave out what could not be used a short while ago; if that is all, the last one that worked leads."""
+        """Return them with those last that could not be used a short while ago, and of these the latest first."""
         now = self._server.clock()
-        return [it for it in addresses if self._failed.get(it, 0) <= now] or sorted(
-            addresses, key=self._failed.__getitem__, reverse=True
-        )
+        good = [it for it in addresses if self._failed.get(it, 0) <= now]
+        return good + sorted({*addresses} - {*good}, key=self._failed.__getitem__, reverse=True)
 
     def _summary(self, troubles: dict[Address, ServerTrouble]) -> ServerTrouble:
         """Return what is wrong with the server: with each address, if that is not the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 
@@ -64,6 +65,7 @@ def _no_logs():
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+    gc.collect()
 
 
 @pytest.mark.usefixtures('files')
