@@ -43,10 +43,12 @@ test-ends: | check-python
 suite: $(TEST)/installed-$(VERSION)
 	$(PYTEST)
 
-# Left out is what depends on the system more than on the versions: processes that are killed, their system calls, other
-# mail software, and a browser; and type checkers, which read the hints of other packages, too.
-PLAIN = tests --ignore=tests/browser --ignore=tests/crash --ignore=tests/interop --ignore=tests/mta \
-    --ignore=tests/sql/test_workers.py --ignore=tests/test_types.py --ignore-glob='*_deaths.py'
+# Left out is what takes long and depends on the system more than on the versions: processes that are started, killed or
+# interrupted, what waits for the end of a time limit, other mail software, and a browser; and type checkers, which read
+# the hints of other packages, too.
+LEFT_OUT = browser crash interop mta test_demo.py test_types.py cli/test_progress.py cli/test_run.py cli/test_send_test.py \
+    sql/test_deadlines.py sql/test_failover.py sql/test_interrupts.py sql/test_move.py sql/test_workers.py
+PLAIN = tests $(LEFT_OUT:%=--ignore=tests/%) --ignore-glob='*_deaths.py'
 
 plain: $(TEST)/installed-$(VERSION)
 	$(PYTEST) $(PLAIN)
