@@ -209,6 +209,9 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
     except QueueError as error:
         complain(command, str(error))
         status = EX_TEMPFAIL
+    except MemoryError:
+        complain(command, 'there is not enough memory for this.')
+        status = EX_TEMPFAIL
     except KeyboardInterrupt:
         status = EX_INTERRUPTED
     except BrokenPipeError:

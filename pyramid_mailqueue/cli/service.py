@@ -296,6 +296,9 @@ def _reopen(handler: logging.FileHandler) -> None:
             return
         # A file that was not moved away must not be emptied.
         handler.mode = handler.mode.replace('w', 'a').replace('x', 'a')
+        if Path(handler.baseFilename).is_fifo():
+            # Whoever opens it waits for a reader.
+            raise OSError(errno.ENXIO, 'it is a pipe')
         # The new one first: if it cannot be had, there is still the former.
         handler.stream = handler._open()  # noqa: SLF001 - where subclasses, too, open their file; there is no public way
     finally:

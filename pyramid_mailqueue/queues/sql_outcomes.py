@@ -146,14 +146,15 @@ def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
     ids: set[str] = set()
     for has_begun in (True, False):
         if some := [claim for claim in claims if claim.has_begun is has_begun]:
-            ids.update(connection.scalars(_release(connection.dialect.name, has_begun), named(some)))
+            rows = connection.execute(_release(connection.dialect.name, has_begun), named(some))
+            ids.update(row.id for row in rows if row.state == 'waiting')
     return {claim.token for claim in claims if claim.id in ids}
 
 
 @lru_cache
 def _release(dialect: str, has_begun: bool) -> Executable:
     values: dict[str, Any] = {'state': 'waiting', **UNCLAIMED, **(_ALIVE if has_begun else {})}
-    return update(MESSAGES).where(owned(dialect)).values(**values).returning(MESSAGES.c.id)
+    return update(MESSAGES).where(owned(dialect)).values(**values).returning(MESSAGES.c.id, MESSAGES.c.state)
 
 
 # Whoever has begun with it has not died over it.
@@ -279,6 +280,10 @@ def _copy(connection: Connection, id: str, values: Mapping[str, Any]) -> int:
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:
-    """Whether the message was still *claim*'s."""
+    """Whether the message was still *claim*'s.  Raises QueueError if it is as it was all the same (a trigger)."""
     statement = update(MESSAGES).where(owned(connection.dialect.name)).values(**values)
-    return connection.execute(statement, named([claim])).rowcount == 1
+    seen = [name for name in ('state', 'claim', 'recipients') if name in values]
+    row = connection.execute(statement.returning(*(MESSAGES.c[name] for name in seen)), named([claim])).first()
+    if row is not None and [*row] != [values[name] for name in seen]:
+        raise QueueError(UNCHANGED)
+    return row is not None

@@ -1465,6 +1465,8 @@ def take_its_place(log, kind):
     former = log.rename(log.with_suffix('.former'))
     if kind == 'a folder':
         log.mkdir()
+    elif kind == 'a pipe':
+        os.mkfifo(log)
     elif kind == 'a dangling link':
         log.symlink_to(log.parent / 'nowhere' / 'log')
     return former
@@ -1484,7 +1486,7 @@ WATCHED_LOG = LOGGING.replace('class = FileHandler', 'class = handlers.WatchedFi
 )
 
 
-@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link'])
+@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link', 'a pipe'])
 @pytest.mark.parametrize(
     'keys', [{'delivery_log': '%(here)s/log/log'}, {'more': WATCHED_LOG}], ids=['delivery_log', 'WatchedFileHandler']
 )
@@ -1506,14 +1508,14 @@ def test_who_watches_goes_on_in_the_former_log_until_there_can_be_a_new_one(
 
     assert status == 0
     assert sum(int(count) for count in re.findall('([0-9]) sent', out)) == 3
-    reason = 'Is a directory' if kind == 'a folder' else 'No such file or directory'
+    reason = {'a folder': 'Is a directory', 'a pipe': 'it is a pipe'}.get(kind, 'No such file or directory')
     assert err == (
         f'mq-run: {log} cannot be opened anew ({reason}); logging goes on in the former file\n'
         f'mq-run: {log} is opened anew again\n'
     )
 
 
-@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link'])
+@pytest.mark.parametrize('kind', ['no folder', 'a folder', 'a dangling link', 'a pipe'])
 def test_a_reload_whose_log_cannot_be_opened_ends_nothing(watch, app_ini, put, server, tmp_path, systemd, until, kind):
     log = tmp_path / 'log' / 'app.log'
     log.parent.mkdir()

@@ -235,6 +235,32 @@ def test_a_row_that_cannot_be_deleted_holds_up_the_others_for_no_longer_than_a_l
     assert sql(postgres_url, 'SELECT id, deaths FROM mailqueue_message') == [(stuck, 2)]
 
 
+@pytest.mark.parametrize(
+    ('end', 'body'),
+    [
+        ('settle', 'RETURN OLD'),
+        ('settle', 'RETURN NULL'),
+        ('keep', 'RETURN OLD'),
+        ('release', 'RETURN OLD'),
+        ('release', 'RETURN NULL'),
+    ],
+)
+def test_a_trigger_that_leaves_the_row_as_it_was_is_noticed(postgres_url, sql, make_queue, told, end, body):
+    queue = make_queue(postgres_url)
+    claim = queue.put_claimed(FOR_TWO)
+    sql(postgres_url, TRIGGER.format(body=body, event='UPDATE', when=''))
+
+    if end == 'settle':
+        assert claim.settle(Settlement((ADA,), due=0)) is not None
+    elif end == 'keep':
+        claim.keep((ADA,))
+    else:
+        claim.release()
+        assert queue.flush() is not None
+
+    assert told(level='CRITICAL', status='unsettled', id=claim.id)
+
+
 def test_a_dead_letter_that_a_trigger_swallows_does_not_take_the_message_along(postgres_url, sql, make_queue, told):
     queue = make_queue(postgres_url)
     claim = queue.put_claimed(FOR_TWO)
