@@ -58,12 +58,12 @@ __all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
 log = Log('mailqueue.delivery')
 
 #: How many messages that are done are not deleted, at most.
-BATCH = 25
+BATCH = 10
 
 #: How long after the beginning of one deletion the next one begins: at most, in seconds, and in times of how long that
 #: one took.  Where the process or the database is busy that is longer.
 LINGER = 0.02
-RESTS = 2
+RESTS = 1
 
 #: How long the heartbeat waits before it tries again what has failed, in seconds.
 PATIENCE = 1
