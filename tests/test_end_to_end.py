@@ -123,6 +123,20 @@ def test_the_request_does_not_wait_for_the_server(shop, server, state, make_even
     assert len(server.messages) == 1
 
 
+def test_no_message_is_begun_while_the_server_has_not_greeted(shop, server, state, make_event, until):
+    greets = make_event()
+    server.script['connect'] = Wait(greets)
+
+    shop(server).get('/')
+    until(lambda: server.sessions)
+
+    # If the process dies now, that is not counted.
+    assert state() == {'new': 1}
+    greets.set()
+    until(lambda: not state())
+    assert len(server.messages) == 1
+
+
 def test_the_mail_of_a_request_that_fails_never_leaves(make_app, make_settings, message, server, folders):
     def view(request):
         request.mailer.send(message('Your order'))

@@ -99,6 +99,7 @@ class _Delivery:
     :param postpone: called with a claim that has ended because its message could not be tried now
     :param at_rest: called when an attempt is over and nothing else is in hand
     :param is_over: whether to end as soon as the message in hand is done
+    :param opens_first: there is a message, and a session is opened before it is begun
     """
 
     def __init__(
@@ -109,12 +110,14 @@ class _Delivery:
         postpone: Callable[[IClaim], None] = _do_nothing,
         at_rest: Callable[[], None] = _do_nothing,
         is_over: Callable[[], bool] = bool,
+        opens_first: bool = True,
     ) -> None:
         self._handler = handler
         self._next_claim = next_claim
         self._postpone = postpone
         self._at_rest = at_rest
         self._is_over = is_over
+        self._opens_first = opens_first
         self._in_hand: dict[str, IClaim] = {}
         self._left = 0
 
@@ -169,7 +172,11 @@ class _Delivery:
 
     # --- see `Claims` ---
 
-    opens_first = is_untried = False
+    is_untried = False
+
+    @property
+    def opens_first(self) -> bool:
+        return self._opens_first and not self._handler.rests_for
 
     @property
     def is_over(self) -> bool:
@@ -331,6 +338,7 @@ class BackgroundDispatcher:
             postpone=self._put_off,
             at_rest=self._flush_if_idle,
             is_over=lambda: self._closing,
+            opens_first=claim is not None,
         )
         try:
             delivery.work()
