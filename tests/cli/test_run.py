@@ -1543,7 +1543,7 @@ def test_a_disk_without_room_for_a_log_is_told_in_one_line_and_in_another_when_t
     until(lambda: len(server.messages) == 31)
     log.unlink()
     put_many(1)
-    until(lambda: log.is_file() and 'status=sent' in log.read_text())
+    until(lambda: len(server.messages) == 32 and log.is_file() and 'status=sent' in log.read_text())
 
     status, out, err = ended(process)
 

@@ -22,6 +22,9 @@ from tests.crash.interrupts import Interrupted, interrupting
 # Not each moment each time: there are more than a thousand, and most of them lie in the same function.
 STRIDE = 7
 
+# What is interrupted in a generator may leave something to the garbage collector.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
 ALL = ['first', 'second', 'third']
 
 

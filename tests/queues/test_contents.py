@@ -86,8 +86,9 @@ def test_a_long_text_without_a_character_set_is_cut_between_characters():
 def test_a_name_of_a_file_that_cannot_be_read_hides_nothing_else():
     contents = read_contents(mixed(part('; name*1=a; name*=b', b'Hello'), part("; name*=no''%ff", b'1')))
 
-    assert contents.text == ('Hello',)
-    assert [other.size for other in contents.parts] == [1]
+    # Since Python 3.14 the first one can be read: it is a file then.
+    assert contents.text == ('Hello',) or contents.parts[0].name == 'ba'
+    assert contents.parts[-1].size == 1
 
 
 def test_the_html_is_found_in_the_same_way():
