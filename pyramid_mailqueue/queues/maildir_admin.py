@@ -107,7 +107,8 @@ class MaildirAdmin:
         """See `IQueueAdmin`."""
 
         def looks() -> Iterator[tuple[float, QueueEntry]]:
-            for born, name, folder in self._oldest_first(states):
+            found = self._damaged() if {*states} == {'corrupt'} else self._oldest_first(states)
+            for born, name, folder in found:
                 if STATE_OF[folder] not in states and not self._is_damaged(folder, name):
                     continue
                 entry = self._look(folder, name)
@@ -115,6 +116,15 @@ class MaildirAdmin:
                     yield born, entry
 
         return oldest_first(looks())
+
+    def _damaged(self) -> list[tuple[float, str, str]]:
+        """As :meth:`_oldest_first`, which would sort all names to find a few."""
+        files = ((folder, file) for folder in STATE_OF for file in self._folders.files(folder))
+        damaged = (
+            (folder, file) for folder, file in files if folder == 'corrupt' or self._is_damaged(folder, file.name)
+        )
+        found = ((self._born(folder, file), file.name, folder) for folder, file in damaged)
+        return sorted((born, name, folder) for born, name, folder in found if born is not None)
 
     def _is_damaged(self, folder: str, name: str) -> bool:
         glance = self._glance(folder, name)
