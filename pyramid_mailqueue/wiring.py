@@ -89,7 +89,8 @@ def _import_for_delivery(settings: Settings) -> None:
 
     A process that forks while a thread of it imports has a child with half a module, in which that can never be used.
     """
-    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib']
+    # The last one is needed to look for plugins, and is imported late since Python 3.15.
+    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib', 'zipfile']
     if 'smtp' in settings.transports:
         names += [f'{__package__}.transports.{name}' for name in ('smtp_client', 'smtp_session')]
     if settings.queue == 'sql':
