@@ -30,7 +30,7 @@ SERVERS = {
 SAMPLES = ('never enqueue', 'enqueue what fails', 'enqueue before')
 # What a receiver of delivery_failed returns, if there are receivers.
 ANSWERS = {'no receivers': None, 'no decision': None, 'discard': 'discard'}
-README = "import importlib.metadata; print(importlib.metadata.metadata('mailqueue-runner').get_payload())"
+README = "import importlib.metadata; print(importlib.metadata.metadata('mailqueue-runner')['Description'])"
 
 RUN = r"""
 import importlib, json, re, sys
