@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import sys
 
 import pytest
 import transaction
@@ -21,9 +22,6 @@ from tests.crash.interrupts import Interrupted, interrupting
 
 # Not each moment each time: there are more than a thousand, and most of them lie in the same function.
 STRIDE = 7
-
-# What is interrupted in a generator may leave something to the garbage collector.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 ALL = ['first', 'second', 'third']
 
@@ -63,8 +61,9 @@ class Process:
 
 
 @pytest.fixture(autouse=True)
-def _no_logs():
-    """They would keep the frames of what was interrupted, and all that is in there."""
+def _nothing_kept(monkeypatch):
+    """Logs, and what pytest notes of interrupted generators, would keep their frames and all that is in there."""
+    monkeypatch.setattr(sys, 'unraisablehook', lambda _: None)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

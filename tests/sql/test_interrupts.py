@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import sys
 import time
 
 import pytest
@@ -21,16 +22,14 @@ from pyramid_mailqueue.queues.sql_database import Database
 from tests.crash.interrupts import Interrupted, interrupting
 from tests.sql.orders import Base, Order
 
-# What is interrupted in a generator, or in a pool, may leave something to the garbage collector.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-
 # Not each moment each time: there are more than a thousand, and most of them lie in the same function.
 STRIDE = 23
 
 
 @pytest.fixture(autouse=True)
-def _no_logs():
-    """They would keep the frames of what was interrupted, and all that is in there; what is left is collected here."""
+def _nothing_kept(monkeypatch):
+    """Logs, and what pytest notes of interrupted generators, would keep their frames and all that is in there."""
+    monkeypatch.setattr(sys, 'unraisablehook', lambda _: None)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
