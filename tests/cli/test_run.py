@@ -1680,6 +1680,11 @@ def test_a_log_may_go_to_stdout_whatever_that_is(start, app_ini, put, server, tm
 AS_PROCESS_1 = ('unshare', '--fork', '--pid', '--kill-child')
 
 
+def uncovered():
+    """The environment, without what measures coverage: that would hear SIGTERM first, and give it away."""
+    return {key: value for key, value in os.environ.items() if not key.startswith('COVERAGE_PROCESS')}
+
+
 @pytest.fixture(scope='module')
 def process_1():
     if subprocess.run([*AS_PROCESS_1, 'true'], check=False, capture_output=True).returncode:
@@ -1713,12 +1718,15 @@ def test_process_1_of_a_container_hears_sigterm_while_it_starts(app_ini, put_man
     put_many(1)
     server.script['connect'] = Silence()
     command = [*AS_PROCESS_1, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(app_ini(server)), *arguments]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        pid = child_of(process)
-        time.sleep(delay)  # the moment at which the signal comes is the subject
-        os.kill(pid, signal.SIGTERM)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=uncovered()) as process:
+        try:
+            pid = child_of(process)
+            time.sleep(delay)  # the moment at which the signal comes is the subject
+            os.kill(pid, signal.SIGTERM)
 
-        assert process.wait(20) == status
+            assert process.wait(20) == status
+        finally:
+            process.kill()
 
 
 @pytest.mark.usefixtures('process_1')
@@ -1740,7 +1748,7 @@ def test_an_application_that_takes_long_to_load_is_not_waited_for(
     path = shop_ini()
     path.write_text(path.read_text().replace('shop:main', 'slow:main'))
     command = [*AS_PROCESS_1, sys.executable, '-m', 'pyramid_mailqueue.cli.run', str(path), '--app', *arguments]
-    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    env = {**uncovered(), 'PYTHONPATH': str(tmp_path)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         pid = child_of(process)
         until((tmp_path / 'begun').exists)
