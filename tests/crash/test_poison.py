@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from tests.crash.little_memory import run_with_memory
 
 HEADER = (
     b'Return-path: <poison@x.example>\r\nEnvelope-to: a@y.example\r\n'
@@ -38,16 +36,7 @@ def put_poison(queue, folder='new', name='1700000000.M1P1Q1R1.host', size=TERABY
 
 def run(code, *arguments):
     """Run a program that has little memory; return what it prints."""
-    ended = subprocess.run(
-        [sys.executable, '-c', code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM)),
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    return run_with_memory(ROOM, code, *arguments)
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
-
 import pytest
 
 from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.queues.sql_tables import INLINE
+from tests.crash.little_memory import run_with_memory
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 MIB = 1024 * 1024
@@ -37,16 +34,7 @@ Runner(queue, MessageHandler([Transport()])).run()
 
 def run(url):
     """Make a run in a process that has little memory; return who the senders were of what it has sent."""
-    ended = subprocess.run(
-        [sys.executable, '-c', RUNS, url],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM)),
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout.split()
+    return run_with_memory(ROOM, RUNS, url).split()
 
 
 def test_a_run_sends_the_others_and_gives_the_poison_up_in_the_end(url, make_queue, envelope, sql):
