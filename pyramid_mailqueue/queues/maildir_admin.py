@@ -100,6 +100,8 @@ class MaildirAdmin:
 
     def __init__(self, folders: MaildirFolders) -> None:
         self._folders = folders
+        # The names of files by their ids, where those differ, as they were when all files were last looked through.
+        self._names: dict[str, str] = {}
 
     # -- what there is
 
@@ -259,18 +261,21 @@ class MaildirAdmin:
             yield self._locate(id)
 
     def _locate(self, id: str) -> tuple[str, str]:
+        for name in filter(None, (id, self._names.get(id))):
+            for folder in STATE_OF:
+                if self._is_file(folder, name):
+                    return folder, name
+        found = {}
+        self._names.clear()
         for folder in STATE_OF:
-            if self._is_file(folder, id):
-                return folder, id
-        found = {
-            _id_of(file.name): (folder, file.name)
-            for folder in STATE_OF
-            for file in self._folders.files(folder)
-            if id and not isinstance(id, ExactId) and file.name.startswith(id)
-        }
+            for file in self._folders.files(folder):
+                if ',' in file.name:
+                    self._names[_id_of(file.name)] = file.name
+                if id and file.name.startswith(id):
+                    found[_id_of(file.name)] = folder, file.name
         if id in found:
             return found[id]
-        if not found:
+        if not found or isinstance(id, ExactId):
             raise NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
         if len(found) > 1:
             raise NoSuchMessage(f'{id} is the beginning of {len(found)} ids; give more of it: {_some(sorted(found))}')

@@ -19,7 +19,7 @@ from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
 from pyramid_mailqueue.queues import maildir_admin
-from pyramid_mailqueue.queues.entries import STATES, UNDELIVERED, QueueEntry
+from pyramid_mailqueue.queues.entries import STATES, UNDELIVERED, ExactId, QueueEntry
 from pyramid_mailqueue.queues.locked_file import LockedFile
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
@@ -913,3 +913,37 @@ def test_messages_that_have_ended_processes_are_named(queue):
 
     assert sorted(queue.admin.crashing(2, 10)) == ['c', 'd']
     assert len(queue.admin.crashing(1, 2)) == 2
+
+
+@pytest.mark.parametrize('suffix', [',deaths=2', ',stumbles=1', ',stumbles=3,deaths=1'])
+def test_the_whole_id_of_a_message_is_its_id_after_setbacks_too(queue, admin, suffix):
+    """Lists give such ids to commands and pages."""
+    names = [put(queue) for _ in range(3)]
+    for name in names:
+        at(queue, 'new', name).rename(at(queue, 'new', name + suffix))
+    ids = [entry.id for entry in admin.entries(STATES)]
+    assert ids == names
+
+    assert [admin.find(ExactId(name)).id for name in ids] == names
+    assert [admin.hold(ExactId(name)).id for name in ids] == names
+    assert [admin.unhold(ExactId(name)).id for name in ids] == names
+    assert admin.delete(ExactId(names[0])).id == names[0]
+    with pytest.raises(NoSuchMessage):
+        admin.find(ExactId(names[0]))
+    with pytest.raises(NoSuchMessage):
+        admin.find(ExactId(names[1][:-1]))
+
+
+def test_many_messages_with_setbacks_are_changed_without_a_look_through_all_files_for_each(queue, admin, monkeypatch):
+    for n in range(20):
+        at(queue, 'new', f'{NOW}.{n},deaths=1').write_bytes(at(queue, 'new', put(queue)).read_bytes())
+    looked_through = []
+    real = MaildirFolders.files
+    monkeypatch.setattr(
+        MaildirFolders, 'files', lambda self, folder: looked_through.append(folder) or real(self, folder)
+    )
+
+    for n in range(20):
+        admin.hold(ExactId(f'{NOW}.{n}'))
+
+    assert sum(folder == 'new' for folder in looked_through) == 1
