@@ -24,8 +24,8 @@ from pyramid_mailqueue.queues.locked_file import LockedFile
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
 from pyramid_mailqueue.queues.queue_file import QueueHeader, read_header, serialize_header
-from tests.crash.children import Child, fork, no_open_files_are_left
-from tests.crash.faults import CAN_FAIL, Death, Fault, intercepted, without_sync
+from tests.crash.children import Child, no_open_files_are_left
+from tests.crash.faults import CAN_FAIL, Fault, intercepted, without_sync
 from tests.crash.queue_parts import CONTENT, ENVELOPE, HOUR, LATER, Told, at, claim, clear, forget, put, stage, where
 from tests.crash.witnesses import Notes
 
@@ -800,39 +800,6 @@ def test_if_a_system_call_fails_there_is_one_message_still_and_it_is_told(queue,
 
 def number_of_messages(queue):
     return sum(number for folder, number in where(queue).items() if folder != 'tmp')
-
-
-@pytest.mark.parametrize('moment', ['before', 'after'])
-@pytest.mark.parametrize(('method', 'make', 'after'), CHANGES)
-def test_whoever_dies_at_any_moment_has_neither_lost_nor_doubled_the_message(queue, moment, method, make, after):
-    deaths = 0
-    for number in itertools.count(1):
-        with intercepted(without_sync):
-            clear(queue)
-            name = make(queue)
-            (before,) = where(queue)
-
-        def live(number=number, name=name):
-            with intercepted(Death(number, moment)):
-                getattr(queue.admin, method)(name)
-
-        status = os.waitstatus_to_exitcode(os.waitpid(fork(live), 0)[1])
-        left = set(where(queue)) - {'tmp'}
-        if status == 0:
-            assert left == after
-            break
-        deaths += 1
-        assert left in ({before}, after)
-        assert number_of_messages(queue) == (1 if left else 0)
-        if left:
-            (folder,) = left
-            assert header_of(queue, folder, next(at(queue, folder).iterdir()).name)[1] == CONTENT
-            # Whoever comes next finds it, and can do the same.
-            (entry,) = queue.admin.entries(STATES)
-            if folder == before:
-                getattr(queue.admin, method)(entry.id)
-                assert set(where(queue)) - {'tmp'} == after
-    assert deaths > 5
 
 
 def test_a_flush_that_fails_says_what_and_keeps_nothing(queue, admin):
