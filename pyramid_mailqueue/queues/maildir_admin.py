@@ -265,14 +265,7 @@ class MaildirAdmin:
             for folder in STATE_OF:
                 if self._is_file(folder, name):
                     return folder, name
-        found = {}
-        self._names.clear()
-        for folder in STATE_OF:
-            for file in self._folders.files(folder):
-                if ',' in file.name:
-                    self._names[_id_of(file.name)] = file.name
-                if id and file.name.startswith(id):
-                    found[_id_of(file.name)] = folder, file.name
+        found = self._look_for(id)
         if id in found:
             return found[id]
         if not found or isinstance(id, ExactId):
@@ -280,6 +273,18 @@ class MaildirAdmin:
         if len(found) > 1:
             raise NoSuchMessage(f'{id} is the beginning of {len(found)} ids; give more of it: {_some(sorted(found))}')
         return next(iter(found.values()))
+
+    def _look_for(self, beginning: str) -> dict[str, tuple[str, str]]:
+        """Return the folders and the names of files by their ids; those of all others are noted, where they differ."""
+        found = {}
+        self._names.clear()
+        for folder in STATE_OF:
+            for file in self._folders.files(folder):
+                if ',' in file.name:
+                    self._names[_id_of(file.name)] = file.name
+                if beginning and file.name.startswith(beginning):
+                    found[_id_of(file.name)] = folder, file.name
+        return found
 
     def _is_file(self, folder: str, name: str) -> bool:
         # What is not the name of a file here must not become a path: it might lead out of the queue.
