@@ -24,6 +24,33 @@ from tests.crash.queue_parts import CONTENT, dead_recipients, forget, names, sta
 which = st.integers(0, 5)
 
 
+# Functions with names: of a lambda Hypothesis may want to read the source, each time.
+
+
+def has_stagings(machine):
+    return machine.stagings
+
+
+def has_claims(machine):
+    return machine.claims
+
+
+def has_waiting(machine):
+    return machine.model.names('waiting')
+
+
+def has_held(machine):
+    return machine.model.names('held')
+
+
+def has_in_doubt(machine):
+    return machine.model.names('in doubt')
+
+
+def has_any(machine):
+    return machine.model.names('waiting', 'held', 'in doubt', 'orphan')
+
+
 @dataclass
 class Message:
     """What the model knows of a message."""
@@ -119,7 +146,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.enter('prepared', name, envelope, 'prepared')
         self.stagings.append((staging, staged, ways))
 
-    @precondition(lambda self: self.stagings)
+    @precondition(has_stagings)
     @rule(index=which)
     def publish(self, index):
         staging, staged, ways = self.stagings.pop(index % len(self.stagings))
@@ -132,7 +159,7 @@ class QueueMachine(RuleBasedStateMachine):
                 self.claims.append(claim)
         assert staging.discard() == []
 
-    @precondition(lambda self: self.stagings)
+    @precondition(has_stagings)
     @rule(index=which)
     def discard(self, index):
         staging, staged, _ = self.stagings.pop(index % len(self.stagings))
@@ -140,7 +167,7 @@ class QueueMachine(RuleBasedStateMachine):
         for name in staged:
             del self.model.messages[name]
 
-    @precondition(lambda self: self.stagings)
+    @precondition(has_stagings)
     @rule(index=which)
     def die_in_doubt(self, index):
         staging, staged, _ = self.stagings.pop(index % len(self.stagings))
@@ -172,7 +199,7 @@ class QueueMachine(RuleBasedStateMachine):
         message.state = 'claimed'
         self.claims.append(claim)
 
-    @precondition(lambda self: self.claims)
+    @precondition(has_claims)
     @rule(
         index=which,
         fates=st.lists(st.sampled_from(['accepted', 'deferred', 'refused', 'forbidden']), min_size=4, max_size=4),
@@ -201,7 +228,7 @@ class QueueMachine(RuleBasedStateMachine):
         message.due = message.due if due is None else due
         message.state = 'waiting'
 
-    @precondition(lambda self: self.claims)
+    @precondition(has_claims)
     @rule(index=which, number=st.integers(1, 3))
     def keep(self, index, number):
         claim = self.claims[index % len(self.claims)]
@@ -213,7 +240,7 @@ class QueueMachine(RuleBasedStateMachine):
 
         assert (claim.deaths, claim.envelope.recipients) == (0, message.recipients)
 
-    @precondition(lambda self: self.claims)
+    @precondition(has_claims)
     @rule(index=which)
     def release(self, index):
         claim = self.claims.pop(index % len(self.claims))
@@ -221,7 +248,7 @@ class QueueMachine(RuleBasedStateMachine):
         claim.settle(Settlement())
         self.model.messages[claim.id].state = 'waiting'
 
-    @precondition(lambda self: self.claims)
+    @precondition(has_claims)
     @rule(index=which)
     def die_while_delivering(self, index):
         claim = self.claims.pop(index % len(self.claims))
@@ -253,35 +280,35 @@ class QueueMachine(RuleBasedStateMachine):
         name = found[index % len(found)]
         return name, self.model.messages[name]
 
-    @precondition(lambda self: self.model.names('waiting'))
+    @precondition(has_waiting)
     @rule(index=which)
     def hold(self, index):
         name, message = self.some(index, 'waiting')
         self.queue.admin.hold(name)
         message.state = 'held'
 
-    @precondition(lambda self: self.model.names('held'))
+    @precondition(has_held)
     @rule(index=which)
     def unhold(self, index):
         name, message = self.some(index, 'held')
         self.queue.admin.unhold(name)
         message.state = 'waiting'
 
-    @precondition(lambda self: self.model.names('waiting'))
+    @precondition(has_waiting)
     @rule(index=which)
     def retry(self, index):
         name, message = self.some(index, 'waiting')
         self.queue.admin.retry(name)
         message.due = min(message.due, self.now)
 
-    @precondition(lambda self: self.model.names('in doubt'))
+    @precondition(has_in_doubt)
     @rule(index=which)
     def release_from_doubt(self, index):
         name, message = self.some(index, 'in doubt')
         self.queue.admin.release(name)
         message.due, message.state = self.now, 'waiting'
 
-    @precondition(lambda self: self.model.names('waiting', 'held', 'in doubt', 'orphan'))
+    @precondition(has_any)
     @rule(index=which)
     def delete(self, index):
         name, _ = self.some(index, 'waiting', 'held', 'in doubt', 'orphan')
