@@ -51,11 +51,13 @@ suite: $(TEST)/installed-$(VERSION)
 
 # Left out is what takes long and depends on the system more than on the versions: processes that are started, killed or
 # interrupted, what waits for the end of a time limit, other mail software, and a browser; and type checkers, which read
-# the hints of other packages, too.
-LEFT_OUT = browser crash interop mta test_demo.py test_scripts.py test_types.py cli/test_progress.py cli/test_run.py \
-    cli/test_send_test.py delivery/test_runner.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
+# the hints of other packages, too.  So is what only this package has a part in.
+LEFT_OUT = browser crash interop mta dashboard/test_change.py test_demo.py test_imports.py test_packaging.py test_scripts.py \
+    test_types.py cli/test_progress.py cli/test_run.py cli/test_send_test.py delivery/test_runner.py \
+    queues/test_maildir_model.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
     sql/test_failover.py sql/test_interrupts.py sql/test_leases.py sql/test_move.py sql/test_move_command.py \
-    sql/test_poison.py sql/test_rights.py sql/test_workers.py transports/test_smtp_addresses.py
+    sql/test_poison.py sql/test_rights.py sql/test_workers.py transports/test_smtp_addresses.py \
+    transports/test_smtp_limits.py transports/test_smtp_stream.py transports/test_smtp_transaction.py
 PLAIN = tests $(LEFT_OUT:%=--ignore=tests/%) --ignore-glob='*_deaths.py'
 
 plain: $(TEST)/installed-$(VERSION)
