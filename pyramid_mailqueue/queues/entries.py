@@ -283,15 +283,22 @@ class DomainCount:
         self._now = now
         self._counts: defaultdict[str, _Count] = defaultdict(_Count)
 
-    def add(self, recipients: Iterable[str], queued_at: float | None, size: int) -> None:
+    def add(self, recipients: Sequence[str], queued_at: float | None, size: int) -> None:
         """Count one message."""
-        for domain in {recipient.rpartition('@')[2].lower() for recipient in recipients}:
+        if len(recipients) == 1:
+            self._counts[_domain(recipients[0])].add(queued_at, size, self._now)
+            return
+        for domain in set(map(_domain, recipients)):
             self._counts[domain].add(queued_at, size, self._now)
 
     def tallies(self) -> dict[str, Tally]:
         """Return a tally for each domain, the largest first."""
         largest_first = sorted(self._counts.items(), key=lambda item: (-item[1].messages, item[0]))
         return {domain: count.tally() for domain, count in largest_first}
+
+
+def _domain(recipient: str) -> str:
+    return recipient.rpartition('@')[2].lower()
 
 
 class _Count:
@@ -310,7 +317,8 @@ class _Count:
         self.size += size
         if queued_at is None:
             return
-        self.oldest = queued_at if self.oldest is None else min(self.oldest, queued_at)
+        if self.oldest is None or queued_at < self.oldest:
+            self.oldest = queued_at
         self.by_age[bisect_left(AGE_LIMITS, (now - queued_at) / 60)] += 1
 
     def tally(self) -> Tally:

@@ -52,8 +52,10 @@ MAX_RETRIES = 2_000_000_000
 _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
 _END = b'X-Queue-Meta-End: end'
 
+# What one ordinary address does not hold.
+_OF_SEVERAL = re.compile('[",=? \t]')
+
 # What we write of a message that was not tried yet: the shortest way for what is read most.
-_FRESH_FIELDS = ('Return-path', 'Envelope-to', 'X-Queue-Date')
 _FRESH = re.compile(
     rb'Return-path: (<[!-~]*>)\r\nEnvelope-to: ([!-~]+)\r\nX-Queue-Date: ([!-~][ -~]+[!-~])\r\n'
     rb'X-Queue-Meta-End: end\r\n'
@@ -184,6 +186,12 @@ def parse_header(data: bytes) -> tuple[QueueHeader, int]:
 
     Raises :class:`~.exceptions.QueueFileError` as :func:`read_header` does; :data:`MAX_HEADER_OCTETS` are enough.
     """
+    if fresh := _FRESH.match(data, 0, MAX_HEADER_OCTETS):
+        sender, recipients, date = fresh.groups()
+        queued_at = _parse_date('X-Queue-Date', date.decode())
+        return QueueHeader(
+            _parse_sender(sender.decode()), _parse_recipients(recipients.decode()), queued_at
+        ), fresh.end()
     try:
         fields, end = _read_fields(data)
     except QueueFileError as exc:
@@ -206,8 +214,6 @@ def parse_header(data: bytes) -> tuple[QueueHeader, int]:
 
 
 def _read_fields(data: bytes) -> tuple[dict[str, str], int]:
-    if fresh := _FRESH.match(data, 0, MAX_HEADER_OCTETS):
-        return dict(zip(_FRESH_FIELDS, map(bytes.decode, fresh.groups()), strict=True)), fresh.end()
     fields: dict[str, str] = {}
     begin = 0
     while (end := data.find(b'\n', begin, MAX_HEADER_OCTETS) + 1) > 0:
@@ -246,6 +252,8 @@ def _required(fields: dict[str, str], name: str) -> str:
     return fields[name]
 
 
+# An application has few senders.
+@lru_cache(maxsize=64)
 def _parse_sender(value: str) -> str:
     if not (value.startswith('<') and value.endswith('>')):
         raise QueueFileError(f'Return-path must be an address in angle brackets, not {ascii(value[:100])}.')
@@ -253,6 +261,8 @@ def _parse_sender(value: str) -> str:
 
 
 def _parse_recipients(value: str) -> tuple[str, ...]:
+    if value and not _OF_SEVERAL.search(value):
+        return (_checked('Envelope-to', value),)
     addresses = split_addresses(_decoded('Envelope-to', value))
     recipients = tuple(dict.fromkeys([_checked('Envelope-to', address) for address in addresses]))
     if not recipients:
