@@ -773,6 +773,8 @@ def test_if_a_system_call_fails_there_is_one_message_still_and_it_is_told(queue,
         with intercepted(without_sync):
             clear(queue)
             name = make(queue)
+            # A thread may still have a folder open.
+            queue.flush()
             (before,) = where(queue)
         fault = Fault(error, number, lasts=lasts)
         failed = False
