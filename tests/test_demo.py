@@ -260,7 +260,9 @@ def test_a_queue_that_says_no_rolls_everything_back(visitor, people, tmp_path):
 # --- the switch, the queue and mq-run ----------------------------------------
 
 
-def test_while_the_server_is_off_a_sign_up_succeeds_and_mq_run_delivers_it_later(visitor, people, arrived, counts):
+def test_while_the_server_is_off_a_sign_up_succeeds_and_mq_run_delivers_it_later(
+    wsgi, visitor, people, arrived, counts
+):
     page = press_switch(visitor)
     assert 'Off, nobody listens' in page
 
@@ -271,6 +273,8 @@ def test_while_the_server_is_off_a_sign_up_succeeds_and_mq_run_delivers_it_later
         return visitor.get('/').html.find(id='count-waiting').get_text() == '1'
 
     # It waits, is tried once, and waits again.
+    (route,) = wsgi.registry.getUtility(IMailer).handler.routes
+    until(lambda: route.pause.is_in_trouble, 'an attempt')
     until(has_one, 'a waiting message')
     page = visitor.get('/')
     assert 'Turn the server on' in page.html.find(id='live-queue').get_text()
