@@ -135,10 +135,11 @@ def test_a_hidden_field_can_name_an_international_mailbox(name):
 
 # --- parameters -------------------------------------------------------------
 
+# get_filename() of the standard library takes brackets and quotes off twice.
 file_names = st.one_of(
     texts()
     .map(lambda text: ' '.join(text.split()))
-    .filter(lambda it: it and it.isprintable() and '=?' not in it and it[0] != '<'),
+    .filter(lambda it: it and it.isprintable() and '=?' not in it and it[0] not in '<"'),
     st.sampled_from(['ü b.pdf', "it's ü.pdf", 'a;b ü.pdf', 'q"uo"te.pdf', 'C:\\ü.pdf', '100%.pdf', 'x' * 2000]),
 )
 
