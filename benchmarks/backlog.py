@@ -32,7 +32,7 @@ from benchmarks.common import (
 from benchmarks.servers import watched_sink
 from benchmarks.ways import ours
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, serialize_header
 
 DUE = 50
 #: Small ones: nobody reads them.

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, text
 
 from benchmarks.common import Failed, new_message
 from benchmarks.servers import HOST
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
 from tests.sql.databases import Elsewhere, Postgres, create_queue_tables, find_binaries, postgres_schema
 

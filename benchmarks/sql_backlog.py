@@ -17,8 +17,8 @@ from operator import itemgetter
 
 from benchmarks.common import Failed, measure, options, print_table, progress
 from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server
-from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.queues.sql import CLAIM_BATCH, SQLQueue
+from pyramid_mailqueue.queues.sql.queue import CLAIM_BATCH, SQLQueue
+from pyramid_mailqueue.results import Settlement
 
 #: Contents that are larger than 2 KB are not kept in the row; with this size a row is as large as theirs.
 SIZE = 300

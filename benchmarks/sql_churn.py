@@ -21,7 +21,7 @@ from benchmarks.common import KIB, MB, Failed, options, print_table, progress
 from benchmarks.databases import TABLE, Source, Sql, create_queue_tables, schema, server, sizes, write_sql_ini
 from benchmarks.servers import sink
 from benchmarks.ways import mq_run
-from pyramid_mailqueue.queues.sql import CLAIM_BATCH
+from pyramid_mailqueue.queues.sql.queue import CLAIM_BATCH
 
 SIZE = 4 * KIB
 

@@ -25,7 +25,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from benchmarks.common import KIB, RECIPIENT, SENDER, Measured, new_message, options, print_table, progress
 from benchmarks.databases import TABLE, Sql, queue_tables
 from pyramid_mailqueue import mailer_from_settings
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 
 SIZE = 4 * KIB
 

@@ -41,16 +41,16 @@ from pyramid_mailqueue.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.addresses import check_address
     from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal, PluginMessage, PluginRegistry, registry
-    from pyramid_mailqueue.delivery.results import Burial, Dropped, Offer, Recovery, Reply, SendResult, Settlement
     from pyramid_mailqueue.delivery.runner import RunReport
-    from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
     from pyramid_mailqueue.mailer import Mailer
+    from pyramid_mailqueue.message.addresses import check_address
+    from pyramid_mailqueue.message.envelope import Envelope
     from pyramid_mailqueue.queue_runner import QueuedMessage, enqueue_message, one_shot_queue_run
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats, Tally
+    from pyramid_mailqueue.results import Burial, Dropped, Offer, Recovery, Reply, SendResult, Settlement
     from pyramid_mailqueue.settings import Rate, Settings
     from pyramid_mailqueue.transactions import ITransactionSource
     from pyramid_mailqueue.transports.maildir import MaildirBackend
@@ -114,9 +114,9 @@ __all__ = [
 ]
 
 _LATER = {
-    'Burial': 'delivery.results',
-    'Dropped': 'delivery.results',
-    'Envelope': 'envelope',
+    'Burial': 'results',
+    'Dropped': 'results',
+    'Envelope': 'message.envelope',
     'ITransactionSource': 'transactions',
     'MQAction': 'delivery.plugins',
     'MQSignal': 'delivery.plugins',
@@ -128,21 +128,21 @@ _LATER = {
     'MaildirBackend': 'transports.maildir',
     'Mailer': 'mailer',
     'MessageHandler': 'delivery.handler',
-    'Offer': 'delivery.results',
+    'Offer': 'results',
     'PluginMessage': 'delivery.plugins',
     'PluginRegistry': 'delivery.plugins',
     'QueueEntry': 'queues.entries',
     'QueueStats': 'queues.entries',
     'QueuedMessage': 'queue_runner',
     'Rate': 'settings',
-    'Recovery': 'delivery.results',
-    'Reply': 'delivery.results',
+    'Recovery': 'results',
+    'Reply': 'results',
     'RunReport': 'delivery.runner',
-    'SendResult': 'delivery.results',
+    'SendResult': 'results',
     'Settings': 'settings',
-    'Settlement': 'delivery.results',
+    'Settlement': 'results',
     'Tally': 'queues.entries',
-    'check_address': 'addresses',
+    'check_address': 'message.addresses',
     'enqueue_message': 'queue_runner',
     'init_smtp_mailer': 'wiring',
     'one_shot_queue_run': 'queue_runner',

@@ -43,11 +43,11 @@ import transaction
 import transaction.interfaces
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.logs import Log, log_event
-from pyramid_mailqueue.delivery.results import DROPPED, Dropped
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, ISessionStaging, IStaging
+from pyramid_mailqueue.logs import Log, log_event
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import DROPPED, Dropped
 
 __all__ = ['MailDataManager']
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from zope.interface import providedBy
 
-from pyramid_mailqueue.delivery.logs import Log, name_of
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.logs import Log, name_of
+from pyramid_mailqueue.message.envelope import Envelope
 
 __all__ = ['MailBuried', 'MailDeferred', 'MailDelivered', 'MailEvent', 'MailQueued', 'notify']
 

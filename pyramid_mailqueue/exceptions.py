@@ -20,7 +20,7 @@ The tree, with the standard exception that a branch also is::
 ``ConfigurationError`` and ``MessageError`` are mistakes of the caller and are raised as early as they can be seen: at
 start-up, and in the view.  ``QueueError`` is raised by the first phase of a commit, so that the transaction rolls
 back; where a database has rolled it back in favour of others it is also a ``transaction.interfaces.TransientError``
-(:mod:`~.queues.sql_session`).  ``ServerTrouble`` never reaches a view: it passes between a transport and the delivery
+(:mod:`~.queues.sql.session`).  ``ServerTrouble`` never reaches a view: it passes between a transport and the delivery
 loop.
 """
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pyramid_mailqueue.contract import Contract, Protocol
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.delivery.results import Dropped, Recovery, SendResult, Settlement
-    from pyramid_mailqueue.envelope import Envelope
     from pyramid_mailqueue.exceptions import QueueError
+    from pyramid_mailqueue.message.envelope import Envelope
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
+    from pyramid_mailqueue.results import Dropped, Recovery, SendResult, Settlement
     from pyramid_mailqueue.transactions import ITransactionSource
 
 __all__ = [
@@ -77,7 +77,7 @@ class IMailer(Contract, Protocol):
         """
         Try *message* now, outside of any transaction, and queue it if that fails.
 
-        Returns a :class:`~.delivery.results.SendResult`.  The message is durable in the queue before the attempt, so
+        Returns a :class:`~.results.SendResult`.  The message is durable in the queue before the attempt, so
         that a crash cannot lose it.  Raises :class:`~.exceptions.QueueError` if the queue cannot take it.
         """
 
@@ -152,7 +152,7 @@ class IMailQueue(Contract, Protocol):
 
     def recover(self, now: float) -> Recovery:
         """
-        Take care of what dead processes left behind; return a :class:`~.delivery.results.Recovery`.
+        Take care of what dead processes left behind; return a :class:`~.results.Recovery`.
 
         Called at the start of each run of ``mq-run``, never by a web process.  Raises
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
@@ -335,7 +335,7 @@ class IStaging(Contract, Protocol):
         Make the prepared messages real; return the claim of each, in their order, None for those added not *claimed*.
 
         In the place of a message that an `ISessionQueue` has lost with a savepoint of the session there is
-        :data:`~.delivery.results.DROPPED`.
+        :data:`~.results.DROPPED`.
 
         This should never fail, and never raises: what goes wrong is logged as CRITICAL, and the message stays
         prepared, in doubt.
@@ -447,7 +447,7 @@ class ISender(Contract, Protocol):
         :param sender: the reverse-path without angle brackets; ``''`` is the null sender
         :param recipients: a tuple of addresses, at least one
         :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
-        :returns: a :class:`~.delivery.results.SendResult`, or True (sent to everybody) or False (try again later)
+        :returns: a :class:`~.results.SendResult`, or True (sent to everybody) or False (try again later)
         :raises ServerTrouble: the server cannot be used now; this message was neither sent nor refused
 
         Any other exception is a defect of the transport: it is logged, and the message is tried again later.
@@ -462,7 +462,7 @@ class ITransport(ISender, Contract, Protocol):
     following methods are used where they exist:
 
     ``stream(first, more)``
-        Used instead of ``send``.  *first* is an :class:`~.delivery.results.Offer`, and each call of *more* gives
+        Used instead of ``send``.  *first* is an :class:`~.results.Offer`, and each call of *more* gives
         another one, or None if there is none at once.  Yields a result for each offer, in their order, and the one of
         an offer before the content of the next can be with the server.  It may ask for the next offer before that, to
         speak of it meanwhile.  Recipients without a reply, where others have one, are offered again.  After trouble it
@@ -494,7 +494,7 @@ class ITransport(ISender, Contract, Protocol):
         Whether it is the way into *queue*: messages of that queue are not offered to it.
 
     ``bury(sender, content, burials)``
-        Keep dead letters of a message that is in no queue, one for each :class:`~.delivery.results.Burial`.
+        Keep dead letters of a message that is in no queue, one for each :class:`~.results.Burial`.
     """
 
     @property
@@ -512,12 +512,12 @@ class IRetryPolicy(Contract, Protocol):
         self, recipients: Sequence[str], attempts: int, queued_at: float, result: SendResult, now: float
     ) -> Settlement:
         """
-        Return the :class:`~.delivery.results.Settlement` of one attempt.
+        Return the :class:`~.results.Settlement` of one attempt.
 
         :param recipients: whom the message was still open for before the attempt
         :param attempts: how many attempts were made before this one
         :param queued_at: when the message came into the queue, in seconds since the epoch
-        :param result: the :class:`~.delivery.results.SendResult` of the attempt
+        :param result: the :class:`~.results.SendResult` of the attempt
         :param now: seconds since the epoch
         """
 

@@ -14,14 +14,14 @@ from typing import Any
 from zope.interface import implementer
 
 # Not with the first message: a server may fork while another thread imports it, for which the child would wait.
-import pyramid_mailqueue.outgoing  # noqa: F401
+import pyramid_mailqueue.message.outgoing  # noqa: F401
 from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import SendResult
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailEvent, MailQueued
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.interfaces import IBindableMailer, IDispatcher, IMailQueue, ISessionQueue
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import SendResult
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 
 __all__ = ['Mailer']

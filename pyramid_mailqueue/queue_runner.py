@@ -17,13 +17,13 @@ from pyramid_mailqueue.cli.common import read_settings, refuse_root, require_que
 from pyramid_mailqueue.cli.config import setup_logging
 from pyramid_mailqueue.cli.run import tell_of
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.delivery.runner import Runner, RunReport
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.wiring import build_handler, build_queue

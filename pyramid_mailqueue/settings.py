@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pyramid_mailqueue.addresses import check_address, parse_mailbox
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
 from pyramid_mailqueue.hosts import is_loopback
+from pyramid_mailqueue.message.addresses import check_address, parse_mailbox
 
 __all__ = ['Key', 'Rate', 'Settings', 'default_tls', 'known_keys', 'parse_duration']
 

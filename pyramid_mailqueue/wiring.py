@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, described
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
+from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def _import_for_delivery(settings: Settings) -> None:
     # The last one is needed to look for plugins, and is imported late since Python 3.15.
     names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib', 'zipfile']
     if 'smtp' in settings.transports:
-        names += [f'{__package__}.transports.{name}' for name in ('smtp_client', 'smtp_session')]
+        names += [f'{__package__}.transports.smtp.{name}' for name in ('client', 'session')]
     if settings.queue == 'sql':
-        names += [f'{__package__}.queues.{name}' for name in ('sql_session', 'sql_staging')]
+        names += [f'{__package__}.queues.sql.{name}' for name in ('session', 'staging')]
     for name in names:
         import_module(name)
 
@@ -110,7 +110,7 @@ def build_compose(settings: Settings) -> Callable[..., Envelope]:
     to = settings.redirect_all_to
     if to is None:
         return compose
-    from pyramid_mailqueue.redirect import redirected
+    from pyramid_mailqueue.message.redirect import redirected
 
     # Here, so that a queue never holds what must not be sent.
     return lambda *args, **options: redirected(compose(*args, **options), to)
@@ -163,7 +163,7 @@ def build_queue(
 def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue:
     """Return the queue in a directory; see :func:`build_queue`."""
     from pyramid_mailqueue.queues.maildir import MaildirQueue
-    from pyramid_mailqueue.queues.maildir_inspection import NoQueue
+    from pyramid_mailqueue.queues.maildir.inspection import NoQueue
 
     if settings.queue_dir is None:
         raise ConfigurationError('mailqueue.queue_dir is missing: name the directory in which messages are to wait.')
@@ -183,7 +183,7 @@ def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue
 
 def _checked_sql_queue(settings: Settings, on_away: Callable[[QueueError], None]) -> IMailQueue:
     queue = build_sql_queue(settings)
-    from pyramid_mailqueue.queues.sql_database import DatabaseAway
+    from pyramid_mailqueue.queues.sql.database import DatabaseAway
 
     try:
         queue.check()
@@ -226,9 +226,9 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     # What is in doubt is left behind, whatever mq-run would do about it: whoever moves is told of it.
     directory = build_maildir_queue(replace(settings, in_doubt='hold'))
     database = build_sql_queue(settings)
+    from pyramid_mailqueue.queues.maildir.moving import DirectoryRecord, MaildirSide
     from pyramid_mailqueue.queues.moving import Move
-    from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord, MaildirSide
-    from pyramid_mailqueue.queues.moving_sql import SQLSide, blaming_configuration, schema_of
+    from pyramid_mailqueue.queues.sql.moving import SQLSide, blaming_configuration, schema_of
 
     here = MaildirSide(directory)
     try:
@@ -245,7 +245,7 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
 
 
 def _check_tables(queue: SQLQueue, settings: Settings) -> None:
-    from pyramid_mailqueue.queues.sql_database import NoTables
+    from pyramid_mailqueue.queues.sql.database import NoTables
 
     try:
         queue.database.check()

@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.content import message_bytes
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MessageError
+from pyramid_mailqueue.message.content import message_bytes
+from pyramid_mailqueue.message.envelope import Envelope
 
 
 def modern(text='x', **options):

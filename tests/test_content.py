@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.addresses import parse_header_addresses
-from pyramid_mailqueue.content import message_bytes, split_content
 from pyramid_mailqueue.exceptions import AddressError, MessageError
-from pyramid_mailqueue.line_ends import SMALL, normalize_line_ends
+from pyramid_mailqueue.message.addresses import parse_header_addresses
+from pyramid_mailqueue.message.content import message_bytes, split_content
+from pyramid_mailqueue.message.line_ends import SMALL, normalize_line_ends
 
 LINE_PIECES = st.lists(st.sampled_from([b'\r', b'\n', b'\r\n', b'\r\r\n', b'a', b'', b'\x00', b'\xff'])).map(b''.join)
 

@@ -28,9 +28,9 @@ from zope.interface.verify import verifyClass, verifyObject
 from pyramid_mailqueue.datamanager import MailDataManager, _FirstToFinish
 from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoActiveTransaction, QueueError
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transactions import ManagerTransaction
 

@@ -11,9 +11,9 @@ from email.message import EmailMessage, Message
 import pytest
 from hypothesis import example, given
 
-from pyramid_mailqueue.content import message_bytes
-from pyramid_mailqueue.encoded_words import decoded, looks_encoded
 from pyramid_mailqueue.exceptions import MessageError
+from pyramid_mailqueue.message.content import message_bytes
+from pyramid_mailqueue.message.encoded_words import decoded, looks_encoded
 from tests.reader import lines_of_field, read_text
 from tests.strategies import texts
 

@@ -13,7 +13,7 @@ import pytest
 from aiosmtpd.controller import Controller
 
 from pyramid_mailqueue import NoActiveTransaction
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 
 

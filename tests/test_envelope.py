@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.envelope import MAX_RECIPIENTS_OCTETS, Envelope
 from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooLarge, NoRecipients, TooManyRecipients
-from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.message.addresses import check_address
+from pyramid_mailqueue.message.envelope import MAX_RECIPIENTS_OCTETS, Envelope
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, serialize_header
 from tests.strategies import addresses
 
 NOW = datetime(2026, 11, 24, 8, 28, 11, tzinfo=timezone(timedelta(hours=1)))

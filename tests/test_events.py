@@ -20,9 +20,9 @@ from pyramid_mailqueue import (
     SendResult,
     ServerTrouble,
 )
-from pyramid_mailqueue.delivery.results import Reply
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import notify
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Reply
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 
 ADA, BOB, EVE = 'ada@elsewhere.example', 'bob@elsewhere.example', 'eve@elsewhere.example'

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.addresses import parse_address_list
-from pyramid_mailqueue.content import message_bytes
 from pyramid_mailqueue.exceptions import AddressError, MessageError
+from pyramid_mailqueue.message.addresses import parse_address_list
+from pyramid_mailqueue.message.content import message_bytes
 from tests.reader import decode_text, lines_of_field, read_parameter
 from tests.strategies import texts
 

@@ -22,7 +22,7 @@ from pyramid_mailqueue import (
     registry,
 )
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.maildir.queue_file import read_header
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

@@ -15,13 +15,16 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 # From the ground up.  A module may import from its own layer and from those above it in this list.  A package stands
 # for all of its modules, except for those that are named on their own.
 LAYERS = (
-    ('exceptions', 'contract', 'interfaces', 'addresses', 'encoded_words', 'line_ends', 'forks', 'hosts', 'including'),
-    ('fields', 'compose', 'content', 'envelope', 'outgoing', 'settings', 'redirect', 'delivery.results'),
+    (
+        'exceptions', 'contract', 'interfaces', 'display', 'forks', 'hosts', 'including',
+        'message.addresses', 'message.encoded_words', 'message.line_ends',
+    ),
+    ('message', 'settings', 'results', 'logs'),
     ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
     ('mailer',),
     ('wiring',),
     ('testing', '__init__', 'cli', 'queue_runner', 'dashboard'),
-)
+)  # fmt: skip
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # What has to be one per process: signals and plugins find each other through it; and a hook for forks is for ever.

@@ -17,10 +17,8 @@ from pyramid_mailqueue import interfaces
 from pyramid_mailqueue.cli.send_test import ClaimForOneAttempt, OneAttempt
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import (
     IBindableMailer,
     IClaim,
@@ -35,10 +33,12 @@ from pyramid_mailqueue.interfaces import (
     ITransport,
 )
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queue_runner import QueuedMessage
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queue_runner import enqueue_message, one_shot_queue_run
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.wiring import init_smtp_mailer

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyramid_mailqueue import IMailer, ITransport, init_smtp_mailer
-from pyramid_mailqueue.addresses import check_address
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError
+from pyramid_mailqueue.message.addresses import check_address
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.message.redirect import MOST_IN_A_FIELD, original_recipients, redirected
 from pyramid_mailqueue.queue_runner import one_shot_queue_run
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.redirect import MOST_IN_A_FIELD, original_recipients, redirected
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.wiring import build_mailer, build_runner

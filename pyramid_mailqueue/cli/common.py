@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from pyramid_mailqueue.cli.config import has_app, read_app_settings, read_mqrunner_section
+from pyramid_mailqueue.display import printable, user_name
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.queues.words import printable, user_name
 from pyramid_mailqueue.settings import Settings, parse_duration
 
 __all__ = [

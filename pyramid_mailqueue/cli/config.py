@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from pyramid_mailqueue.cli.service import stream_at
-from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.exceptions import ConfigurationError, described
+from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.settings import Settings, known_keys
 
 __all__ = ['has_app', 'parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']

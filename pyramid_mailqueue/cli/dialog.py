@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pyramid_mailqueue.cli.common import silence_stdout
+from pyramid_mailqueue.display import printable
 from pyramid_mailqueue.exceptions import ServerTrouble
-from pyramid_mailqueue.queues.words import printable
 
 __all__ = ['STEP_SECONDS', 'Dialog', 'advice', 'is_final', 'say', 'shown_dialog']
 

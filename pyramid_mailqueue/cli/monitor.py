@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pyramid_mailqueue.display import numbered, printable, span_in_words
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.words import numbered, printable, span_in_words
 
 __all__ = ['CRITICAL', 'OK', 'UNKNOWN', 'WARNING', 'Verdict', 'judge', 'prometheus_text']
 

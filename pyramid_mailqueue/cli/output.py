@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyramid_mailqueue.queues.words import printable, timestamp
+from pyramid_mailqueue.display import printable, timestamp
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry

@@ -29,10 +29,10 @@ from pyramid_mailqueue.cli.common import (
 from pyramid_mailqueue.cli.config import parse_override, setup_logging
 from pyramid_mailqueue.cli.monitor import UNKNOWN
 from pyramid_mailqueue.cli.output import print_json
+from pyramid_mailqueue.display import printable
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
 from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES
-from pyramid_mailqueue.queues.words import printable
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']

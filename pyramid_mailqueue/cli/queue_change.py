@@ -12,10 +12,10 @@ from typing import NamedTuple
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.output import as_json, print_json, print_json_list
 from pyramid_mailqueue.cli.queue_look import choice_of, print_entries
+from pyramid_mailqueue.display import few, numbered, printable
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
 from pyramid_mailqueue.interfaces import IMailQueue, IQueueAdmin
 from pyramid_mailqueue.queues.entries import POSSIBLE, ExactId, QueueEntry
-from pyramid_mailqueue.queues.words import few, numbered, printable
 
 __all__ = ['change', 'flush']
 

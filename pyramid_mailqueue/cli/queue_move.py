@@ -13,8 +13,8 @@ from typing import Any
 
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.output import print_json
+from pyramid_mailqueue.display import numbered, printable
 from pyramid_mailqueue.queues.moving import MOST_MESSAGES, MOVED, Move
-from pyramid_mailqueue.queues.words import numbered, printable
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import open_move
 

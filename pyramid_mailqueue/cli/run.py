@@ -45,10 +45,10 @@ from pyramid_mailqueue.cli.config import parse_override, read_app_settings, run_
 from pyramid_mailqueue.cli.progress import open_progress
 from pyramid_mailqueue.cli.service import guard_logs, notify_systemd, reopen_log_files, steady_outputs
 from pyramid_mailqueue.cli.signals import EarlySignals
-from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.results import Recovery
 from pyramid_mailqueue.settings import Settings
 
 __all__ = ['main']

@@ -21,7 +21,6 @@ from typing import NoReturn
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.addresses import parse_mailbox
 from pyramid_mailqueue.cli.common import (
     EX_OK,
     EX_TEMPFAIL,
@@ -39,12 +38,13 @@ from pyramid_mailqueue.cli.common import (
 from pyramid_mailqueue.cli.config import parse_override, setup_logging
 from pyramid_mailqueue.cli.dialog import STEP_SECONDS, Dialog, advice, is_final, say, shown_dialog
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import delivery_log, queue_log
-from pyramid_mailqueue.delivery.results import SendResult, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
 from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
+from pyramid_mailqueue.logs import delivery_log, queue_log
+from pyramid_mailqueue.message.addresses import parse_mailbox
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import SendResult, Settlement
 from pyramid_mailqueue.settings import Settings, default_tls
 
 __all__ = ['main']

@@ -13,8 +13,8 @@ from pyramid.httpexceptions import HTTPSeeOther
 from pyramid_mailqueue.dashboard.names import find, id_of, token_of
 from pyramid_mailqueue.dashboard.pages import Page, Unusable, address, admin_of, answering, wrong_token
 from pyramid_mailqueue.dashboard.permissions import CHANGE
-from pyramid_mailqueue.delivery.logs import log_event, queue_log
 from pyramid_mailqueue.exceptions import MailqueueError, NoSuchMessage, WrongState
+from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.queues.entries import POSSIBLE, ExactId, QueueEntry
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from pyramid.response import Response
 
 from pyramid_mailqueue.dashboard.names import token_of
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT
+from pyramid_mailqueue.display import few, numbered, printable, size_in_words, span_in_words, timestamp
 from pyramid_mailqueue.exceptions import MailqueueError, NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IMailer, IQueueAdmin
 from pyramid_mailqueue.queues.entries import QueueEntry
-from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
 
 __all__ = ['Page', 'Pages', 'Unusable', 'address', 'admin_of', 'answering', 'wrong_token']
 

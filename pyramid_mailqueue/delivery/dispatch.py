@@ -36,12 +36,12 @@ from functools import partial
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
+from pyramid_mailqueue.logs import Log
 
 __all__ = ['BackgroundDispatcher', 'InlineDispatcher', 'threads_run_here']
 

@@ -31,17 +31,17 @@ from functools import reduce
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
 from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
-from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff, refusals
 from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route, Stumbles
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import MailqueueError, MessageError, QueueError, ServerTrouble, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ISender
+from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Burial, Offer, Reply, SendResult, Settlement
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent

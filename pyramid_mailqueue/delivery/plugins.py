@@ -29,10 +29,10 @@ from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from pyramid_mailqueue.delivery.logs import Log, name_of
-from pyramid_mailqueue.delivery.results import SendResult
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.logs import Log, name_of
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import SendResult
 
 if TYPE_CHECKING:
     from blinker import Signal

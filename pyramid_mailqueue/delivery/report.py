@@ -14,9 +14,9 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyramid_mailqueue.delivery.logs import Log, delivery_log, log_event, queue_log
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.logs import Log, delivery_log, log_event, queue_log
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Burial, SendResult, Settlement
 from pyramid_mailqueue.interfaces import IRetryPolicy
+from pyramid_mailqueue.results import Burial, SendResult, Settlement
 
 __all__ = ['ExponentialBackoff', 'refusals']
 

@@ -8,13 +8,13 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from pyramid_mailqueue.delivery.logs import Log
 from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble, described
 from pyramid_mailqueue.interfaces import ISender
+from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Burial, Offer, Reply, SendResult
 
 __all__ = ['MAX_STUMBLES', 'Route', 'Stumbles']
 

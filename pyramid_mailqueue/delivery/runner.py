@@ -27,13 +27,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.logs import Log, log_event, queue_log
 from pyramid_mailqueue.delivery.report import what_waits
-from pyramid_mailqueue.delivery.results import Recovery, SendResult, Settlement
 from pyramid_mailqueue.delivery.supply import Share, Supply
 from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
+from pyramid_mailqueue.logs import Log, log_event, queue_log
+from pyramid_mailqueue.results import Recovery, SendResult, Settlement
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 
-from pyramid_mailqueue.encoded_words import SLOW_CODECS, decoded, without_surrogates
 from pyramid_mailqueue.interfaces import IQueueAdmin
+from pyramid_mailqueue.message.encoded_words import SLOW_CODECS, decoded, without_surrogates
 from pyramid_mailqueue.queues.entries import header_lines
 
 __all__ = ['MOST_OCTETS', 'Contents', 'Part', 'body_of', 'pieces_of', 'read_contents']

@@ -7,6 +7,7 @@ Every queue tells of itself in these words, and whoever shows them (``mq-queue``
 from __future__ import annotations
 
 import heapq
+import logging
 import re
 from bisect import bisect_left
 from collections import defaultdict
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pyramid_mailqueue.encoded_words import decoded
-from pyramid_mailqueue.envelope import message_id_of
-from pyramid_mailqueue.line_ends import normalize_line_ends
+from pyramid_mailqueue.logs import log_event, queue_log
+from pyramid_mailqueue.message.encoded_words import decoded
+from pyramid_mailqueue.message.envelope import message_id_of
+from pyramid_mailqueue.message.line_ends import normalize_line_ends
 
 __all__ = [
     'AGE_LIMITS',
@@ -32,6 +34,7 @@ __all__ = [
     'QueueStats',
     'Tally',
     'header_lines',
+    'log_expired',
     'oldest_first',
     'subject_of',
     'tally',
@@ -103,6 +106,13 @@ class QueueEntry:
         """Whether it is a dead letter, and became one before *before*, in seconds since the epoch."""
         died = self.queued_at if self.last_attempt is None else self.last_attempt
         return self.state == 'dead' and died is not None and died < before
+
+
+def log_expired(entry: QueueEntry) -> None:
+    """Log that a dead letter is going to be removed; before that, so that none goes without a word."""
+    told = {'from': f'<{entry.sender}>', 'to': ','.join(entry.recipients), 'error': entry.last_reply}
+    reason = 'a dead letter for longer than mailqueue.keep_dead'
+    log_event(queue_log, logging.INFO, status='discarded', id=entry.id, msgid=entry.message_id, **told, reason=reason)
 
 
 class Glance(NamedTuple):

@@ -31,9 +31,9 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError
-from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.logs import log_event, queue_log, why
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 
 __all__ = [
     'IN',

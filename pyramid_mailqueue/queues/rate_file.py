@@ -35,10 +35,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyramid_mailqueue.delivery.logs import log_event, queue_log, why
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.forks import call_in_children
-from pyramid_mailqueue.queues.locked_file import Holder, LockedFile
+from pyramid_mailqueue.logs import log_event, queue_log, why
+from pyramid_mailqueue.queues.maildir.locked_file import Holder, LockedFile
 from pyramid_mailqueue.settings import Rate
 
 __all__ = ['RateFile']

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 
 __all__ = ['StagedMail']
 

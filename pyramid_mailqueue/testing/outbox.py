@@ -26,16 +26,16 @@ from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply, SendResult
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailEvent
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IClaim, IMailer, ITransport
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.contents import body_of
 from pyramid_mailqueue.queues.entries import subject_of
-from pyramid_mailqueue.queues.memory import MemoryClaim, MemoryQueue, MemoryStaging
-from pyramid_mailqueue.queues.memory_messages import MemoryMessages
+from pyramid_mailqueue.queues.memory.messages import MemoryMessages
+from pyramid_mailqueue.queues.memory.queue import MemoryClaim, MemoryQueue, MemoryStaging
+from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 from pyramid_mailqueue.wiring import build_compose

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Reply, SendResult
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.results import Reply, SendResult
 
 __all__ = ['DebugInbox']
 

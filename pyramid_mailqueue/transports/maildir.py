@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
 __all__ = ['MaildirBackend']
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.results import Offer, SendResult
 from pyramid_mailqueue.delivery.waiting import Wait
 from pyramid_mailqueue.interfaces import ITransport
-from pyramid_mailqueue.redirect import original_recipients
+from pyramid_mailqueue.message.redirect import original_recipients
+from pyramid_mailqueue.results import Offer, SendResult
 
 __all__ = ['RedirectingTransport', 'redirecting']
 

@@ -14,7 +14,7 @@ from pyramid_mailqueue import enqueue_message, mailer_from_settings, one_shot_qu
 from pyramid_mailqueue.cli import queue, queue_init, run, send_test
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import FOLDERS
+from pyramid_mailqueue.queues.maildir.folders import FOLDERS
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from tests.crash.children import run_in_child
 from tests.queues.states import ENVELOPE

@@ -8,8 +8,8 @@ import pytest
 
 from pyramid_mailqueue.cli import output
 from pyramid_mailqueue.cli.output import Column, as_json, print_json, print_json_list, print_table
+from pyramid_mailqueue.display import few, numbered, printable, size_in_words, span_in_words, timestamp
 from pyramid_mailqueue.queues.entries import QueueEntry
-from pyramid_mailqueue.queues.words import few, numbered, printable, size_in_words, span_in_words, timestamp
 
 
 @pytest.mark.parametrize(

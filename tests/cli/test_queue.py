@@ -23,13 +23,13 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.cli import queue as command
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_admin import MaildirAdmin
+from pyramid_mailqueue.queues.maildir.admin import MaildirAdmin
 from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.results import Burial, Settlement
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 
 HOUR = 3600

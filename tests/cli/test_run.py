@@ -24,9 +24,9 @@ import trustme
 
 from pyramid_mailqueue.cli import run
 from pyramid_mailqueue.cli.signals import EarlySignals
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Burial, Settlement
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
 from tests.cli.console import CONSOLE
 
@@ -1300,7 +1300,7 @@ def test_while_the_relay_is_away_who_watches_waits_longer(app_ini, put, server):
 
 SICK_QUEUE = """
 from pyramid_mailqueue import QueueError
-from pyramid_mailqueue.delivery.results import Recovery
+from pyramid_mailqueue.results import Recovery
 
 class Queue:
     def __init__(self, settings):

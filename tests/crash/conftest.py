@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyramid_mailqueue.queues import maildir
+from pyramid_mailqueue.queues.maildir import queue as maildir
 from tests.crash import strace
 
 # What it finds wrong is shown as in a test.

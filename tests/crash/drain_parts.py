@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 from tests.crash.faults import connecting, intercepted, without_sync

@@ -19,7 +19,11 @@ import socket
 import threading
 
 from pyramid_mailqueue.delivery import waiting
-from pyramid_mailqueue.queues import locked_file, maildir, maildir_admin, maildir_claim, maildir_folders
+from pyramid_mailqueue.queues.maildir import admin as maildir_admin
+from pyramid_mailqueue.queues.maildir import claim as maildir_claim
+from pyramid_mailqueue.queues.maildir import folders as maildir_folders
+from pyramid_mailqueue.queues.maildir import locked_file
+from pyramid_mailqueue.queues.maildir import queue as maildir
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({

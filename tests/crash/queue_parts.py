@@ -7,9 +7,9 @@ import os
 import time
 from pathlib import Path
 
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues.maildir_folders import FOLDERS
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir.folders import FOLDERS
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 
 CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'
 ENVELOPE = Envelope('sender@site.example', ('a@x.example', 'b@x.example'), CONTENT)

@@ -9,7 +9,7 @@ import pytest
 
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.maildir.queue_file import read_header
 from tests.crash.children import fork
 from tests.crash.faults import Death, intercepted, without_sync
 from tests.crash.queue_parts import ENVELOPE, LATER, at, clear, forget, put, where

@@ -14,7 +14,7 @@ import signal
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS, FileName
+from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS, FileName
 from pyramid_mailqueue.testing import smtp_server
 from tests.crash.children import fork
 from tests.crash.drain_parts import (

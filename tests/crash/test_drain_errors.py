@@ -11,7 +11,7 @@ import pytest
 
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_claim import UNSETTLED_REST
+from pyramid_mailqueue.queues.maildir.claim import UNSETTLED_REST
 from tests.crash.children import no_open_files_are_left
 from tests.crash.drain_parts import (
     assert_nobody_is_lost,

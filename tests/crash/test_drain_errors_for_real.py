@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_claim import UNSETTLED_REST
+from pyramid_mailqueue.queues.maildir.claim import UNSETTLED_REST
 from tests.crash.children import Child
 from tests.crash.drain_parts import MAIL, drain, drain_in_runs, everybody, fill, named_in
 from tests.crash.queue_parts import Told, where

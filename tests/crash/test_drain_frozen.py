@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Recovery
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Recovery
 from tests.crash.children import DEADLINE, fork
 from tests.crash.drain_parts import assert_is_made_good, blaming, drain, fill, mq_run, named_in
 from tests.crash.faults import Freeze

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import SYNC_EVERY, SYNC_SECONDS
+from pyramid_mailqueue.queues.maildir.folders import SYNC_EVERY, SYNC_SECONDS
 from tests.crash.drain_parts import drain, fill, letter, letters
 from tests.crash.faults import without_sync
 from tests.crash.queue_parts import where

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import SYNC_EVERY
+from pyramid_mailqueue.queues.maildir.folders import SYNC_EVERY
 from tests.crash import drain_parts
 from tests.crash.drain_parts import assert_is_made_good, fill, letters
 from tests.crash.queue_parts import names

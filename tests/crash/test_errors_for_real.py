@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Settlement
 from tests.crash.children import no_open_files_are_left, open_files, run_in_child
 from tests.crash.drain_parts import fill, letters, mq_run
 from tests.crash.queue_parts import ENVELOPE, LATER, Told, at, names, where

@@ -13,8 +13,8 @@ import transaction
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transactions import ManagerTransaction
 from tests.crash.faults import intercepted, without_sync

@@ -13,10 +13,10 @@ from contextlib import closing
 import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Settlement
 from tests.crash.children import Child, run_in_child
 from tests.crash.queue_parts import HOUR, OTHER, Told, at, forget, message_of, names, stage, where
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from tests.crash.little_memory import run_with_memory
 

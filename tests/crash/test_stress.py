@@ -14,12 +14,12 @@ import transaction
 
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.mailer import Mailer
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Reply
 from tests.crash.children import Child
 from tests.crash.queue_parts import where
 from tests.crash.witnesses import Notes, Recording

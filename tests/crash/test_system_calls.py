@@ -9,9 +9,9 @@ import pytest
 import transaction
 
 from pyramid_mailqueue.datamanager import MailDataManager
-from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.children import Child, no_open_files_are_left
 from tests.crash.queue_parts import ENVELOPE, LATER, OTHER, Told, at, claim, names, put, stage, where
 from tests.crash.strace import traced, wait_for_strace

@@ -8,8 +8,8 @@ import transaction
 
 from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply, SendResult
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Reply, SendResult
 
 CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nhello\r\n'
 FIRST, SECOND = (Envelope('sender@site.example', (f'{name}@x.example',), CONTENT) for name in ('first', 'second'))

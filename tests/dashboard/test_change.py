@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Burial, Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.entries import POSSIBLE
-from pyramid_mailqueue.queues.memory_admin import MemoryAdmin
+from pyramid_mailqueue.queues.memory.admin import MemoryAdmin
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.dashboard.conftest import set_up
 from tests.dashboard.kinds import in_a_database, in_memory
 from tests.queues.states import ENVELOPE, MAKE, make_dead, make_held, make_waiting

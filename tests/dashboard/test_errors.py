@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_read_is_told_with_the_reason(operator, queue, mon
     def fail(*_):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr('pyramid_mailqueue.queues.maildir_admin.read_header', fail)
+    monkeypatch.setattr('pyramid_mailqueue.queues.maildir.admin.read_header', fail)
     for path in PATHS[3:]:
         answer = operator.get(f'/mailqueue{path.format(id=name)}', status=503)
         assert 'Permission denied' in answer

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.dashboard.names import id_of, token_of
-from pyramid_mailqueue.encoded_words import decoded
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage
+from pyramid_mailqueue.message.encoded_words import decoded
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.contents import MOST_OCTETS, MOST_TEXT, read_contents
 from tests.dashboard.kinds import in_a_maildir, in_memory
 from tests.queues.states import make_dead

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.dashboard.look import LOOKED_AT, PAGE
-from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
-from pyramid_mailqueue.queues.memory_admin import MemoryAdmin
+from pyramid_mailqueue.queues.memory.admin import MemoryAdmin
+from pyramid_mailqueue.results import Settlement
 from tests.dashboard.kinds import in_a_maildir, in_memory
 from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held
 
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_counted_where_it_is_listed(operator, queue, monkeypat
     put(queue, 2)
     Path(queue.place('new', 'damaged')).write_bytes(b'not a queue file')
     if many:
-        monkeypatch.setattr('pyramid_mailqueue.queues.maildir.LOOKED_INTO', 1)
+        monkeypatch.setattr('pyramid_mailqueue.queues.maildir.queue.LOOKED_INTO', 1)
         monkeypatch.setattr('pyramid_mailqueue.dashboard.look.COUNTED', 1)
 
     page = operator.get('/mailqueue')

@@ -15,9 +15,9 @@ from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.session import SignedCookieSessionFactory
 
 from pyramid_mailqueue.dashboard.permissions import VIEW
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IMailer
+from pyramid_mailqueue.message.envelope import Envelope
 from tests.dashboard.conftest import Policy, set_up
 from tests.dashboard.kinds import in_memory
 from tests.queues.states import ENVELOPE

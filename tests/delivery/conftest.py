@@ -10,11 +10,11 @@ import pytest
 from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.plugins import registry
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.maildir.queue_file import read_header
 
 # In no log, in no reason and in no name of a file.
 SECRET_CONTENT = 'the sum is 4711'

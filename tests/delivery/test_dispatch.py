@@ -21,12 +21,12 @@ from pyramid_mailqueue.delivery import dispatch
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.interfaces import IDispatcher
 from pyramid_mailqueue.queues.rate_file import RateFile
+from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Rate
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -707,7 +707,7 @@ LEAVE = """
 import atexit, sys
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

@@ -10,15 +10,15 @@ import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import MQSignal
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueFileError, ServerTrouble
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_header
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.smtp import SMTPTransport
-from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
+from pyramid_mailqueue.transports.smtp.transaction import OUTCOME_UNKNOWN
 
 ADA, BOB, EVE, DAN = 'ada@x.example', 'bob@x.example', 'eve@x.example', 'dan@x.example'
 OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Reply(550, 'no such user', '5.1.1')

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.delivery.logs import Log, delivery_log, log_event, queue_log
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.logs import Log, delivery_log, log_event, queue_log
 
 
 class Lines(logging.Handler):

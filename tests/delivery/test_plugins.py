@@ -12,8 +12,8 @@ import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import GROUP, MQAction, MQSignal, PluginRegistry, registry
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
 YES, NO = True, False
 ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
@@ -586,8 +586,8 @@ def test_without_receivers_nothing_is_written_twice(queue, envelope, says, monke
 DIES = """
 import os, sys
 from pyramid_mailqueue import MessageHandler, MQSignal, registry
-from pyramid_mailqueue.delivery.results import Reply, SendResult
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.results import Reply, SendResult
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 
 class Server:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.results import Reply, SendResult
 
 ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
 OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Reply(550, 'no such user', '5.1.1')

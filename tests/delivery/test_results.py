@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zope.interface.verify import verifyObject
 
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import IRetryPolicy
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NOW = 1_800_000_000.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pyramid_mailqueue.delivery.pause import Pause
-from pyramid_mailqueue.delivery.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.route import MAX_STUMBLES, Route
 from pyramid_mailqueue.delivery.waiting import without_waits
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

@@ -12,14 +12,14 @@ import pytest
 
 from pyramid_mailqueue.delivery import runner
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
-from pyramid_mailqueue.queues.maildir import STALE_AFTER
-from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS
+from pyramid_mailqueue.queues.maildir.queue import STALE_AFTER
 from pyramid_mailqueue.queues.rate_file import RateFile
+from pyramid_mailqueue.results import Recovery, Reply, SendResult
 from pyramid_mailqueue.settings import Rate
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.smtp import SMTPTransport
@@ -1420,7 +1420,7 @@ def test_dead_letters_are_removed_a_few_in_each_round_and_not_looked_for_all_the
 
     asked = []
     monkeypatch.setattr(
-        'pyramid_mailqueue.queues.maildir_admin.MaildirAdmin.expire', lambda *told: asked.append(told) or []
+        'pyramid_mailqueue.queues.maildir.admin.MaildirAdmin.expire', lambda *told: asked.append(told) or []
     )
     keeping.round()
     assert asked == []

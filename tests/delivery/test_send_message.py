@@ -9,12 +9,12 @@ import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import MQAction, MQSignal
-from pyramid_mailqueue.delivery.results import Reply, SendResult
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, MessageError, QueueError, WrongState
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queue_runner import QueuedMessage
+from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.transports.maildir import MaildirBackend
-from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
+from pyramid_mailqueue.transports.smtp.transaction import OUTCOME_UNKNOWN
 
 ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
 SHOP = 'shop@site.example'

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.delivery.supply import PATIENCE, Supply
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
+from pyramid_mailqueue.results import Settlement
 
 NOW = 1_000_000
 

@@ -9,12 +9,12 @@ import pytest
 from sqlalchemy import text
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Reply, SendResult
 from pyramid_mailqueue.delivery.runner import RunReport
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailDelivered
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.results import Reply, SendResult
 from tests.delivery.conftest import Says
 from tests.sql.databases import create_queue_tables
 

@@ -13,9 +13,9 @@ from email.message import EmailMessage
 import pytest
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_header
+from pyramid_mailqueue.queues.maildir.queue_file import read_header
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

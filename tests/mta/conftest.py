@@ -6,9 +6,9 @@ import sys
 import pytest
 import trustme
 
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from tests.mta.servers import ADA, HOST, Exim, OpenSMTPD, Postfix, why_not
 
 SERVERS = pytest.StashKey[list]()

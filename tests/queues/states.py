@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.queue_parts import stage
 
 ENVELOPE = Envelope(

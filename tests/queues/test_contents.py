@@ -10,7 +10,7 @@ from hypothesis import given
 from demo.inbox import Inbox
 from pyramid_mailqueue.cli.queue_look import list_messages, show_message
 from pyramid_mailqueue.delivery.plugins import PluginMessage
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.contents import MOST_TEXT, body_of, read_contents
 from pyramid_mailqueue.queues.entries import header_lines, tell_from_header
 from pyramid_mailqueue.queues.memory import MemoryQueue

@@ -17,15 +17,15 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Burial, Recovery, Settlement
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES, ExactId, QueueEntry
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
+from pyramid_mailqueue.results import Burial, Recovery, Settlement
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 from tests.crash.queue_parts import stage

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pyramid_mailqueue.queues.locked_file import Holder, sync_folder
+from pyramid_mailqueue.queues.maildir.locked_file import Holder, sync_folder
 from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
 from tests.crash.faults import Log, intercepted
 

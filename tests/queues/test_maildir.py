@@ -21,13 +21,15 @@ from pathlib import Path
 import pytest
 from zope.interface.verify import verifyObject
 
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
-from pyramid_mailqueue.queues import locked_file, maildir, maildir_folders, maildir_trouble
-from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import FOLDERS
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir import MaildirQueue, locked_file
+from pyramid_mailqueue.queues.maildir import folders as maildir_folders
+from pyramid_mailqueue.queues.maildir import queue as maildir
+from pyramid_mailqueue.queues.maildir import trouble as maildir_trouble
+from pyramid_mailqueue.queues.maildir.folders import FOLDERS
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.children import Child, no_open_files_are_left, run_in_child
 from tests.crash.faults import Fault, Log, intercepted
 from tests.crash.queue_parts import (

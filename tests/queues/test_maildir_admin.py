@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, WrongState
-from pyramid_mailqueue.queues import maildir_admin
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES, UNDELIVERED, ExactId, QueueEntry
-from pyramid_mailqueue.queues.locked_file import LockedFile
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import MaildirFolders
-from pyramid_mailqueue.queues.queue_file import QueueHeader, read_header, serialize_header
+from pyramid_mailqueue.queues.maildir import admin as maildir_admin
+from pyramid_mailqueue.queues.maildir.folders import MaildirFolders
+from pyramid_mailqueue.queues.maildir.locked_file import LockedFile
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, read_header, serialize_header
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 from tests.crash.children import Child, no_open_files_are_left
 from tests.crash.faults import CAN_FAIL, Fault, intercepted, without_sync
 from tests.crash.queue_parts import CONTENT, ENVELOPE, HOUR, LATER, Told, at, claim, clear, forget, put, stage, where

@@ -12,9 +12,9 @@ import pytest
 
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_folders import FOLDERS
-from pyramid_mailqueue.queues.maildir_inspection import SOME_FILES, NoQueue
-from pyramid_mailqueue.queues.queue_file import QueueHeader, serialize_header
+from pyramid_mailqueue.queues.maildir.folders import FOLDERS
+from pyramid_mailqueue.queues.maildir.inspection import SOME_FILES, NoQueue
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, serialize_header
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from tests.crash.children import run_in_child
 from tests.crash.faults import Log, intercepted

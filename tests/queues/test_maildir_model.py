@@ -12,12 +12,12 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues import maildir
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.maildir_claim import MAX_DEATHS
-from pyramid_mailqueue.queues.maildir_folders import FOLDERS
+from pyramid_mailqueue.queues.maildir import queue as maildir
+from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS
+from pyramid_mailqueue.queues.maildir.folders import FOLDERS
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.faults import intercepted, without_sync
 from tests.crash.queue_parts import CONTENT, dead_recipients, forget, names, stage
 

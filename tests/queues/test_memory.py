@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from tests.crash.children import run_in_child
 

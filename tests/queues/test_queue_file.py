@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
-from pyramid_mailqueue.queues.queue_file import (
+from pyramid_mailqueue.message.addresses import check_address
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir.queue_file import (
     MAX_HEADER_OCTETS,
     MAX_REPLY_CHARACTERS,
     QueueHeader,

@@ -19,11 +19,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from pyramid_mailqueue.delivery.results import Settlement
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues import rate_file
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.rate_file import RateFile
+from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Rate
 from tests.crash.children import Child, fork, no_open_files_are_left, open_files, run_in_child
 from tests.crash.faults import Fault, intercepted

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import create_engine, text
 
-from pyramid_mailqueue.envelope import Envelope
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
 from tests.sql.databases import Postgres, create_queue_tables, find_binaries
 

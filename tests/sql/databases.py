@@ -24,7 +24,7 @@ from pathlib import Path
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.exc import OperationalError
 
-from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql.database import Database
 
 # Seconds; only a server that does not start takes so long.
 DEADLINE = 60

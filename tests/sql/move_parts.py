@@ -12,7 +12,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import open_move

@@ -12,8 +12,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine, inspect, make_url, text
 
-from pyramid_mailqueue.queues.sql_schema import metadata
-from pyramid_mailqueue.queues.sql_tables import create_tables, ddl
+from pyramid_mailqueue.queues.sql.schema import metadata
+from pyramid_mailqueue.queues.sql.tables import create_tables, ddl
 
 RECIPE = Path(__file__).parents[2].joinpath('docs/sql.rst').read_text().partition('With Alembic\n')[2]
 

@@ -17,7 +17,7 @@ from zope.sqlalchemy.datamanager import STATUS_READONLY
 
 from pyramid_mailqueue import QueueError, mailer_from_settings
 from pyramid_mailqueue.exceptions import NoActiveTransaction
-from pyramid_mailqueue.queues.sql_schema import Message
+from pyramid_mailqueue.queues.sql.schema import Message
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_runner
 from tests.sql.databases import create_queue_tables, postgres_schema

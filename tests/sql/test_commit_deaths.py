@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import mailer_from_settings
-from pyramid_mailqueue.queues.sql_schema import Message
+from pyramid_mailqueue.queues.sql.schema import Message
 from tests.crash.children import Child
 from tests.sql.orders import Base, Order
 

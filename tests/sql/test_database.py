@@ -9,7 +9,7 @@ import threading
 import pytest
 from sqlalchemy import make_url
 
-from pyramid_mailqueue.queues.sql_engine import CONNECTIONS
+from pyramid_mailqueue.queues.sql.engine import CONNECTIONS
 
 
 class Cut(BaseException):

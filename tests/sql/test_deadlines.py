@@ -14,10 +14,10 @@ import time
 import pytest
 from sqlalchemy import create_engine, text
 
-from pyramid_mailqueue.delivery.results import Settlement
-from pyramid_mailqueue.queues import sql_deadlines
-from pyramid_mailqueue.queues.sql_database import DatabaseAway
-from pyramid_mailqueue.queues.sql_deadlines import SILENCE_SECONDS
+from pyramid_mailqueue.queues.sql import deadlines as sql_deadlines
+from pyramid_mailqueue.queues.sql.database import DatabaseAway
+from pyramid_mailqueue.queues.sql.deadlines import SILENCE_SECONDS
+from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 from tests.sql.databases import create_queue_tables
 

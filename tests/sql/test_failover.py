@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import make_url
 
 from pyramid_mailqueue.cli import run as mq_run_command
-from pyramid_mailqueue.queues.sql_database import DatabaseAway
+from pyramid_mailqueue.queues.sql.database import DatabaseAway
 from tests.sql.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')

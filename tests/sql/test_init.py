@@ -9,8 +9,8 @@ from sqlalchemy import create_engine, inspect
 from sqlalchemy.orm import DeclarativeBase
 
 from pyramid_mailqueue.cli import queue as command
-from pyramid_mailqueue.queues.sql_database import Database
-from pyramid_mailqueue.queues.sql_schema import metadata
+from pyramid_mailqueue.queues.sql.database import Database
+from pyramid_mailqueue.queues.sql.schema import metadata
 
 KINDS = ('sqlite', 'postgresql+psycopg', 'postgresql+psycopg2')
 

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.queues.sql_database import Database
+from pyramid_mailqueue.queues.sql.database import Database
 from tests.crash.interrupts import Interrupted, interrupting
 from tests.sql.orders import Base, Order
 

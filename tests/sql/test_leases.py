@@ -10,15 +10,15 @@ import pytest
 from sqlalchemy import event
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
-from pyramid_mailqueue.queues import sql_leases
-from pyramid_mailqueue.queues.sql import MAX_DEATHS
-from pyramid_mailqueue.queues.sql_claim import NewMessage
-from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_leases import BATCH
-from pyramid_mailqueue.queues.sql_tables import INLINE
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql import leases as sql_leases
+from pyramid_mailqueue.queues.sql.claim import NewMessage
+from pyramid_mailqueue.queues.sql.database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql.leases import BATCH
+from pyramid_mailqueue.queues.sql.queue import MAX_DEATHS
+from pyramid_mailqueue.queues.sql.tables import INLINE
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'

@@ -17,11 +17,11 @@ from sqlalchemy import create_engine, make_url
 
 from pyramid_mailqueue.cli import queue as mq_queue_command
 from pyramid_mailqueue.cli import run as mq_run_command
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError
-from pyramid_mailqueue.queues import sql_trouble
-from pyramid_mailqueue.queues.sql_database import Database, DatabaseAway
-from pyramid_mailqueue.queues.sql_engine import shown, without_passwords
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql import trouble as sql_trouble
+from pyramid_mailqueue.queues.sql.database import Database, DatabaseAway
+from pyramid_mailqueue.queues.sql.engine import shown, without_passwords
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_mailer, build_queue
 from tests.sql.databases import create_queue_tables

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, event, make_url
 from sqlalchemy.exc import OperationalError
 
-from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, QueueError, WrongState
-from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
+from pyramid_mailqueue.message.addresses import check_address
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues import moving
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.moving_maildir import DirectoryRecord
-from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.queues.maildir import moving as moving_maildir
+from pyramid_mailqueue.queues.maildir.moving import DirectoryRecord
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
+from pyramid_mailqueue.queues.sql import moving as moving_sql
 from pyramid_mailqueue.wiring import open_move
 from tests.sql.databases import create_queue_tables
 from tests.sql.move_parts import FOLDER, Office, Place, touch

@@ -17,9 +17,11 @@ from sqlalchemy import make_url
 
 from pyramid_mailqueue.cli import queue as command
 from pyramid_mailqueue.cli import queue_move
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues import moving, moving_maildir, moving_sql
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues import moving
 from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir import moving as moving_maildir
+from pyramid_mailqueue.queues.sql import moving as moving_sql
 from tests.sql.move_parts import Place
 
 DEADLINE = 30

@@ -17,8 +17,8 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine, event
 
-from pyramid_mailqueue.queues import moving_maildir
-from pyramid_mailqueue.queues.queue_file import QueueHeader
+from pyramid_mailqueue.queues.maildir import moving as moving_maildir
+from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.wiring import open_move
 from tests.crash import faults
 from tests.crash.children import Child

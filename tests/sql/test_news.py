@@ -62,7 +62,7 @@ def test_who_listens_has_one_of_the_two_connections(url, make_queue, envelope):
 
 
 def test_after_the_connection_is_lost_it_is_made_again(url, make_queue, envelope, sql, monkeypatch, caplog):
-    monkeypatch.setattr('pyramid_mailqueue.queues.sql_news.PATIENCE', 0.01)
+    monkeypatch.setattr('pyramid_mailqueue.queues.sql.notify.PATIENCE', 0.01)
     queue, other = make_queue(url, notify=True), make_queue(url, notify=True)
     news = News()
 
@@ -104,7 +104,7 @@ def test_sqlite_has_no_such_thing(make_database, make_queue, envelope):
 def test_mail_that_cannot_be_told_of_is_in_the_queue_all_the_same(url, make_queue, envelope, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     queue = make_queue(url, notify=True)
-    monkeypatch.setattr('pyramid_mailqueue.queues.sql_news.CHANNEL', 'no channel')
+    monkeypatch.setattr('pyramid_mailqueue.queues.sql.notify.CHANNEL', 'no channel')
 
     queue.put(envelope)
 

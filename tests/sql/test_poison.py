@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues.sql_tables import INLINE
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql.tables import INLINE
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.crash.little_memory import run_with_memory
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'

@@ -9,11 +9,11 @@ from sqlalchemy import make_url
 
 from pyramid_mailqueue.delivery.dispatch import InlineDispatcher
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.delivery.runner import Runner
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.queues import sql_leases
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql import leases as sql_leases
+from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 from tests.crash.queue_parts import Told
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'

@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import QueueError, mailer_from_settings
-from pyramid_mailqueue.delivery.results import Burial, Settlement
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailQueued
-from pyramid_mailqueue.queues.sql_schema import metadata
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql.schema import metadata
+from pyramid_mailqueue.results import Burial, Settlement
 from tests.sql.databases import create_queue_tables
 from tests.sql.orders import Base, Order
 

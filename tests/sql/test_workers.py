@@ -15,8 +15,8 @@ from functools import partial
 
 import pytest
 
-from pyramid_mailqueue.envelope import Envelope
-from pyramid_mailqueue.queues.sql_leases import BATCH
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.sql.leases import BATCH
 from tests.conftest import SMTPServer
 from tests.sql.databases import create_queue_tables
 

@@ -17,8 +17,8 @@ from pyramid.request import apply_request_extensions
 from webtest import TestApp
 
 from pyramid_mailqueue import ConfigurationError, IMailer, MessageError, NoActiveTransaction, NoRecipients, get_mailer
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.events import MailDelivered, MailEvent, MailQueued
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.testing import CapturedMail, captured_mail, mail_discarded, make_mailer
 from pyramid_mailqueue.transactions import ManagerTransaction
 from tests.strategies import odd_contents

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from pyramid_mailqueue.delivery.results import Offer, SendResult
 from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.results import Offer, SendResult
 from pyramid_mailqueue.testing import EXTENSIONS
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 

@@ -8,12 +8,12 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.results import Burial
-from pyramid_mailqueue.envelope import Envelope
 from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from pyramid_mailqueue.queues.queue_file import read_envelope
+from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
+from pyramid_mailqueue.results import Burial
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 
 CONTENT = b'Subject: hello\r\nDate: Tue, 24 Nov 2026 07:28:11 +0000\r\nMessage-ID: <1@site.example>\r\n\r\n'

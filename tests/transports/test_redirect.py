@@ -6,9 +6,9 @@ import copy
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Offer, Reply, SendResult
 from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.results import Offer, Reply, SendResult
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend

@@ -25,15 +25,15 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from zope.interface.verify import verifyObject
 
-from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.delivery.waiting import Wait as Waiting
 from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, ServerTrouble
 from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.results import Reply
 from pyramid_mailqueue.testing import Close, Drip, ReceivedMessage, ScriptedSMTPServer, Silence, Wait
-from pyramid_mailqueue.transports.smtp import SMTPTransport, tls_mode
-from pyramid_mailqueue.transports.smtp_client import Connector, shut_down
-from pyramid_mailqueue.transports.smtp_server import Server
+from pyramid_mailqueue.transports.smtp.client import Connector, shut_down
+from pyramid_mailqueue.transports.smtp.server import Server
+from pyramid_mailqueue.transports.smtp.transport import SMTPTransport, tls_mode
 
 A, B, C = 'a@x.example', 'b@x.example', 'c@x.example'
 SENDER = 'sender@site.example'
@@ -1091,7 +1091,7 @@ def test_after_close_the_transport_may_be_used_again():
 
 
 def test_close_does_not_wait_for_a_server_that_says_no_goodbye(monkeypatch):
-    monkeypatch.setattr('pyramid_mailqueue.transports.smtp_pool.QUIT_PATIENCE', 0.05)
+    monkeypatch.setattr('pyramid_mailqueue.transports.smtp.pool.QUIT_PATIENCE', 0.05)
     with ScriptedSMTPServer({'QUIT': Silence()}) as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         transport.close()
@@ -1244,7 +1244,7 @@ def test_whatever_interrupts_a_message_its_session_is_not_used_again(monkeypatch
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
         transport.send(SENDER, (A,), CONTENT)
         with monkeypatch.context() as patch:
-            patch.setattr('pyramid_mailqueue.transports.smtp_session.Session._wait_since', interrupt)
+            patch.setattr('pyramid_mailqueue.transports.smtp.session.Session._wait_since', interrupt)
             with pytest.raises(KeyboardInterrupt):
                 transport.send(SENDER, (B,), CONTENT)
         transport.send(SENDER, (C,), CONTENT)

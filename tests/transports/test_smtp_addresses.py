@@ -13,7 +13,7 @@ import trustme
 
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.testing import EXTENSIONS, Close, Drip, ScriptedSMTPServer, Silence
-from pyramid_mailqueue.transports.smtp_server import VALID_FOR
+from pyramid_mailqueue.transports.smtp.server import VALID_FOR
 from tests.transports.stream_parts import ACCEPTED, M1, M2, play, received, transport_to
 
 RELAY = 'relay.example'
@@ -200,7 +200,7 @@ def test_a_wrong_password_is_tried_at_one_address_and_a_login_that_cannot_be_che
     first, second = serve({'AUTH': said}, extensions=extensions), serve(extensions=extensions)
     relay(first, second)
     # A login in clear text is for this host only.
-    monkeypatch.setattr('pyramid_mailqueue.transports.smtp_server.is_loopback', lambda hostname: True)
+    monkeypatch.setattr('pyramid_mailqueue.transports.smtp.server.is_loopback', lambda hostname: True)
     with to_relay(**LOGIN) as transport:
         course = play(transport, M1)
 

@@ -6,10 +6,10 @@ from itertools import count
 
 import pytest
 
-from pyramid_mailqueue.delivery.results import Reply
+from pyramid_mailqueue.results import Reply
 from pyramid_mailqueue.testing import EXTENSIONS, ScriptedSMTPServer
-from pyramid_mailqueue.transports.smtp_replies import is_about_us
-from pyramid_mailqueue.transports.smtp_server import MAX_VAIN, VALID_FOR
+from pyramid_mailqueue.transports.smtp.replies import is_about_us
+from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, VALID_FOR
 from tests.transports.stream_parts import ACCEPTED, M1, M2, OFFERS, letter, play, received, transport_to
 
 STEPS = ('MAIL', 'RCPT', 'DATA', '.')

@@ -10,11 +10,11 @@ from socket import create_connection
 import pytest
 import trustme
 
-from pyramid_mailqueue.delivery.results import SendResult
 from pyramid_mailqueue.delivery.waiting import without_waits
+from pyramid_mailqueue.results import SendResult
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer, Silence, Wait
-from pyramid_mailqueue.transports.smtp_server import MAX_KNOWN, VALID_FOR, Objections
-from pyramid_mailqueue.transports.smtp_transaction import OUTCOME_UNKNOWN
+from pyramid_mailqueue.transports.smtp.server import MAX_KNOWN, VALID_FOR, Objections
+from pyramid_mailqueue.transports.smtp.transaction import OUTCOME_UNKNOWN
 from tests.transports.stream_parts import ACCEPTED, M1, M2, M3, OFFERS, Course, letter, play, received, transport_to
 
 #: Seconds; long enough for a slow machine to answer, short enough to wait for.

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyramid_mailqueue.addresses import check_address
-from pyramid_mailqueue.delivery.results import Reply
 from pyramid_mailqueue.exceptions import AddressError, NoRecipients, ServerTrouble
-from pyramid_mailqueue.transports.smtp_transaction import (
+from pyramid_mailqueue.message.addresses import check_address
+from pyramid_mailqueue.results import Reply
+from pyramid_mailqueue.transports.smtp.transaction import (
     CHUNK,
     MAX_REPLY_LINE,
     MAX_REPLY_LINES,

@@ -1,0 +1,100 @@
+"""The messages of one :class:`~.memory.MemoryQueue`, and the lock under which they change."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyramid_mailqueue.exceptions import NoSuchMessage
+from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.logs import log_queued
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.entries import ExactId
+
+__all__ = ['MemoryMessage', 'MemoryMessages']
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMessage:
+    """
+    One message, as it is now; a change makes another one, of the same id.
+
+    :param id: its name in the queue
+    :param born: counts the messages in the order in which they came for the first time; a dead letter has that of its
+        message
+    :param state: one of :data:`~.entries.STATES`
+    :param due: when it may be tried again
+    :param stumbles: how often the server broke off in the midst of it, since its last attempt
+    """
+
+    id: str
+    born: int
+    state: str
+    envelope: Envelope
+    queued_at: float
+    due: float
+    attempts: int = 0
+    stumbles: int = 0
+    last_attempt: float | None = None
+    last_reply: str = ''
+
+    def renewed(self, now: float) -> MemoryMessage:
+        """Return it with a new start: as old as one that comes into the queue now, due, and without attempts."""
+        return dataclasses.replace(self, state='waiting', queued_at=now, due=now, attempts=0, stumbles=0)
+
+
+class MemoryMessages:
+    """
+    All messages, by their ids.
+
+    Whoever changes one holds :attr:`lock` from the moment he looks at it.
+
+    :param clock: seconds since the epoch
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.by_id: dict[str, MemoryMessage] = {}
+        self._numbers = itertools.count(1)
+        self._make_lock()
+        call_in_children(self._make_lock)
+
+    def _make_lock(self) -> None:
+        self.lock = threading.RLock()
+
+    def enter(self, envelope: Envelope, state: str) -> MemoryMessage:
+        """Take in a new message, due now."""
+        with self.lock:
+            number, now = next(self._numbers), self.clock()
+            message = MemoryMessage(f'{number:06}', number, state, envelope, queued_at=now, due=now)
+            self.by_id[message.id] = message
+        if state != 'in doubt':
+            log_queued(message.id, envelope)
+        return message
+
+    def bury(self, message: MemoryMessage) -> None:
+        """Keep *message* as a dead letter, beside the message of which it is a part."""
+        with self.lock:
+            ids = (f'{message.id}.{number}' for number in itertools.count(1))
+            unused = next(name for name in ids if name not in self.by_id)
+            self.by_id[unused] = dataclasses.replace(message, id=unused, state='dead')
+
+    def in_order(self) -> list[MemoryMessage]:
+        """Return all messages, in the order in which they came for the first time."""
+        with self.lock:
+            return sorted(self.by_id.values(), key=lambda message: (message.born, message.id))
+
+    def find(self, id: str) -> MemoryMessage:
+        """Return the message of this id, or the only one whose id begins so.  Raises NoSuchMessage."""
+        with self.lock:
+            found = [self.by_id[id]] if id in self.by_id else []
+            if not found and id and not isinstance(id, ExactId):
+                found = [message for message in self.by_id.values() if message.id.startswith(id)]
+        if not found:
+            raise NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
+        if len(found) > 1:
+            raise NoSuchMessage(f'{id} is the beginning of {len(found)} ids; give more of it.')
+        return found[0]

@@ -1,0 +1,5 @@
+"""The queue in a database."""
+
+from pyramid_mailqueue.queues.sql.queue import SQLQueue
+
+__all__ = ['SQLQueue']
