@@ -9,7 +9,8 @@ has its members (see :mod:`~.contract`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.contract import Contract, Protocol
@@ -100,19 +101,7 @@ class IMailQueue(Contract, Protocol):
     """
     Where messages are durable until they are delivered.  Every method may be called from any thread.
 
-    There may be three methods more:
-
-    ``close()``
-        Let go of connections.  The queue may be used again.
-
-    ``hurry(seconds)``
-        Called when a run, or a process, is about to end: from now on wait for nothing longer than that, all in all.
-        What cannot be written by then is left as it is, for :meth:`recover`.  Until ``close``, or until it is called
-        with ``math.inf``.
-
-    ``listening(on_news)``
-        Return a context manager.  In it *on_news* is called, from any thread, when mail has come that nobody has
-        claimed; once more often than needed does no harm.
+    :class:`~.queues.base.MailQueue` has what a queue need not know better.
     """
 
     def staging(self) -> IStaging:
@@ -174,22 +163,37 @@ class IMailQueue(Contract, Protocol):
         """
 
     def count_waiting(self, most: int) -> int:
-        """
-        Return how many messages wait, due or not; or *most* and one, if there are more and it takes long to count them.
-
-        May be missing: then they are counted with all others.
-        """
+        """Return how many messages wait, due or not; or *most* and one, if more do and it takes long to count them."""
 
     def count_misdated(self) -> int:
-        """
-        Return how many messages have a due time that no retry can have given: they are due, and a clock was wrong.
+        """Return how many messages have a due time that no retry can have given: some clock was wrong."""
 
-        May be missing.
+    def listening(self, on_news: Callable[[], None]) -> AbstractContextManager[object]:
         """
+        Return a context manager for one who waits for mail.
+
+        In it *on_news* is called, from any thread, when mail has come that nobody has claimed; once more often than
+        needed does no harm.
+        """
+
+    def hurry(self, seconds: float) -> None:
+        """
+        From now on wait for nothing longer than that, all in all: called when a run, or a process, is about to end.
+
+        What cannot be written by then is left as it is, for :meth:`recover`.  Until :meth:`close`, or until it is
+        called with ``math.inf``.
+        """
+
+    def close(self) -> None:
+        """Let go of connections.  The queue may be used again."""
 
     @property
     def admin(self) -> IQueueAdmin:
-        """An IQueueAdmin of this queue: what a person may see and do."""
+        """
+        What a person may see and do.
+
+        Raises :class:`~.exceptions.ConfigurationError` if that is nothing.
+        """
 
 
 class ISessionQueue(IMailQueue, Contract, Protocol):
@@ -366,22 +370,36 @@ class IClaim(Contract, Protocol):
     A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, or forgets them,
     its claims end too, and their messages are up for the next run.
 
-    A claim that can be lost while it is held has one method more:
-
-    ``is_valid()``
-        Whether the message is still this claim's, and will be for long enough to send it.  Asked when the message is
-        taken up, and once more before its content goes out.  Raises nothing; what it has said no to is left alone.
-
-    A claim of a queue that outlives its processes may have one attribute more:
-
-    ``deaths``
-        How many deliverers have died while they held the message, since its last attempt that came to an end or the
-        last ``keep``: an int.  0 is none, and so is a missing attribute.  It may be what has killed them.
+    :class:`~.queues.base.Claim` has what a claim need not know better.
     """
 
     @property
     def id(self) -> str:
         """The name of the message in its queue: text without blanks, the same for all of its attempts."""
+
+    @property
+    def queue(self) -> IMailQueue | None:
+        """The queue, if the claim may be handed to a handler that was not made for it; None for all others."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, as far as that is known: then there is nothing to be told of it any more."""
+
+    @property
+    def deaths(self) -> int:
+        """
+        How many deliverers have died while they held the message; it may be what has killed them.
+
+        Since its last attempt that came to an end, or the last :meth:`keep`.
+        """
+
+    def is_valid(self) -> bool:
+        """
+        Whether the message is still this claim's, and will be for long enough to send it.
+
+        Asked when the message is taken up, and once more before its content goes out.  Raises nothing; what it has said
+        no to is left alone.
+        """
 
     @property
     def attempts(self) -> int:

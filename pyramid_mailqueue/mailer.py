@@ -131,9 +131,7 @@ class Mailer:
         """Stop the deliveries of this process; what is not delivered yet waits in the queue."""
         for dispatcher in self._dispatchers.values():
             dispatcher.close()
-        close_queue = getattr(self.queue, 'close', None)
-        if close_queue is not None:
-            close_queue()
+        self.queue.close()
 
     def _checked(self, delivery: str | None) -> str:
         if delivery is None:

@@ -22,6 +22,7 @@ from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Settings
@@ -87,7 +88,7 @@ def enqueue_message(
 
 
 @implementer(IClaim)
-class QueuedMessage:
+class QueuedMessage(Claim):
     """
     See `IClaim`.  A message that a program holds, to be sent once.
 
@@ -99,10 +100,29 @@ class QueuedMessage:
     """
 
     def __init__(self, queue: IMailQueue, claim: IClaim) -> None:
-        self.queue = queue
-        self.is_over = False
+        self._queue = queue
+        self._is_over = False
         self.id: str = claim.id
         self._claim = claim
+
+    @property
+    def queue(self) -> IMailQueue:
+        """See `IClaim`."""
+        return self._queue
+
+    @property
+    def is_over(self) -> bool:
+        """It was sent or given back, and is somebody else's."""
+        return self._is_over
+
+    @property
+    def deaths(self) -> int:
+        """See `IClaim`."""
+        return self._claim.deaths
+
+    def is_valid(self) -> bool:
+        """See `IClaim`."""
+        return self._claim.is_valid()
 
     @property
     def attempts(self) -> int:
@@ -149,9 +169,9 @@ class QueuedMessage:
         self._end()
 
     def _end(self) -> None:
-        if not self.is_over:
-            self.is_over = True
-            self.queue.flush()
+        if not self._is_over:
+            self._is_over = True
+            self._queue.flush()
 
 
 def one_shot_queue_run(

@@ -21,6 +21,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, describ
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
@@ -156,8 +157,7 @@ def build_queue(
         return build_maildir_queue(settings, access)
     if settings.queue == 'sql':
         return _checked_sql_queue(settings, on_away)
-    queue: IMailQueue = _call_factory('mailqueue.queue', settings.queue, settings)
-    return queue
+    return completed(_call_factory('mailqueue.queue', settings.queue, settings))
 
 
 def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue:

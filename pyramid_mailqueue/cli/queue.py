@@ -32,6 +32,7 @@ from pyramid_mailqueue.cli.output import print_json
 from pyramid_mailqueue.display import printable
 from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError
 from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.queues.base import has_admin
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES
 from pyramid_mailqueue.settings import Settings
 
@@ -128,8 +129,7 @@ def _with_queue(work: Callable[[IMailQueue, argparse.Namespace], int], arguments
     try:
         return work(queue, arguments)
     finally:
-        if hasattr(queue, 'close'):
-            queue.close()
+        queue.close()
 
 
 def _with_settings(work: Callable[[Settings, argparse.Namespace], T], arguments: argparse.Namespace) -> T:
@@ -148,7 +148,7 @@ def _open_queue(settings: Settings, arguments: argparse.Namespace) -> IMailQueue
     from pyramid_mailqueue.wiring import build_queue
 
     queue = build_queue(settings, access='use' if arguments.changes else 'look')
-    if getattr(queue, 'admin', None) is None:
+    if not has_admin(queue):
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')
     return queue
 

@@ -250,18 +250,14 @@ def _print_tallies(title: str, parts: Iterable[Tally], tallies: Iterable[tuple[s
 
 def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     """Print how the queue is, and return the exit status of a Nagios plugin."""
-    hurry = getattr(queue, 'hurry', None)
-    if hurry is not None:
-        hurry(CHECK_SECONDS)
+    queue.hurry(CHECK_SECONDS)
     counts = queue.counts()
     oldest = queue.admin.oldest(('waiting', 'in progress'))
     since = None if oldest is None else oldest.queued_at
     age = None if since is None else time.time() - since
-    count_misdated = getattr(queue, 'count_misdated', None)
-    misdated = count_misdated() if count_misdated else 0
     crashing = queue.admin.crashing(CRASHES, SOME)
     limits = arguments.max_age, arguments.max_waiting
-    verdict = judge(counts, age, *limits, misdated=misdated, crashing=crashing)
+    verdict = judge(counts, age, *limits, misdated=queue.count_misdated(), crashing=crashing)
     if arguments.json:
         print_json(
             {

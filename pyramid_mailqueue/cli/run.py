@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -153,8 +153,7 @@ def _work(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> i
     guard_logs()
     if arguments.watch is None:
         return _run_once(runner, signals, arguments)
-    listening = getattr(runner.queue, 'listening', None)
-    with nullcontext() if listening is None else listening(signals.on_mail):
+    with runner.queue.listening(signals.on_mail):
         return _watch(runner, signals, arguments)
 
 
@@ -438,10 +437,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
 
 
 def _count_waiting(queue: IMailQueue) -> int | str:
-    count = getattr(queue, 'count_waiting', None)
-    if count is None:
-        return queue.counts().get('waiting', 0)
-    number = count(MOST_WAITING)
+    number = queue.count_waiting(MOST_WAITING)
     return number if number != MOST_WAITING + 1 else f'more than {MOST_WAITING}'
 
 

@@ -44,6 +44,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
 from pyramid_mailqueue.logs import delivery_log, queue_log
 from pyramid_mailqueue.message.addresses import parse_mailbox
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim
 from pyramid_mailqueue.results import SendResult, Settlement
 from pyramid_mailqueue.settings import Settings, default_tls
 
@@ -216,7 +217,7 @@ class OneAttempt:
 
 
 @implementer(IClaim)
-class ClaimForOneAttempt:
+class ClaimForOneAttempt(Claim):
     """See `IClaim`.  However it ends, the message is gone then, also if Ctrl-C breaks off the attempt."""
 
     def __init__(self, claim: IClaim) -> None:

@@ -21,6 +21,7 @@ from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
+from pyramid_mailqueue.queues.base import has_admin
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.dashboard.pages import Pages
@@ -54,7 +55,7 @@ def _check(registry: Any) -> None:
             'token, and must not call POST a safe method.'
         )
     mailer = registry.queryUtility(IMailer)
-    if getattr(getattr(mailer, 'queue', None), 'admin', None) is None:
+    if not (hasattr(mailer, 'queue') and has_admin(mailer.queue)):
         raise ConfigurationError(
             'pyramid_mailqueue.dashboard has nothing to show: the mailer of this application has no queue, or its '
             'queue has no "admin" (see IQueueAdmin).'

@@ -407,8 +407,7 @@ class BackgroundDispatcher:
                 return
             self._closing = True
             thread = self._thread
-        hurry = getattr(self._mail_queue, 'hurry', _do_nothing)
-        hurry(self._patience + LAST_PATIENCE)
+        self._mail_queue.hurry(self._patience + LAST_PATIENCE)
         self._release_waiting()
         self._claims.put(None)
         if thread is not None:
@@ -416,10 +415,10 @@ class BackgroundDispatcher:
             if thread.is_alive():
                 self._handler.abort()
                 thread.join(LAST_PATIENCE)
-        hurry(QUEUE_PATIENCE)
+        self._mail_queue.hurry(QUEUE_PATIENCE)
         self._mail_queue.flush()
         # Somebody else may still use the queue.
-        hurry(math.inf)
+        self._mail_queue.hurry(math.inf)
         if thread is None or not thread.is_alive():
             self._handler.close()
         self._tell_left()

@@ -214,7 +214,7 @@ class MessageHandler:
         return self._send_at_once(Envelope.from_message(msg, sender, addresses))
 
     def _send_queued(self, claim: IClaim, sender: str | None, recipients: Iterable[str] | str | None) -> SendResult:
-        if getattr(claim, 'is_over', False):
+        if claim.is_over:
             raise WrongState(f'The message {claim.id} was sent before, or was given back to its queue.')
         if (sender is not None or recipients is not None) and _is_for_others(claim.envelope, sender, recipients):
             raise MessageError(f'The message {claim.id} has another sender or other recipients in its queue.')
@@ -222,7 +222,7 @@ class MessageHandler:
         try:
             if not self.may_send(claim):
                 return SendResult(queued=True)
-            return self.for_queue(getattr(claim, 'queue', None)).deliver(claim)
+            return self.for_queue(claim.queue).deliver(claim)
         finally:
             # If the attempt was interrupted, as by Ctrl-C, the message waits; else its claim has ended already.
             claim.release()
@@ -399,9 +399,8 @@ class _Claimed(_Attempt):
         self.missing: int | None = None
         # A second one in memory would cost more than a round trip; and whoever is announced behind one that kills its
         # deliverers is orphaned with it.
-        self.goes_alone = len(self.envelope.content) > LARGE or bool(getattr(claim, 'deaths', 0))
-        if is_valid := getattr(claim, 'is_valid', None):
-            self.offer = self.offer._replace(is_valid=is_valid)
+        self.goes_alone = len(self.envelope.content) > LARGE or claim.deaths > 0
+        self.offer = self.offer._replace(is_valid=claim.is_valid)
 
     def note(self, result: SendResult) -> None:
         """As for any attempt; but who may have the message already waits, before another transport sends it again."""
@@ -486,7 +485,7 @@ class _Shift:
             try:
                 attempt = _Claimed(claim, next(self._numbers))
             except (OSError, MailqueueError) as error:
-                if not getattr(claim, 'is_over', False):
+                if not claim.is_over:
                     # Else its queue has told what became of it.
                     log.error('%s cannot be read, and is left alone: %s', claim.id, error)
                 claim.release()

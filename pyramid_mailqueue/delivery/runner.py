@@ -33,6 +33,7 @@ from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.logs import Log, log_event, queue_log
+from pyramid_mailqueue.queues.base import has_admin
 from pyramid_mailqueue.results import Recovery, SendResult, Settlement
 
 __all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
@@ -144,7 +145,7 @@ class Runner:
     ) -> None:
         self.queue = queue
         self.handler = handler
-        if keep_dead is not None and not hasattr(getattr(queue, 'admin', None), 'expire'):
+        if keep_dead is not None and not has_admin(queue):
             raise ConfigurationError('mailqueue.keep_dead: this queue cannot remove dead letters (IQueueAdmin.expire).')
         self._keep_dead = keep_dead
         self._expires_from = -math.inf
@@ -186,7 +187,7 @@ class Runner:
         self.report = report = RunReport()
         supply = None
         stop = stop or Stop()
-        self._hurry(math.inf)
+        self.queue.hurry(math.inf)
         try:
             now = self._clock()
             report.recovery = self._recover(now)
@@ -197,7 +198,7 @@ class Runner:
                 take_from_rate=self.handler.take_from_rate,
                 is_stopped=lambda: stop.requested,
             )
-            crew = _Crew(self.handler, supply, stop, report, on_progress, self._hurry)
+            crew = _Crew(self.handler, supply, stop, report, on_progress, self.queue.hurry)
             crew.work(max_seconds)
         finally:
             if supply is not None:
@@ -228,18 +229,10 @@ class Runner:
             self._expires_from = now + EXPIRE_EVERY
         return expired
 
-    def _hurry(self, seconds: float) -> None:
-        """Let the queue wait for nothing longer than so many seconds, if it is one that waits."""
-        hurry = getattr(self.queue, 'hurry', None)
-        if hurry is not None:
-            hurry(seconds)
-
     def close(self) -> None:
         """Let go of connections.  The runner may be used again."""
         self.handler.close()
-        close_queue = getattr(self.queue, 'close', None)
-        if close_queue is not None:
-            close_queue()
+        self.queue.close()
 
 
 class _Crew:

@@ -15,6 +15,7 @@ from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.logs import log_event, log_trouble, queue_log, why
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim
 from pyramid_mailqueue.queues.maildir.folders import MaildirFolders
 from pyramid_mailqueue.queues.maildir.locked_file import LockedFile, sync_folder
 from pyramid_mailqueue.queues.maildir.queue_file import MAX_HEADER_OCTETS, QueueHeader, parse_header, serialize_header
@@ -34,7 +35,7 @@ ABANDONED_REST = 300
 
 
 @implementer(IClaim)
-class MaildirClaim:
+class MaildirClaim(Claim):
     """
     See `IClaim`.
 

@@ -52,6 +52,7 @@ from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin, IStaging
 from pyramid_mailqueue.logs import log_event, log_queued, log_trouble, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import MailQueue
 from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS, FileName, MaildirClaim
 from pyramid_mailqueue.queues.maildir.folders import MOVING, MaildirFolders, modified_time
 from pyramid_mailqueue.queues.maildir.locked_file import LockedFile, sync_folder
@@ -73,7 +74,7 @@ LOOKED_INTO = 2_000
 
 
 @implementer(IMailQueue)
-class MaildirQueue(MaildirFolders):
+class MaildirQueue(MaildirFolders, MailQueue):
     """
     See `IMailQueue`.
 

@@ -17,6 +17,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IStaging
 from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim, MailQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.memory.admin import MemoryAdmin
 from pyramid_mailqueue.queues.memory.messages import MemoryMessage, MemoryMessages
@@ -27,7 +28,7 @@ __all__ = ['MemoryClaim', 'MemoryQueue', 'MemoryStaging']
 
 
 @implementer(IMailQueue)
-class MemoryQueue:
+class MemoryQueue(MailQueue):
     """
     See `IMailQueue`.
 
@@ -166,7 +167,7 @@ class MemoryStaging(StagedMail):
 
 
 @implementer(IClaim)
-class MemoryClaim:
+class MemoryClaim(Claim):
     """See `IClaim`.  Made for a message that is in progress."""
 
     def __init__(self, messages: MemoryMessages, message: MemoryMessage) -> None:

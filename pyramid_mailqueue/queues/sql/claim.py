@@ -21,6 +21,7 @@ from pyramid_mailqueue.hosts import name_of_this_host
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim
 from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql.database import Database
 from pyramid_mailqueue.queues.sql.deadlines import CONTENT_SECONDS
@@ -71,7 +72,7 @@ class ClaimedRow(NamedTuple):
 
 
 @implementer(IClaim)
-class SQLClaim:
+class SQLClaim(Claim):
     """
     See `IClaim`.
 
@@ -108,13 +109,17 @@ class SQLClaim:
         self.attempts = row.attempts
         self.queued_at = row.queued_at
         self.due = row.due
-        self.deaths = row.deaths
         self.deadline = deadline
         self.is_confirmed = is_confirmed
         self.has_begun = has_begun
         self.is_open = has_begun
         self.is_forgotten = False
         self._pid = os.getpid()
+
+    @property
+    def deaths(self) -> int:
+        """See `IClaim`."""
+        return self._row.deaths
 
     def __del__(self) -> None:
         # An interruption (Ctrl-C, the time limit of a server) has taken it from its owner.  In a forked child it is

@@ -65,6 +65,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, transla
 from pyramid_mailqueue.interfaces import ISessionQueue
 from pyramid_mailqueue.logs import log_event, log_queued, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import MailQueue
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.sql.claim import (
     ClaimedRow,
@@ -102,7 +103,7 @@ MAX_DEATHS = 5
 
 
 @implementer(ISessionQueue)
-class SQLQueue:
+class SQLQueue(MailQueue):
     """
     See `ISessionQueue`.
 
