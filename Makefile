@@ -1,6 +1,7 @@
 # From a fresh clone, with Python 3.10 or later, git and make:
 #
 #     make test           lint, types, all tests, and what a release would hold
+#     make quick          the tests that need no server but one of ours: in a minute
 #     make coverage       all tests with branch coverage, which takes half as long again
 #     make test-pythons   all tests on every Python from 3.10 on that is here, or can be made
 #     make demo           a sign-up page and its mail server, in your browser
@@ -24,7 +25,7 @@ PACKAGE := $(shell find pyramid_mailqueue -type f -not -path '*/__pycache__/*')
 WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)' 2>/dev/null)
 PYTEST = $(TEST)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: test coverage test-pythons test-ends suite plain demo bench dist format clean check-python system-packages
+.PHONY: test quick coverage test-pythons test-ends suite plain demo bench dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
 test: $(TEST)/installed-$(VERSION) system-packages
@@ -32,6 +33,13 @@ test: $(TEST)/installed-$(VERSION) system-packages
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
 	$(PYTEST)
+
+# While one works.  Nothing that is started as a process of its own, no PostgreSQL, no browser.
+NOT_QUICK = $(LEFT_OUT) dashboard sql cli/test_no_queue.py cli/test_queue.py cli/test_service.py queues/test_maildir_model.py \
+    test_docs.py test_end_to_end.py test_forks.py test_from_mailqueue_runner.py test_lazy_imports.py test_redirect.py
+
+quick: $(TEST)/installed-$(VERSION)
+	$(PYTEST) -m 'not postgresql' tests $(NOT_QUICK:%=--ignore=tests/%)
 
 coverage: $(TEST)/installed-$(VERSION) system-packages
 	$(PYTEST) --cov=pyramid_mailqueue

@@ -85,7 +85,14 @@ def pytest_make_collect_report():
 
 
 def pytest_collection_modifyitems(items):
-    """A process is forked the faster the smaller it is: whoever forks hundreds of times goes first."""
+    """
+    Mark what needs a PostgreSQL, and sort.
+
+    A process is forked the faster the smaller it is: whoever forks hundreds of times goes first.
+    """
+    for item in items:
+        if 'postgres_url' in item.fixturenames or 'postgresql' in item.name:
+            item.add_marker('postgresql')
     items.sort(key=lambda item: item.get_closest_marker('forks') is None)
 
 

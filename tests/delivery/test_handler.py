@@ -13,6 +13,7 @@ from pyramid_mailqueue.delivery.plugins import MQSignal
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.exceptions import QueueFileError, ServerTrouble
 from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.base import Claim
 from pyramid_mailqueue.queues.maildir.queue_file import read_header
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer
@@ -355,7 +356,7 @@ def test_a_policy_of_ones_own_decides(queue, envelope, says):
     assert [header.last_reply for header in queue.headers('dead')] == ['one attempt is enough']
 
 
-class Claim:
+class OtherClaim(Claim):
     """A claim of some other queue, which writes down how it ended."""
 
     id = 'claim-1'
@@ -388,8 +389,8 @@ class Claim:
 @pytest.mark.parametrize('error', [MemoryError(), RecursionError(), ZeroDivisionError()])
 def test_a_message_that_makes_the_program_fail_is_abandoned_and_the_others_are_delivered(says, error):
     steps = []
-    good = Claim(Envelope('a@x.example', ('b@x.example',), b'Hello\r\n'), steps)
-    claims = iter([Claim(error, steps), good])
+    good = OtherClaim(Envelope('a@x.example', ('b@x.example',), b'Hello\r\n'), steps)
+    claims = iter([OtherClaim(error, steps), good])
 
     class Claims:
         opens_first = is_over = False
@@ -413,7 +414,7 @@ def test_a_message_that_makes_the_program_fail_is_abandoned_and_the_others_are_d
 )
 def test_a_message_that_cannot_be_read_is_left_alone_and_logged(says, error, told, caplog):
     transport = says(YES)
-    claim = Claim(error, [])
+    claim = OtherClaim(error, [])
 
     result = MessageHandler([transport]).deliver(claim)
 
@@ -607,7 +608,7 @@ def test_a_receiver_that_raises_in_the_middle_of_a_stream_disturbs_neither_neigh
 
 def test_a_message_that_cannot_be_read_is_left_out_of_a_stream(queue, claimed, smtp, caplog):
     first, last = claimed('ada', 'bob')
-    unreadable = Claim(QueueFileError('Envelope-to is missing'), [])
+    unreadable = OtherClaim(QueueFileError('Envelope-to is missing'), [])
     with ScriptedSMTPServer() as server:
         results = list(MessageHandler([smtp(server)]).deliver_all(Given(first, unreadable, last)))
 
@@ -907,7 +908,7 @@ def test_failure_is_signalled_before_the_claim_is_settled_and_all_else_told_afte
     listen(MQSignal.delivery_failed, failed)
     result = SendResult({ADA: OK, BOB: LATER})
     try:
-        MessageHandler([says(result)]).deliver(Claim(envelope('ada', 'bob'), steps))
+        MessageHandler([says(result)]).deliver(OtherClaim(envelope('ada', 'bob'), steps))
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
