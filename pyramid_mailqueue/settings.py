@@ -369,7 +369,7 @@ class Settings:
     smtp_username: str | None = _optional(_text, 'The user name for the mail server.')
     smtp_password: str | None = _optional(_secret, 'The password for the mail server.', secret=True)
     smtp_local_hostname: str | None = _optional(
-        _ehlo_name, 'How this host calls itself (EHLO); its fully qualified name if not set.'
+        _ehlo_name, 'Host name sent in EHLO; the fully qualified name of this host if not set.'
     )
     smtp_tls: str | None = _optional(
         _choice('starttls', 'implicit', 'opportunistic', 'off'),

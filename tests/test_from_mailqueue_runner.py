@@ -322,6 +322,6 @@ def test_a_mailer_is_made_of_settings_with_the_prefix_or_without(prefix, server,
 
     assert isinstance(mailer, SMTPTransport)
     # The server offers no login: the user name was used.
-    with pytest.raises(ServerTrouble, match=r'does not let .someuser@site\.example. in'):
+    with pytest.raises(ServerTrouble, match=r'rejected the login of .someuser@site\.example.'):
         mailer.send(FOO, (BAR,), b'Subject: hello\r\n\r\n')
     assert MaildirBackend(queue_dir).send(FOO, (BAR,), b'Subject: hello\r\n\r\n').queued

@@ -293,7 +293,7 @@ def _do_nothing() -> None:
 
 
 def _tell_ending() -> None:
-    _complain(f'stopping; what is in hand is finished first, for at most {PATIENCE} seconds')
+    _complain(f'stopping: finishing messages in progress (at most {PATIENCE} s)')
 
 
 @contextmanager

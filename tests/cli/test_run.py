@@ -868,7 +868,7 @@ def names_in(folder):
     return [path.name for path in Path(folder).iterdir()]
 
 
-STOPPING = 'mq-run: stopping; what is in hand is finished first, for at most 30 seconds\n'
+STOPPING = 'mq-run: stopping: finishing messages in progress (at most 30 s)\n'
 STOPPED = 'mq-run: stopped; what was not delivered waits for the next run\n'
 
 

@@ -591,7 +591,7 @@ def test_a_server_that_comes_to_no_end_has_not_done_nothing():
     trouble = dialogue.timed_out(600)
     assert (
         str(trouble)
-        == 'mx.example:25 came to no end of its reply in 600 seconds before it answered the end of the data.'
+        == 'mx.example:25 did not complete its reply within 600 seconds before it answered the end of the data.'
     )
     assert transaction.replies[A].text == f'it may have been delivered: {trouble}'
 
@@ -615,7 +615,7 @@ def test_controls_in_replies_do_not_reach_logs_and_files():
 )
 def test_an_answer_that_does_not_fit_the_question_is_trouble(heard, reply, asked):
     dialogue, transaction = started(recipients=[A])
-    with pytest.raises(ServerTrouble, match=f'no fit answer to {asked}'):
+    with pytest.raises(ServerTrouble, match=f'unexpected reply to {asked}'):
         dialogue.receive_data(heard + reply)
 
     assert transaction.replies == {}
@@ -624,7 +624,7 @@ def test_an_answer_that_does_not_fit_the_question_is_trouble(heard, reply, asked
 @pytest.mark.parametrize(
     ('heard', 'why'),
     [
-        (GO, 'gave no fit answer to the end of the data: 354 go.'),
+        (GO, 'sent an unexpected reply to the end of the data: 354 go.'),
         (b'hello\r\n', "sent what is not an SMTP reply: 'hello'."),
         (b'250-taken\r\n550 spam\r\n', "sent what is not an SMTP reply: '550 spam'."),
     ],
@@ -663,7 +663,7 @@ def test_nonsense_in_answer_to_rset_is_trouble():
     dialogue.submit(SENDER, [B], CONTENT)
     said(dialogue)
 
-    with pytest.raises(ServerTrouble, match='no fit answer to RSET'):
+    with pytest.raises(ServerTrouble, match='unexpected reply to RSET'):
         dialogue.receive_data(GO)
 
 

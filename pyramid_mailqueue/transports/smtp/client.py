@@ -248,8 +248,8 @@ class Connector:
         server = self._server
         if isinstance(error, ssl.SSLCertVerificationError):
             return ServerTrouble(
-                f'The certificate of {server} does not hold: {error.verify_message}. mailqueue.smtp_tls = {self._tls} '
-                f'requires one for {server.hostname}; a private authority goes into mailqueue.smtp_tls_ca_file.'
+                f'The certificate of {server} could not be verified: {error.verify_message}. '
+                f'mailqueue.smtp_tls = {self._tls} requires one for {server.hostname}; a private authority goes into mailqueue.smtp_tls_ca_file.'
             )
         if isinstance(error, ssl.SSLError):
             return ServerTrouble(
@@ -417,7 +417,7 @@ class Client(smtplib.SMTP):
     def _login_failed(self, username: str, why: str, code: int | None = None) -> ServerTrouble:
         kind = _LoginRefused if code is not None and code >= 500 else ServerTrouble
         return kind(
-            f'{self._server} does not let {username!r} in: {_text(why)}. '
+            f'{self._server} rejected the login of {username!r}: {_text(why)}. '
             'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
             code=code,
         )

@@ -429,7 +429,7 @@ class Dialogue:
 
     def timed_out(self, seconds: float) -> ServerTrouble:
         """Note that the owner has waited *seconds* in vain and gives the session up; return the trouble."""
-        what = 'did nothing for' if self._reader.is_empty else 'came to no end of its reply in'
+        what = 'did nothing for' if self._reader.is_empty else 'did not complete its reply within'
         trouble = ServerTrouble(f'{self._server} {what} {seconds:g} seconds {self._while()}.')
         return self._end(trouble, _may_be_delivered(trouble, '4.4.2'))
 
@@ -527,7 +527,7 @@ class Dialogue:
         if awaited is None or awaited.end > self._sent:
             raise self._unasked(awaited, reply)
         if code not in awaited.step.answers:
-            raise self._trouble(f'gave no fit answer to {awaited.step.text}: {reply}.', code)
+            raise self._trouble(f'sent an unexpected reply to {awaited.step.text}: {reply}.', code)
         self._awaited.popleft()
         awaited.transaction.answered |= awaited.step is not _Step.RSET
         self._ANSWERS[awaited.step](self, awaited, reply)
