@@ -1,7 +1,7 @@
 """
 A PostgreSQL that waits for the disk, as one in use does, and queues in it.
 
-It is one of our own (see ``tests/sql/databases.py``) with the settings that PostgreSQL comes with, or that which
+It is one of our own (see ``tests/parts/databases.py``) with the settings that PostgreSQL comes with, or that which
 ``DATABASE_URL`` names.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.common import Failed, new_message
 from benchmarks.servers import HOST
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
-from tests.sql.databases import Elsewhere, Postgres, create_queue_tables, find_binaries, postgres_schema
+from tests.parts.databases import Elsewhere, Postgres, create_queue_tables, find_binaries, postgres_schema
 
 __all__ = [
     'TABLE',

@@ -26,7 +26,7 @@ from webtest import TestApp
 from zope.interface import implementer
 
 from pyramid_mailqueue.interfaces import IMailer, ITransport
-from tests.sql.databases import Elsewhere, Postgres, find_binaries, postgres_schema
+from tests.parts.databases import Elsewhere, Postgres, find_binaries, postgres_schema
 
 # A slow machine is no defect; nothing is remembered from one run to the next, and CI tries the same examples each time.
 hypothesis.settings.register_profile('mailqueue', deadline=None, database=None, derandomize='CI' in os.environ)
@@ -265,7 +265,7 @@ def make_app():
 
 @pytest.fixture(scope='session')
 def postgres():
-    """A PostgreSQL; see ``tests/sql/databases.py``."""
+    """A PostgreSQL; see ``tests/parts/databases.py``."""
     if url := os.environ.get('DATABASE_URL'):
         yield Elsewhere(url)
         return

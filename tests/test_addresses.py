@@ -21,7 +21,7 @@ from pyramid_mailqueue.message.addresses import (
     split_addresses,
 )
 from pyramid_mailqueue.message.envelope import Envelope
-from tests.strategies import addresses, quoted_strings
+from tests.parts.strategies import addresses, quoted_strings
 
 # --- check_address ----------------------------------------------------------
 

@@ -23,7 +23,7 @@ from demo.models import SignUp
 from demo.relay import Relay, RelayError
 from demo.views.home import PEOPLE
 from pyramid_mailqueue.interfaces import IMailer
-from tests.demo_parts import DEADLINE, ROOT, end, free_ports, running, until, write_ini
+from tests.parts.demo import DEADLINE, ROOT, end, free_ports, running, until, write_ini
 
 BIN = Path(sys.executable).parent
 

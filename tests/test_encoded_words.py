@@ -14,8 +14,8 @@ from hypothesis import example, given
 from pyramid_mailqueue.exceptions import MessageError
 from pyramid_mailqueue.message.content import message_bytes
 from pyramid_mailqueue.message.encoded_words import decoded, looks_encoded
-from tests.reader import lines_of_field, read_text
-from tests.strategies import texts
+from tests.parts.reader import lines_of_field, read_text
+from tests.parts.strategies import texts
 
 POLICIES = [
     email.policy.default,

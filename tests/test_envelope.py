@@ -19,7 +19,7 @@ from pyramid_mailqueue.exceptions import AddressError, MessageError, MessageTooL
 from pyramid_mailqueue.message.addresses import check_address
 from pyramid_mailqueue.message.envelope import MAX_RECIPIENTS_OCTETS, Envelope
 from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, serialize_header
-from tests.strategies import addresses
+from tests.parts.strategies import addresses
 
 NOW = datetime(2026, 11, 24, 8, 28, 11, tzinfo=timezone(timedelta(hours=1)))
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pyramid_mailqueue.exceptions import AddressError, MessageError
 from pyramid_mailqueue.message.addresses import parse_address_list
 from pyramid_mailqueue.message.content import message_bytes
-from tests.reader import decode_text, lines_of_field, read_parameter
-from tests.strategies import texts
+from tests.parts.reader import decode_text, lines_of_field, read_parameter
+from tests.parts.strategies import texts
 
 ADDRESS_FIELDS = ['To', 'From', 'Cc', 'Reply-To', 'Resent-To', 'Sender']
 names = st.one_of(

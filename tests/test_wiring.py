@@ -20,7 +20,7 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.wiring import build_handler, build_mailer, build_queue, build_runner
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 
 @pytest.fixture

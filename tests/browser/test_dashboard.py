@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.demo_parts import DEADLINE, end, free_ports, running, write_ini
+from tests.parts.demo import DEADLINE, end, free_ports, running, write_ini
 
 CHROMIUM = shutil.which('chromium')
 

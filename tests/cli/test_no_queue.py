@@ -16,8 +16,8 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.folders import FOLDERS
 from pyramid_mailqueue.testing import ScriptedSMTPServer
-from tests.crash.children import run_in_child
-from tests.queues.states import ENVELOPE
+from tests.parts.children import run_in_child
+from tests.parts.states import ENVELOPE
 
 ZOPE = b'X-Zope-From: a@x.example\nX-Zope-To: b@x.example\nSubject: x\n\nHello.\n'
 

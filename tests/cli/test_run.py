@@ -28,7 +28,7 @@ from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Burial, Settlement
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
-from tests.cli.console import CONSOLE
+from tests.parts.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 CONTENT = b'Message-ID: <1@site.example>\r\nSubject: the sum is 4711\r\n\r\nIt is.\r\n'

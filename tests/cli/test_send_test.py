@@ -20,7 +20,7 @@ from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer, Silence, Wait
-from tests.cli.console import CONSOLE
+from tests.parts.console import CONSOLE
 
 PASSWORD = 'correct-horse'
 TO = '--to=ada@x.example'

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 from pyramid_mailqueue.queues.maildir import queue as maildir
-from tests.crash import strace
+from tests.parts import strace
 
 # What it finds wrong is shown as in a test.
-pytest.register_assert_rewrite('tests.crash.drain_parts')
+pytest.register_assert_rewrite('tests.parts.drain')
 
-from tests.crash.drain_parts import Office  # noqa: E402 - after the line above, which is of no use later
+from tests.parts.drain import Office  # noqa: E402 - after the line above, which is of no use later
 
 
 @pytest.fixture(scope='session')

@@ -10,10 +10,10 @@ import pytest
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.queue_file import read_header
-from tests.crash.children import fork
-from tests.crash.faults import Death, intercepted, without_sync
-from tests.crash.queue_parts import ENVELOPE, LATER, at, clear, forget, put, where
-from tests.queues.states import make_dead, make_doubtful, make_held, make_waiting
+from tests.parts.children import fork
+from tests.parts.faults import Death, intercepted, without_sync
+from tests.parts.maildir import ENVELOPE, LATER, at, clear, forget, put, where
+from tests.parts.states import make_dead, make_doubtful, make_held, make_waiting
 
 pytestmark = pytest.mark.forks
 

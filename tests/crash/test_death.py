@@ -16,11 +16,11 @@ import pytest
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from tests.crash.children import Child, fork
-from tests.crash.faults import Death, intercepted, without_sync
-from tests.crash.queue_parts import HOUR, at, clear, dead_recipients, leave_everything_behind, names, where
-from tests.crash.strace import CHANGES, traced, wait_for_strace
-from tests.crash.witnesses import ENVELOPE_OF_THREE, MIXED, Notes, OnePhase, Recording, TwoPhase, commit_two
+from tests.parts.children import Child, fork
+from tests.parts.faults import Death, intercepted, without_sync
+from tests.parts.maildir import HOUR, at, clear, dead_recipients, leave_everything_behind, names, where
+from tests.parts.strace import CHANGES, traced, wait_for_strace
+from tests.parts.witnesses import ENVELOPE_OF_THREE, MIXED, Notes, OnePhase, Recording, TwoPhase, commit_two
 
 pytestmark = pytest.mark.forks
 

@@ -16,8 +16,8 @@ import pytest
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS, FileName
 from pyramid_mailqueue.testing import smtp_server
-from tests.crash.children import fork
-from tests.crash.drain_parts import (
+from tests.parts.children import fork
+from tests.parts.drain import (
     MAX_RECIPIENTS,
     assert_is_made_good,
     blaming,
@@ -27,8 +27,8 @@ from tests.crash.drain_parts import (
     letter,
     letters,
 )
-from tests.crash.faults import Death, DeathInSend, Log
-from tests.crash.queue_parts import names, where
+from tests.parts.faults import Death, DeathInSend, Log
+from tests.parts.maildir import names, where
 
 pytestmark = pytest.mark.forks
 

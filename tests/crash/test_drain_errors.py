@@ -12,8 +12,8 @@ import pytest
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.claim import UNSETTLED_REST
-from tests.crash.children import no_open_files_are_left
-from tests.crash.drain_parts import (
+from tests.parts.children import no_open_files_are_left
+from tests.parts.drain import (
     assert_nobody_is_lost,
     blaming,
     drain,
@@ -23,8 +23,8 @@ from tests.crash.drain_parts import (
     is_not_due,
     name_of,
 )
-from tests.crash.faults import CHANGES, Fault, Refusal
-from tests.crash.queue_parts import Told, at, names, where
+from tests.parts.faults import CHANGES, Fault, Refusal
+from tests.parts.maildir import Told, at, names, where
 
 # A message that comes to an end needs no room.
 NEEDS_ROOM = {'mixed', 'many', 'grey', 'refused'}

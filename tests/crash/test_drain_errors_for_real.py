@@ -12,9 +12,9 @@ import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.claim import UNSETTLED_REST
-from tests.crash.children import Child
-from tests.crash.drain_parts import MAIL, drain, drain_in_runs, everybody, fill, named_in
-from tests.crash.queue_parts import Told, where
+from tests.parts.children import Child
+from tests.parts.drain import MAIL, drain, drain_in_runs, everybody, fill, named_in
+from tests.parts.maildir import Told, where
 
 # From <sched.h> and <sys/mount.h>.
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000

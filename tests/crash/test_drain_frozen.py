@@ -11,9 +11,9 @@ import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Recovery
-from tests.crash.children import DEADLINE, fork
-from tests.crash.drain_parts import assert_is_made_good, blaming, drain, fill, mq_run, named_in
-from tests.crash.faults import Freeze
+from tests.parts.children import DEADLINE, fork
+from tests.parts.drain import assert_is_made_good, blaming, drain, fill, mq_run, named_in
+from tests.parts.faults import Freeze
 
 pytestmark = pytest.mark.forks
 

@@ -16,9 +16,9 @@ import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.folders import SYNC_EVERY, SYNC_SECONDS
-from tests.crash.drain_parts import drain, fill, letter, letters
-from tests.crash.faults import without_sync
-from tests.crash.queue_parts import where
+from tests.parts.drain import drain, fill, letter, letters
+from tests.parts.faults import without_sync
+from tests.parts.maildir import where
 
 
 class Disk:

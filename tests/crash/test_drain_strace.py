@@ -9,9 +9,9 @@ import pytest
 
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.folders import SYNC_EVERY
-from tests.crash import drain_parts
-from tests.crash.drain_parts import assert_is_made_good, fill, letters
-from tests.crash.queue_parts import names
+from tests.parts import drain as drain_parts
+from tests.parts.drain import assert_is_made_good, fill, letters
+from tests.parts.maildir import names
 
 pytestmark = pytest.mark.usefixtures('needs_strace')
 

@@ -21,9 +21,9 @@ from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.children import no_open_files_are_left
-from tests.crash.faults import CAN_FAIL, Fault, intercepted, without_sync
-from tests.crash.queue_parts import (
+from tests.parts.children import no_open_files_are_left
+from tests.parts.faults import CAN_FAIL, Fault, intercepted, without_sync
+from tests.parts.maildir import (
     CONTENT,
     ENVELOPE,
     LATER,

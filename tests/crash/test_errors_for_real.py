@@ -12,9 +12,9 @@ import pytest
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Settlement
-from tests.crash.children import no_open_files_are_left, open_files, run_in_child
-from tests.crash.drain_parts import fill, letters, mq_run
-from tests.crash.queue_parts import ENVELOPE, LATER, Told, at, names, where
+from tests.parts.children import no_open_files_are_left, open_files, run_in_child
+from tests.parts.drain import fill, letters, mq_run
+from tests.parts.maildir import ENVELOPE, LATER, Told, at, names, where
 
 LARGE = type(ENVELOPE)('sender@site.example', ('large@x.example',), b'x' * 100_000)
 

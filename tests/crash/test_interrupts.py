@@ -17,8 +17,8 @@ from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.transactions import ManagerTransaction
-from tests.crash.faults import intercepted, without_sync
-from tests.crash.interrupts import Interrupted, interrupting
+from tests.parts.faults import intercepted, without_sync
+from tests.parts.interrupts import Interrupted, interrupting
 
 # Not each moment each time: there are more than a thousand, and most of them lie in the same function.
 STRIDE = 7

@@ -17,8 +17,8 @@ from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Settlement
-from tests.crash.children import Child, run_in_child
-from tests.crash.queue_parts import HOUR, OTHER, Told, at, forget, message_of, names, stage, where
+from tests.parts.children import Child, run_in_child
+from tests.parts.maildir import HOUR, OTHER, Told, at, forget, message_of, names, stage, where
 
 #: Web processes that open the application's database beside their mail, and then tell how many files are open.
 APPLICATION = """

@@ -9,7 +9,7 @@ import pytest
 
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
-from tests.crash.little_memory import run_with_memory
+from tests.parts.little_memory import run_with_memory
 
 HEADER = (
     b'Return-path: <poison@x.example>\r\nEnvelope-to: a@y.example\r\n'

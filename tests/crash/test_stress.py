@@ -20,9 +20,9 @@ from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Reply
-from tests.crash.children import Child
-from tests.crash.queue_parts import where
-from tests.crash.witnesses import Notes, Recording
+from tests.parts.children import Child
+from tests.parts.maildir import where
+from tests.parts.witnesses import Notes, Recording
 
 COMMITS = 30
 DEADLINE = 60

@@ -12,10 +12,10 @@ from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.exceptions import QueueError
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.children import Child, no_open_files_are_left
-from tests.crash.queue_parts import ENVELOPE, LATER, OTHER, Told, at, claim, names, put, stage, where
-from tests.crash.strace import traced, wait_for_strace
-from tests.crash.witnesses import Notes, OnePhase, commit_two
+from tests.parts.children import Child, no_open_files_are_left
+from tests.parts.maildir import ENVELOPE, LATER, OTHER, Told, at, claim, names, put, stage, where
+from tests.parts.strace import traced, wait_for_strace
+from tests.parts.witnesses import Notes, OnePhase, commit_two
 
 pytestmark = pytest.mark.usefixtures('needs_strace')
 

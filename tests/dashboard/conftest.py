@@ -9,7 +9,7 @@ from webtest import TestApp
 
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
 from pyramid_mailqueue.interfaces import IMailer
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 KINDS = ('maildir', 'memory', 'sqlite', 'postgresql+psycopg')
 

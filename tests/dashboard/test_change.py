@@ -11,8 +11,8 @@ from pyramid_mailqueue.queues.entries import POSSIBLE
 from pyramid_mailqueue.queues.memory.admin import MemoryAdmin
 from pyramid_mailqueue.results import Burial, Settlement
 from tests.dashboard.conftest import set_up
-from tests.dashboard.kinds import in_a_database, in_memory
-from tests.queues.states import ENVELOPE, MAKE, make_dead, make_held, make_waiting
+from tests.parts.kinds import in_a_database, in_memory
+from tests.parts.states import ENVELOPE, MAKE, make_dead, make_held, make_waiting
 
 
 def path_of(name):

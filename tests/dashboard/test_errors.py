@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pyramid_mailqueue.exceptions import ConfigurationError
-from tests.dashboard.kinds import in_a_database, in_a_maildir
-from tests.queues.states import make_waiting
+from tests.parts.kinds import in_a_database, in_a_maildir
+from tests.parts.states import make_waiting
 
 PATHS = ('', '/messages', '/messages/{id}', '/messages/{id}/raw')
 

@@ -14,8 +14,8 @@ from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.message.encoded_words import decoded
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.contents import MOST_OCTETS, MOST_TEXT, read_contents
-from tests.dashboard.kinds import in_a_maildir, in_memory
-from tests.queues.states import make_dead
+from tests.parts.kinds import in_a_maildir, in_memory
+from tests.parts.states import make_dead
 
 EVIL = '<img src=x onerror=alert(1)>"\'</pre></table><script>alert(1)</script>{{ 7*7 }}'
 ODD = 'a\x1b]0;owned\x07\u202eb\ud800'

@@ -13,8 +13,8 @@ from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.queues.memory.admin import MemoryAdmin
 from pyramid_mailqueue.results import Settlement
-from tests.dashboard.kinds import in_a_maildir, in_memory
-from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held
+from tests.parts.kinds import in_a_maildir, in_memory
+from tests.parts.states import ENVELOPE, MAKE, entries, make_dead, make_held
 
 SECRET = Envelope(
     'shop@site.example',

@@ -19,8 +19,8 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.message.envelope import Envelope
 from tests.dashboard.conftest import Policy, set_up
-from tests.dashboard.kinds import in_memory
-from tests.queues.states import ENVELOPE
+from tests.parts.kinds import in_memory
+from tests.parts.states import ENVELOPE
 
 pytestmark = in_memory
 

@@ -8,20 +8,14 @@ import pytest
 
 from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.exceptions import ServerTrouble
+from tests.parts.clock import Clock
 
 TROUBLE = ServerTrouble('down')
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.results import Reply, SendResult
 from tests.delivery.conftest import Says
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 ENVELOPE = Envelope('shop@site.example', (ADA, BOB), b'Message-ID: <1@site.example>\r\n\r\nhello\r\n')

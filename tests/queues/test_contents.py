@@ -14,7 +14,7 @@ from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.contents import MOST_TEXT, body_of, read_contents
 from pyramid_mailqueue.queues.entries import header_lines, tell_from_header
 from pyramid_mailqueue.queues.memory import MemoryQueue
-from tests.strategies import odd_contents
+from tests.parts.strategies import odd_contents
 
 WORDS = 'Größe'
 

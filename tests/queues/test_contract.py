@@ -28,10 +28,11 @@ from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.results import Burial, Recovery, Settlement
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
-from tests.crash.queue_parts import stage
-from tests.queues.states import ENVELOPE, MAKE, entries, make_dead, make_held, make_waiting
-from tests.sql.databases import create_queue_tables
-from tests.sql.queue_parts import QueueWithSession
+from tests.parts.clock import Clock
+from tests.parts.databases import create_queue_tables
+from tests.parts.maildir import stage
+from tests.parts.sql_queue import QueueWithSession
+from tests.parts.states import ENVELOPE, MAKE, entries, make_dead, make_held, make_waiting
 
 CONTENT = ENVELOPE.content
 OTHER = Envelope('', ('eve@y.example',), CONTENT)
@@ -63,18 +64,10 @@ QUEUES = {
 NEVER_IN_DOUBT = {kind for kind in QUEUES if kind.startswith(('sqlite', 'postgresql'))}
 
 
-class Clock:
-    """Ahead of the machine's: whatever takes its times from that is in the past."""
-
-    now = NOW
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    """Ahead of the machine's: whatever takes its times from that is in the past."""
+    return Clock(NOW)
 
 
 @pytest.fixture(params=QUEUES.values(), ids=QUEUES)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pyramid_mailqueue.queues.maildir.locked_file import Holder, sync_folder
-from tests.crash.children import Child, no_open_files_are_left, open_files, run_in_child
-from tests.crash.faults import Log, intercepted
+from tests.parts.children import Child, no_open_files_are_left, open_files, run_in_child
+from tests.parts.faults import Log, intercepted
 
 CONTENT = b'octets'
 

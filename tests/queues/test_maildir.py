@@ -30,9 +30,9 @@ from pyramid_mailqueue.queues.maildir import queue as maildir
 from pyramid_mailqueue.queues.maildir import trouble as maildir_trouble
 from pyramid_mailqueue.queues.maildir.folders import FOLDERS
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.children import Child, no_open_files_are_left, run_in_child
-from tests.crash.faults import Fault, Log, intercepted
-from tests.crash.queue_parts import (
+from tests.parts.children import Child, no_open_files_are_left, run_in_child
+from tests.parts.faults import Fault, Log, intercepted
+from tests.parts.maildir import (
     CONTENT,
     ENVELOPE,
     HOUR,

@@ -24,26 +24,20 @@ from pyramid_mailqueue.queues.maildir.folders import MaildirFolders
 from pyramid_mailqueue.queues.maildir.locked_file import LockedFile
 from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, read_header, serialize_header
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
-from tests.crash.children import Child, no_open_files_are_left
-from tests.crash.faults import CAN_FAIL, Fault, intercepted, without_sync
-from tests.crash.queue_parts import CONTENT, ENVELOPE, HOUR, LATER, Told, at, claim, clear, forget, put, stage, where
-from tests.crash.witnesses import Notes
+from tests.parts.children import Child, no_open_files_are_left
+from tests.parts.clock import Clock
+from tests.parts.faults import CAN_FAIL, Fault, intercepted, without_sync
+from tests.parts.maildir import CONTENT, ENVELOPE, HOUR, LATER, Told, at, claim, clear, forget, put, stage, where
+from tests.parts.witnesses import Notes
 
 NOW = 1_800_000_000
 DAY = 24 * HOUR
 GARBAGE = b'not a queue file'
 
 
-class Clock:
-    now = NOW
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(NOW)
 
 
 @pytest.fixture

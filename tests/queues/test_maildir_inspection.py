@@ -16,9 +16,9 @@ from pyramid_mailqueue.queues.maildir.folders import FOLDERS
 from pyramid_mailqueue.queues.maildir.inspection import SOME_FILES, NoQueue
 from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader, serialize_header
 from pyramid_mailqueue.transports.maildir import MaildirBackend
-from tests.crash.children import run_in_child
-from tests.crash.faults import Log, intercepted
-from tests.crash.queue_parts import ENVELOPE, where
+from tests.parts.children import run_in_child
+from tests.parts.faults import Log, intercepted
+from tests.parts.maildir import ENVELOPE, where
 
 CONTENT = b'Subject: x\r\n\r\nHello.\r\n'
 OURS = serialize_header(QueueHeader('a@x.example', ('b@x.example',), 1_795_448_044)) + CONTENT

@@ -18,8 +18,8 @@ from pyramid_mailqueue.queues.maildir import queue as maildir
 from pyramid_mailqueue.queues.maildir.claim import MAX_DEATHS
 from pyramid_mailqueue.queues.maildir.folders import FOLDERS
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.faults import intercepted, without_sync
-from tests.crash.queue_parts import CONTENT, dead_recipients, forget, names, stage
+from tests.parts.faults import intercepted, without_sync
+from tests.parts.maildir import CONTENT, dead_recipients, forget, names, stage
 
 which = st.integers(0, 5)
 

@@ -6,7 +6,7 @@ import logging
 
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.memory import MemoryQueue
-from tests.crash.children import run_in_child
+from tests.parts.children import run_in_child
 
 ENVELOPE = Envelope('shop@site.example', ('ada@x.example',), b'Message-ID: <1@site.example>\r\n\r\nHello\r\n')
 LATER = 1 << 33

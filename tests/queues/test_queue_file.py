@@ -18,7 +18,7 @@ from pyramid_mailqueue.queues.maildir.queue_file import (
     read_header,
     serialize_header,
 )
-from tests.strategies import addresses
+from tests.parts.strategies import addresses
 
 QUEUED = calendar.timegm((2026, 11, 24, 7, 28, 11))
 TRIED = calendar.timegm((2026, 11, 24, 7, 33, 12))

@@ -25,9 +25,10 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.rate_file import RateFile
 from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Rate
-from tests.crash.children import Child, fork, no_open_files_are_left, open_files, run_in_child
-from tests.crash.faults import Fault, intercepted
-from tests.crash.queue_parts import ENVELOPE
+from tests.parts.children import Child, fork, no_open_files_are_left, open_files, run_in_child
+from tests.parts.clock import Clock
+from tests.parts.faults import Fault, intercepted
+from tests.parts.maildir import ENVELOPE
 
 NOW = 1_800_000_000.0
 LIMIT = Rate(3, 10)
@@ -36,17 +37,9 @@ LIMIT = Rate(3, 10)
 HEADER = struct.Struct('<8sQQQd')
 
 
-class Clock:
-    def __init__(self, now=NOW):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(NOW)
 
 
 @pytest.fixture
@@ -204,7 +197,7 @@ rates = st.builds(Rate, st.integers(1, 8), st.sampled_from([0.25, 1, 2.5, 10]))
     st.lists(st.tuples(steps, st.integers(0, 2), st.integers(1, 10), st.booleans()), max_size=40),
 )
 def test_whatever_is_taken_by_whom_and_when_it_is_as_if_all_sends_were_counted_anew(limits, takes):
-    clock, model = Clock(), Model()
+    clock, model = Clock(NOW), Model()
     with tempfile.TemporaryDirectory() as folder:
         limiters = [RateFile(f'{folder}/rate', rate, clock=clock) for rate in limits]
         for step, user, count, begins_anew in takes:
@@ -225,7 +218,7 @@ def test_whatever_is_taken_by_whom_and_when_it_is_as_if_all_sends_were_counted_a
     st.lists(st.tuples(forward, st.integers(0, 2), st.integers(1, 4)), max_size=40),
 )
 def test_no_window_has_more_sends_than_the_limit_had_at_its_end(rate, counts, takes):
-    clock, sends = Clock(), []
+    clock, sends = Clock(NOW), []
     with tempfile.TemporaryDirectory() as folder:
         # One period, so that a user with a higher limit cannot have let pass what another one then has to forget.
         limiters = [RateFile(f'{folder}/rate', Rate(count, rate.seconds), clock=clock) for count in counts]

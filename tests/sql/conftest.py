@@ -5,7 +5,7 @@ from sqlalchemy import create_engine, text
 
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import SQLQueue
-from tests.sql.databases import Postgres, create_queue_tables, find_binaries
+from tests.parts.databases import Postgres, create_queue_tables, find_binaries
 
 # The other driver is tested where the drivers differ.
 KINDS = ('sqlite', 'postgresql+psycopg')

@@ -20,8 +20,8 @@ from pyramid_mailqueue.exceptions import NoActiveTransaction
 from pyramid_mailqueue.queues.sql.schema import Message
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_runner
-from tests.sql.databases import create_queue_tables, postgres_schema
-from tests.sql.orders import Base, Order
+from tests.parts.databases import create_queue_tables, postgres_schema
+from tests.parts.orders import Base, Order
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from sqlalchemy.pool import NullPool
 
 from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.queues.sql.schema import Message
-from tests.crash.children import Child
-from tests.sql.orders import Base, Order
+from tests.parts.children import Child
+from tests.parts.orders import Base, Order
 
 pytestmark = pytest.mark.forks
 

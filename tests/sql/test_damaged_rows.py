@@ -10,7 +10,7 @@ from pyramid_mailqueue.cli import queue as mq_queue_command
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.message.envelope import Envelope
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 ON_POSTGRESQL = [
     "due = '-Infinity', recipients = 'null'",

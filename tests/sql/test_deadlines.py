@@ -19,7 +19,7 @@ from pyramid_mailqueue.queues.sql.database import DatabaseAway
 from pyramid_mailqueue.queues.sql.deadlines import SILENCE_SECONDS
 from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 # What is promised for the end of a process, in seconds; and what a loaded machine may add.
 PROMISED = 30

@@ -9,7 +9,7 @@ from sqlalchemy import make_url
 
 from pyramid_mailqueue.cli import run as mq_run_command
 from pyramid_mailqueue.queues.sql.database import DatabaseAway
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')
 

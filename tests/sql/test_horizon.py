@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pyramid_mailqueue.cli import queue as mq_queue_command
-from tests.crash.queue_parts import Told
+from tests.parts.maildir import Told
 
 DAY = 86400
 

@@ -19,8 +19,8 @@ from sqlalchemy.pool import NullPool
 from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.queues.sql.database import Database
-from tests.crash.interrupts import Interrupted, interrupting
-from tests.sql.orders import Base, Order
+from tests.parts.interrupts import Interrupted, interrupting
+from tests.parts.orders import Base, Order
 
 # Not each moment each time: there are more than a thousand, and most of them lie in the same function.
 STRIDE = 23

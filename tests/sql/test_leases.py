@@ -19,7 +19,7 @@ from pyramid_mailqueue.queues.sql.leases import BATCH
 from pyramid_mailqueue.queues.sql.queue import MAX_DEATHS
 from pyramid_mailqueue.queues.sql.tables import INLINE
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.children import run_in_child
+from tests.parts.children import run_in_child
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 FOR_TWO = Envelope('shop@site.example', (ADA, BOB), b'Message-ID: <2@site.example>\r\n\r\nHello.\r\n')

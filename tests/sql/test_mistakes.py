@@ -24,7 +24,7 @@ from pyramid_mailqueue.queues.sql.database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql.engine import shown, without_passwords
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.wiring import build_mailer, build_queue
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')
 

@@ -27,9 +27,9 @@ from pyramid_mailqueue.queues.maildir.moving import DirectoryRecord
 from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.queues.sql import moving as moving_sql
 from pyramid_mailqueue.wiring import open_move
-from tests.sql.databases import create_queue_tables
-from tests.sql.move_parts import FOLDER, Office, Place, touch
-from tests.strategies import addresses
+from tests.parts.databases import create_queue_tables
+from tests.parts.move import FOLDER, Office, Place, touch
+from tests.parts.strategies import addresses
 
 BORN = 1_700_000_000
 HEADER = QueueHeader('shop@site.example', ('ada@x.example',), BORN)

@@ -22,7 +22,7 @@ from pyramid_mailqueue.queues import moving
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir import moving as moving_maildir
 from pyramid_mailqueue.queues.sql import moving as moving_sql
-from tests.sql.move_parts import Place
+from tests.parts.move import Place
 
 DEADLINE = 30
 

@@ -17,12 +17,11 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine, event
 
-from pyramid_mailqueue.queues.maildir import moving as moving_maildir
 from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.wiring import open_move
-from tests.crash import faults
-from tests.crash.children import Child
-from tests.sql.move_parts import Office, Place
+from tests.parts import faults
+from tests.parts.children import Child
+from tests.parts.move import Office, Place
 
 pytestmark = pytest.mark.forks
 
@@ -39,8 +38,6 @@ class Steps:
         self._at_step = at_step
 
     def __enter__(self):
-        self._modules = faults.MODULES
-        faults.MODULES = (*self._modules, moving_maildir)
         self._intercepted = faults.intercepted(self._on_call)
         self._intercepted.__enter__()
         event.listen(Engine, 'before_cursor_execute', self._on_statement)
@@ -48,7 +45,6 @@ class Steps:
     def __exit__(self, *exc_info):
         event.remove(Engine, 'before_cursor_execute', self._on_statement)
         self._intercepted.__exit__(*exc_info)
-        faults.MODULES = self._modules
 
     def _on_call(self, call):
         if call.name in STEPS:

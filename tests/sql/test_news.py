@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 DRIVERS = ('postgresql+psycopg', 'postgresql+psycopg2')
 

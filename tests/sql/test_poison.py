@@ -7,7 +7,7 @@ import pytest
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql.tables import INLINE
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.little_memory import run_with_memory
+from tests.parts.little_memory import run_with_memory
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 MIB = 1024 * 1024

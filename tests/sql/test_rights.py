@@ -14,7 +14,7 @@ from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import leases as sql_leases
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
-from tests.crash.queue_parts import Told
+from tests.parts.maildir import Told
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 FOR_ADA = Envelope('shop@site.example', (ADA,), b'Subject: 1\r\n\r\nHello.\r\n')

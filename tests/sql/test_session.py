@@ -24,8 +24,8 @@ from pyramid_mailqueue.events import MailQueued
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql.schema import metadata
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.sql.databases import create_queue_tables
-from tests.sql.orders import Base, Order
+from tests.parts.databases import create_queue_tables
+from tests.parts.orders import Base, Order
 
 _NUMBERS = itertools.count(1)
 

@@ -18,7 +18,7 @@ import pytest
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql.leases import BATCH
 from tests.conftest import SMTPServer
-from tests.sql.databases import create_queue_tables
+from tests.parts.databases import create_queue_tables
 
 # MAILQUEUE_TESTS_LONG=1 takes a few minutes.
 MESSAGES = 5_000 if os.environ.get('MAILQUEUE_TESTS_LONG') else 1_000

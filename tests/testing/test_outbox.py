@@ -21,7 +21,7 @@ from pyramid_mailqueue.events import MailDelivered, MailEvent, MailQueued
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.testing import CapturedMail, captured_mail, mail_discarded, make_mailer
 from pyramid_mailqueue.transactions import ManagerTransaction
-from tests.strategies import odd_contents
+from tests.parts.strategies import odd_contents
 
 pytest_plugins = ['pytester']
 

@@ -17,8 +17,8 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.smtp import SMTPTransport
-from tests.crash.faults import connecting, intercepted, without_sync
-from tests.crash.queue_parts import HOUR, at, clear, names, put, where
+from tests.parts.faults import connecting, intercepted, without_sync
+from tests.parts.maildir import HOUR, at, clear, names, put, where
 
 #: A message with more recipients than that goes out in several transactions, and is kept in between.
 MAX_RECIPIENTS = 3

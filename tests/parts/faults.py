@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib
 import itertools
 import os
+import pkgutil
 import select
 import signal
 import socket
 import threading
 
 from pyramid_mailqueue.delivery import waiting
-from pyramid_mailqueue.queues.maildir import admin as maildir_admin
-from pyramid_mailqueue.queues.maildir import claim as maildir_claim
-from pyramid_mailqueue.queues.maildir import folders as maildir_folders
-from pyramid_mailqueue.queues.maildir import locked_file
-from pyramid_mailqueue.queues.maildir import queue as maildir
+from pyramid_mailqueue.queues import maildir
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
@@ -34,8 +32,21 @@ SYSTEM_CALLS = frozenset({
 #: The methods with which the transport talks to a server.
 SOCKET_CALLS = frozenset({'close', 'recv', 'send', 'sendall', 'shutdown'})
 
-#: The modules that make the system calls of the queue.
-MODULES = (locked_file, maildir, maildir_admin, maildir_claim, maildir_folders)
+_REAL = {'fcntl': fcntl, 'os': os}
+
+
+def _callers():
+    """The modules of the queue's package that make system calls, each with the name of what it makes them through."""
+    modules = [
+        importlib.import_module(found.name) for found in pkgutil.iter_modules(maildir.__path__, f'{maildir.__name__}.')
+    ]
+    members = [(module, name, it) for module in modules for name, it in vars(module).items()]
+    missed = [name for _, name, it in members if getattr(it, '__module__', None) in {'posix', *_REAL}]
+    assert not missed, f'imported by name, and so past what intercepts them: {missed}'
+    return [(module, name) for module, name, _ in members if name in _REAL]
+
+
+CALLERS = _callers()
 
 #: Those that change something.
 CHANGES = frozenset({'chmod', 'fchmod', 'makedirs', 'rename', 'unlink', 'utime', 'writev'})
@@ -57,15 +68,13 @@ def intercepted(around):
         return call() if threading.current_thread() in left_behind else around(call)
 
     try:
-        for module in MODULES:
-            module.os = _Through(around_ours, os, SYSTEM_CALLS)
-        locked_file.fcntl = _Through(around_ours, fcntl, SYSTEM_CALLS)
+        for module, name in CALLERS:
+            setattr(module, name, _Through(around_ours, _REAL[name], SYSTEM_CALLS))
         waiting.select = _Select(around_ours)
         yield around
     finally:
-        for module in MODULES:
-            module.os = os
-        locked_file.fcntl = fcntl
+        for module, name in CALLERS:
+            setattr(module, name, _REAL[name])
         waiting.select = select
 
 

@@ -7,7 +7,7 @@ import ctypes
 import shutil
 import subprocess
 
-from tests.crash.children import Child
+from tests.parts.children import Child
 
 # prctl(2): any process of the same user may trace this one, even where only its ancestors may (Yama).
 PR_SET_PTRACER = 0x59616D61

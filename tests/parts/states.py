@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.results import Burial, Settlement
-from tests.crash.queue_parts import stage
+from tests.parts.maildir import stage
 
 ENVELOPE = Envelope(
     'shop@site.example',

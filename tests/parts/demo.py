@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INI = ROOT / 'demo' / 'development.ini'
 DEADLINE = 30  # seconds; only a failing test waits that long
 
