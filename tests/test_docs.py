@@ -17,6 +17,7 @@ import pytest
 from webtest import TestApp
 
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
+from pyramid_mailqueue.queues.maildir.inspection import FOLDERS, MOVING
 from pyramid_mailqueue.settings import known_keys
 
 ROOT = Path(__file__).parent.parent
@@ -95,14 +96,18 @@ def test_every_command_is_documented_and_no_other():
         assert named == commands
 
 
-def test_the_architecture_names_every_module_and_no_other():
+def test_the_architecture_names_every_room_and_no_other():
+    """A module on the ground floor by its file, a folder with a slash, and a module in a folder by its name."""
     package = ROOT / 'pyramid_mailqueue'
-    modules = {str(path.relative_to(package)) for path in package.rglob('*.py')}
-    rooms = {name for name in modules if name.endswith('/__init__.py')}
+    rooms = {path.name for path in package.glob('*.py')}
+    rooms |= {f'{path.parent.name}/' for path in package.rglob('__init__.py')} - {'pyramid_mailqueue/'}
+    literals = {*literals_of(parse(ROOT / 'docs/architecture.rst'))}
+    folders = {f'{name}/' for name in (*FOLDERS, MOVING)}
 
-    named = {text for text in literals_of(parse(ROOT / 'docs/architecture.rst')) if text.endswith('.py')}
-
-    assert named == modules - rooms
+    assert {text for text in literals if re.fullmatch(r'\w+\.py|[a-z]+/', text)} - folders == rooms
+    rooms = (package / name for name in ('delivery', 'message', 'queues', 'transports'))
+    modules = {path.stem for room in rooms for path in room.rglob('*.py')}
+    assert modules - {'__init__', *literals} == set()
 
 
 def blocks_of(name, language='python'):
