@@ -5,7 +5,7 @@
 #     make coverage       all tests with branch coverage, which takes half as long again
 #     make test-pythons   all tests on every Python from 3.10 on that is here, or can be made
 #     make demo           a sign-up page and its mail server, in your browser
-#     make bench          what things cost, beside other packages
+#     make bench          benchmarks, beside other packages
 #
 # PYTHON=python3.13 chooses another Python.  Each command keeps a virtual environment of its own in this folder, and
 # installs again only if what it depends on has changed.
@@ -34,7 +34,7 @@ test: $(TEST)/installed-$(VERSION) system-packages
 	$(TEST)/bin/mypy
 	$(PYTEST)
 
-# While one works.  Nothing that is started as a process of its own, no PostgreSQL, no browser.
+# For use during development.  No separate processes, no PostgreSQL, no browser.
 NOT_QUICK = $(LEFT_OUT) dashboard sql cli/test_no_queue.py cli/test_queue.py cli/test_service.py queues/test_maildir_model.py \
     test_docs.py test_end_to_end.py test_forks.py test_from_mailqueue_runner.py test_lazy_imports.py test_redirect.py
 
@@ -53,13 +53,13 @@ test-pythons: system-packages
 test-ends: | check-python
 	$(PYTHON) -m tests.pythons.suites --plain
 
-# What those two call, with a Python and a TEST of their own.
+# Called by those two, with a Python and a TEST of their own.
 suite: $(TEST)/installed-$(VERSION)
 	$(PYTEST)
 
-# Left out is what takes long and depends on the system more than on the versions: processes that are started, killed or
-# interrupted, what waits for the end of a time limit, other mail software, and a browser; and type checkers, which read
-# the hints of other packages, too.  So is what only this package has a part in.
+# Left out are slow tests that depend on the system more than on the versions: processes that are started, killed or
+# interrupted, waits for the end of a time limit, other mail software, and a browser; and type checkers, which read the
+# hints of other packages, too.  So are tests that involve only this package.
 LEFT_OUT = browser crash interop mta dashboard/test_change.py test_demo.py test_imports.py test_packaging.py test_scripts.py \
     test_types.py cli/test_progress.py cli/test_run.py cli/test_send_test.py delivery/test_runner.py \
     queues/test_maildir_model.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
@@ -103,7 +103,7 @@ clean:
 	rm -rf .venv-* $(SERVERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# "|": checked before an installation, but no reason for one.  With MINIMA all that setup.cfg names is as old as it allows.
+# "|": checked before an installation, but no reason for one.  With MINIMA, setup.cfg's oldest versions are installed.
 $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 	$(PYTHON) -m venv --clear $(TEST)
 	$(PYTHON) -m tests.pythons.minima >$(TEST)/minima.txt
@@ -140,7 +140,7 @@ check-python:
 	    echo >&2 '"$(PYTHON)" has no module "venv".  On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
 
 # Some tests watch the system calls of a commit, one looks at the dashboard with a browser, and some speak to the mail
-# servers of Debian, which are unpacked here and not installed (see tests/mta/unpack.py).  What cannot be had is left out,
+# servers of Debian, which are unpacked here and not installed (see tests/mta/unpack.py).  What cannot be had is skipped,
 # and the end of the run says so.
 system-packages: | check-python
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v strace && command -v chromium && [ -e $(SERVERS)/complete ]; } >/dev/null; then \

@@ -1,10 +1,10 @@
-"""A small Pyramid app: who signs up gets a row in the database and a mail, both or neither."""
+"""A small Pyramid app: a sign-up makes a row in the database and a mail, both or neither."""
 
 from __future__ import annotations
 
 import warnings
 
-# Pyramid 2.1 uses pkg_resources, and whoever starts the demo would read that first.
+# Pyramid 2.1 uses pkg_resources; without this, the demo would begin its output with that.
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 from pyramid.config import Configurator  # noqa: E402 - behind the filter
@@ -14,7 +14,7 @@ __all__ = ['main']
 
 def main(global_config, **settings):
     """Return the WSGI app, with its SMTP server running: what ``pserve`` and ``python -m demo`` call."""
-    # Name the ini as mq-run has to be told it, from any directory.
+    # The path of the ini file as mq-run needs it, in any directory.
     settings['demo.ini'] = global_config['__file__']
     with Configurator(settings=settings) as config:
         config.include('pyramid_jinja2')

@@ -19,7 +19,7 @@ class Mail:
 
     :param key: its name in the inbox
     :param arrived: when, in the local time zone
-    :param recipient: whom the SMTP dialog named; the header need not say the same
+    :param recipient: the one named in the SMTP dialog; the header may differ
     :param source: the text of the whole file
     """
 
@@ -74,7 +74,7 @@ def _arrival(key):
 
 def _read(maildir, key):
     source = maildir.get_bytes(key)
-    # Not by the email package alone: it raises an exception for some of what people send, and the page has to be shown.
+    # Not by the email package alone: it raises exceptions for some real mail, and the page has to be shown.
     contents = read_contents(source)
     fields = {name.lower(): value for name, value in reversed(contents.header)}
     return Mail(

@@ -1,8 +1,8 @@
 """
 The SMTP server of the demo: a real one, on a socket of 127.0.0.1, with a switch.
 
-It runs in a thread of the web process, but the web process knows nothing of that: it speaks SMTP to it like to any
-other server, and so does ``mq-run``, which reads the address in the same ini.
+It runs in a thread of the web process, but the web process does not depend on that: it speaks SMTP to it as to any
+other server, and so does ``mq-run``, which reads the address in the same ini file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Relay:
     """
     The server and its switch.
 
-    :param inbox: where mails are kept that arrive
+    :param inbox: where arriving mails are kept
     :param port: the TCP port on 127.0.0.1
     """
 
@@ -45,7 +45,7 @@ class Relay:
 
     @property
     def on(self):
-        """Is it running?"""
+        """Whether it is running."""
         return self._controller is not None
 
     def switch_on(self):
@@ -80,7 +80,7 @@ class _Controller(Controller):
 
     def __init__(self, handler, listening):
         host, port = listening.getsockname()
-        # A server_hostname, so that nobody asks the DNS for ours.
+        # A server_hostname, so that aiosmtpd does not look up ours in the DNS.
         super().__init__(handler, hostname=host, port=port, server_hostname='localhost', ident='ESMTP of the demo')
         self._listening = listening
         self._sessions = weakref.WeakSet()
@@ -109,7 +109,7 @@ class _Handler:
 
     async def handle_RCPT(self, server, session, envelope, address, options):
         if address.lower().startswith(REFUSED):
-            return '550 5.1.1 There is nobody of this name here'
+            return '550 5.1.1 No such user here'
         envelope.rcpt_tos.append(address)
         return '250 2.1.5 OK'
 

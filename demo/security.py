@@ -1,5 +1,5 @@
 """
-Who may do what, sessions, CSRF protection and the headers of every answer.
+Permissions, sessions, CSRF protection and the headers of every response.
 
 Nothing here needs a secret on the disk: the CSRF token is compared with a cookie, and the session, which carries only
 the note for the next page, is signed with a key that lives as long as the process.
@@ -24,35 +24,35 @@ HEADERS = {
 
 class EverybodyHere:
     """
-    Who looks at the demo may do everything, in the dashboard too.
+    Every visitor of the demo may do everything, in the dashboard too.
 
     The demo listens on 127.0.0.1 only, its mail goes nowhere else, and a login would be in the way of what it shows.
-    An app of yours has to find out who somebody is: see docs/dashboard.rst.
+    Your own app has to authenticate its users: see docs/dashboard.rst.
     """
 
     def identity(self, request):
-        """Everybody is the same."""
+        """Return the one user that every visitor is."""
         return self.authenticated_userid(request)
 
     def authenticated_userid(self, request):
-        """Return the name that the log has."""
+        """Return the name that appears in the log."""
         return 'somebody-here'
 
     def permits(self, request, context, permission):
-        """Say yes."""
+        """Allow everything."""
         return Allowed('Everybody who looks at the demo may do that.')
 
     def remember(self, request, userid, **kw):
-        """Nobody logs in."""
+        """There is no login."""
         return []
 
     def forget(self, request, **kw):
-        """Nobody logs out."""
+        """There is no logout."""
         return []
 
 
 def add_headers(event):
-    """Tell the browser to keep nothing, to load nothing from elsewhere, and that nobody may frame the pages."""
+    """Tell the browser to keep nothing, to load nothing from elsewhere, and not to let the pages be framed."""
     for name, value in HEADERS.items():
         # The dashboard has its own, which are stricter.
         event.response.headers.setdefault(name, value)

@@ -13,7 +13,7 @@ Without a transaction a program puts together a :class:`~.delivery.handler.Messa
     handler = MessageHandler([init_smtp_mailer(settings), MaildirBackend('/path/to/queue')])
     handler.send_message(message)           # sent or, if that fails, queued
 
-These parts are imported when they are first asked for: who needs none of them does not wait for them.
+These parts are imported on first use, so that other programs do not wait for them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.transports.maildir import MaildirBackend
     from pyramid_mailqueue.wiring import init_smtp_mailer
 
-    #: As setup.cfg has it; looked up when it is asked for.
+    #: The version in setup.cfg; looked up on access.
     __version__: str
 
 __all__ = [
@@ -149,8 +149,8 @@ _LATER = {
     'registry': 'delivery.plugins',
 }
 
-# Aliases, which mypy's plugin for zope.interface lets pass after @implementer; a class that it does not know for an
-# interface it would refuse.
+# Aliases, which mypy's plugin for zope.interface accepts after @implementer; it would refuse a class that it does not
+# know as an interface.
 IMailer: TypeAlias = interfaces.IMailer
 ITransport: TypeAlias = interfaces.ITransport
 
@@ -178,11 +178,11 @@ def mailer_from_settings(settings: Mapping[str, object], manager: Any = None, pr
     """
     Return a mailer for an application without Pyramid, or for a script.
 
-    One for each process is enough, and all of its threads may use it: each has connections and a thread of its own.
+    One per process is enough, for all of its threads: each mailer has its own connections and delivery thread.
 
     :param settings: a mapping with ``mailqueue.*`` keys
     :param manager: the transaction manager that ``send()`` joins; None is the one of the thread
-        (``transaction.manager``), which is not explicit: mail that nobody commits is only told in the log
+        (``transaction.manager``), which is not explicit: mail that is never committed is only logged
     :raises ConfigurationError: a setting is missing, unknown, malformed, or contradicts another one
     """
     from pyramid_mailqueue.settings import Settings
@@ -198,7 +198,7 @@ def get_mailer(request: Any) -> IMailer:
 
     A mailer that the application has registered itself is returned as it is, unless it is an `IBindableMailer`.
 
-    It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nobody will commit:
+    It works wherever there is a request, but ``send()`` raises :class:`NoActiveTransaction` where nothing will commit:
     if neither pyramid_tm nor repoze.tm is active for the request, in an exception view, or after the commit; unless you
     have begun a transaction yourself (``with request.tm:``).  In a script it is up to you to commit.
     """
@@ -227,7 +227,7 @@ def includeme(config: Any) -> None:
 
         registry = config.registry
         if registry.queryUtility(IMailer) is not None:
-            # The tests of an application have theirs.
+            # Such as that of an application's tests.
             return
         mailer = build_mailer(
             Settings.from_mapping(registry.settings),

@@ -1,9 +1,9 @@
 """
-What a contract is made of: a protocol for type checkers, an interface of zope.interface when the program runs.
+The base of all contracts: a protocol for type checkers, an interface of zope.interface at run time.
 
-So ``mailer: IMailer`` is an annotation that mypy and pyright understand without a plugin: an object fits that has the
-members of the contract.  And ``@implementer(IMailer)``, ``registry.getUtility(IMailer)`` and ``verifyObject`` work as
-with any other interface::
+So ``mailer: IMailer`` is an annotation that mypy and pyright understand without a plugin: an object with the members of
+the contract fits.  And ``@implementer(IMailer)``, ``registry.getUtility(IMailer)`` and ``verifyObject`` work as with
+any other interface::
 
     class IBell(Contract, Protocol):
         @property
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class _Interface(ABCMeta):
-        """What an interface of zope.interface can be asked."""
+        """The questions that an interface of zope.interface answers."""
 
         def providedBy(cls: type[T], ob: object) -> TypeGuard[T]: ...
         def implementedBy(cls, class_: type) -> bool: ...
@@ -44,7 +44,7 @@ else:
     Protocol = Interface
 
     class _Contract(InterfaceClass):
-        """Makes plain interfaces, so that those which others derive from them are written as always: without self."""
+        """Makes plain interfaces, so that interfaces derived from them are written as usual: without self."""
 
         def __new__(cls, name: str, bases: tuple[Any, ...], attrs: dict[str, Any]) -> InterfaceClass:
             return InterfaceClass(name, bases, {key: _member(key, value) for key, value in attrs.items()})

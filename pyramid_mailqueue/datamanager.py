@@ -5,7 +5,7 @@ The order of a commit, and what happens to the mail::
 
     before-commit hooks      mail may still be added
     tpc_begin, commit        from here on it may not
-    tpc_vote                 staging.prepare: on disk, invisible; a QueueError is our "no", and everybody rolls back
+    tpc_vote                 staging.prepare: on disk, invisible; a QueueError is our "no", and everything rolls back
     tpc_finish               staging.publish: real
     after-commit hooks       the claims go to their dispatchers
 
@@ -13,19 +13,19 @@ The traps, each of which has a test:
 
 * ``abort`` is called again *after a successful commit*, on every resource, whenever any after-commit hook exists; and
   both ``abort`` and ``tpc_abort`` may follow a failed commit.  So both only ever discard what is not yet published.
-* When a savepoint is rolled back that is older than our joining, the transaction aborts *and forgets* us.  ``abort``
-  therefore leaves this manager ready to join again.
-* Another manager may fail in its ``tpc_finish`` before ours is called.  Everybody has voted yes by then, and a database
-  may have committed: the mail is not dropped any more, but stays prepared, in doubt.  ``abort`` and ``tpc_abort``
-  cannot see that by themselves; a resource that finishes before all others tells (:class:`_FirstToFinish`).
+* When a savepoint older than our joining is rolled back, the transaction aborts *and forgets* us.  ``abort`` therefore
+  leaves this manager ready to join again.
+* Another manager may fail in its ``tpc_finish`` before ours is called.  All have voted yes by then, and a database may
+  have committed: the mail is no longer dropped, but stays prepared, in doubt.  ``abort`` and ``tpc_abort`` cannot
+  detect that; a resource that finishes before all others reports it (:class:`_FirstToFinish`).
 * After-commit hooks run with ``False`` after a failed commit.  Mail can have been published nevertheless, if another
   manager failed in its ``tpc_finish`` after ours; it is real, so it is delivered.
-* A transaction may never end at all: its thread, its manager or the interpreter does, or ``begin()`` aborts it, where
-  nobody has decided anything about it.  That is told at ERROR, which an abort is not (:func:`_log_left`).
+* A transaction may never be ended on purpose: its thread, its manager or the interpreter ends first, or ``begin()``
+  aborts it.  Its mail is logged at ERROR, unlike that of an abort (:func:`_log_left`).
 * A commit may be interrupted at any instruction (Ctrl-C, the time limit of a server).  What was published stays with
   the staging, or with this manager, until a dispatcher has it; the abort that follows finds it there.
-* After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  Whoever aborts the
-  transaction then hands over the claims, which nobody would settle otherwise.
+* After-commit hooks do not run at all if a synchronizer fails in its ``afterCompletion``.  The abort of the transaction
+  then hands over the claims, which would otherwise never be settled.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class MailDataManager:
     :param txn: the transaction
     :param manager: its transaction manager
     :param staging: a new, empty staging of the queue
-    :param dispatchers: who delivers after the commit, by the name of the way of delivery
-    :param tell_queued: called for each message after the commit, with its id (``''`` if nobody knows it) and its
+    :param dispatchers: deliver after the commit; by the *delivery* of :meth:`add`
+    :param tell_queued: called for each message after the commit, with its id (``''`` if it is unknown) and its
         envelope; must not raise
     """
 
@@ -95,7 +95,7 @@ class MailDataManager:
         self._staging = staging
         self._dispatchers = dispatchers
         self._tell_queued = tell_queued
-        # Always the same list, and without a way back from it to this object.
+        # Always the same list, without a reference back to this object.
         self._added: list[_Added] = []
         self._end = weakref.finalize(self, _log_left, self._added)
         # What publish() has returned, until it is sorted out.
@@ -125,7 +125,7 @@ class MailDataManager:
 
     def _join(self) -> None:
         try:
-            # Not kept here: each would keep the other one, and leave both to the garbage collector.
+            # Not kept here: a reference cycle would leave both to the garbage collector.
             self._txn.join(_FirstToFinish(self))
             self._txn.join(self)
         except (ValueError, transaction.interfaces.TransactionError) as error:
@@ -137,15 +137,15 @@ class MailDataManager:
         """
         See `transaction.interfaces.IDataManager`.
 
-        After almost everybody, so that a disk that is full is the last "no"; but before ``~sqlalchemy:``, because a
-        one-phase session commits in its vote, and nothing after it can roll that back.
+        After almost all others, so that a full disk is the last "no"; but before ``~sqlalchemy:``, because a one-phase
+        session commits in its vote, and nothing after it can roll that back.
         """
         return f'~pyramid_mailqueue:{id(self)}'
 
     def tpc_begin(self, txn: Any) -> None:
         """See `transaction.interfaces.IDataManager`."""
         self._committing = True
-        # From here on the mail is not left: an interpreter that exits leaves it in doubt, if anything.
+        # No _log_left from here on: an exit of the interpreter leaves the mail in doubt, if anything.
         self._end.detach()
 
     def commit(self, txn: Any) -> None:
@@ -156,8 +156,8 @@ class MailDataManager:
         self._staging.prepare(alone=not self._others_rely_on_this())
 
     def _others_rely_on_this(self) -> bool:
-        """Whether there may be somebody who commits because of our "yes"."""
-        # Of a transaction that does not tell (it is not public) we think the worst.
+        """Whether another resource may commit because of our "yes"."""
+        # The attribute is not public; without it the worst is assumed.
         resources = getattr(self._txn, '_resources', None)
         return resources is None or not all(map(self._is_ours, resources))
 
@@ -173,7 +173,7 @@ class MailDataManager:
         try:
             self._published = self._staging.publish()
         except Exception:
-            # The queue broke its promise; but the others have committed, and must not be told that this failed.
+            # The queue broke its promise; but the others have committed, so this must not raise.
             self._staging.leave_in_doubt()
             log.critical('Mail of a committed transaction could not be published', exc_info=True)
         self._sort_out()
@@ -194,7 +194,7 @@ class MailDataManager:
         self._discard()
 
     def abort(self, txn: Any) -> None:
-        """See `transaction.interfaces.IDataManager`.  Blind to what is published, and may be called at any time."""
+        """See `transaction.interfaces.IDataManager`.  Never drops what is published; may be called at any time."""
         if self._added and _is_begun_over():
             _log_left(self._added)
             self._staging.discard()
@@ -248,7 +248,7 @@ class _FirstToFinish:
         self.data_manager = data_manager
 
     def sortKey(self) -> str:
-        """See `transaction.interfaces.IDataManager`.  Nobody can be before this, only beside it."""
+        """See `transaction.interfaces.IDataManager`.  Nothing sorts before this, at most beside it."""
         return ''
 
     def tpc_finish(self, txn: Any) -> None:
@@ -290,27 +290,27 @@ def _is_begun_over() -> bool:
     """
     Whether the transaction is aborted only because its manager begins another one.
 
-    Nothing but the stack tells: ``TransactionManager.begin`` calls the same ``abort`` as everybody.
+    Only the stack shows it: ``TransactionManager.begin`` calls the same ``abort`` as any other caller.
     """
-    # This function, the ``abort`` of the data manager, and who has called it.
+    # This function, the ``abort`` of the data manager, and its callers.
     _, _, *callers = [frame.f_code for frame, _ in islice(walk_stack(currentframe()), 4)]
     return callers == [transaction.Transaction.abort.__code__, transaction.TransactionManager.begin.__code__]
 
 
 def _log_discarded(envelopes: Sequence[Envelope]) -> None:
-    """Tell of mail that does not leave: that a commit veto takes it along is a common surprise."""
+    """Log mail that is not sent: that a commit veto drops it, too, is a common surprise."""
     for envelope in envelopes:
         _log_drop(logging.INFO, envelope, 'its transaction, or a savepoint, was rolled back')
 
 
 def _log_left(added: Sequence[_Added]) -> None:
     """
-    Tell of mail whose transaction nobody has ended.
+    Log mail whose transaction was never ended on purpose.
 
-    Called when the data manager is gone, which may be by the garbage collector, or when the interpreter ends.
+    Called when ``begin()`` aborts the transaction, when the data manager is garbage, or when the interpreter ends.
     """
     for _, envelope, pid in added:
-        # What a forked child inherits is its parent's, which may still commit it.
+        # A forked child inherits mail of its parent, which may still commit it.
         if pid == os.getpid():
             _log_drop(logging.ERROR, envelope, _NEVER_ENDED)
 

@@ -1,4 +1,4 @@
-"""The words in which people are told of a queue: ages, sizes, and text that is safe to show."""
+"""How a queue is shown to people: ages, sizes, and text that is safe to display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     'user_name',
 ]
 
-#: The years 1 to 9999, of which datetime can tell, in seconds since the epoch.
+#: The range of datetime (years 1 to 9999), in seconds since the epoch.
 EARLIEST, LATEST = -62_135_596_800.0, 253_402_300_799.0
 
 
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
     """
     Return *text* in one line that any terminal shows as text.
 
-    What senders and servers have written may be meant to move the cursor or to set the title of the window.
+    Text from senders and servers may try to move the cursor or to set the title of the window.
     """
     if text.isprintable():
         return text
@@ -65,7 +65,7 @@ def timestamp(seconds: float | None) -> str | None:
     """Return a time in seconds since the epoch as ISO 8601 in UTC, to the second."""
     if seconds is None:
         return None
-    # A file system may keep times that no calendar has.
+    # A file system may hold times outside of that range.
     seconds = min(max(seconds, EARLIEST), LATEST)
     return datetime.fromtimestamp(int(seconds), timezone.utc).isoformat().replace('+00:00', 'Z')
 

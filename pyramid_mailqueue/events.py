@@ -1,13 +1,13 @@
 """
-What an application can subscribe to, if it has its mailer by ``config.include('pyramid_mailqueue')``.
+The events for subscribers of an application that uses ``config.include('pyramid_mailqueue')``.
 
 ::
 
     @subscriber(MailBuried)
     def tell_support(event): ...
 
-Subscribers are called in the thread in which it happens.  For most deliveries that is the delivery thread: there is no
-request, and no transaction of one.  What they raise is logged by their name, and changes nothing.
+Subscribers are called in the thread of the event.  For most deliveries that is the delivery thread: there is no
+request, and no transaction of one.  What a subscriber raises is logged with its name, and changes nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ log = Log('mailqueue.plugins')
 @dataclass(frozen=True, kw_only=True)
 class MailEvent:
     """
-    Something has happened to a message.  Who subscribes to this class hears of everything.
+    Something has happened to a message.  Subscribers to this class receive all events.
 
-    :param id: the name of the message in its queue; ``''`` if it is in none, or if the queue does not tell
-    :param envelope: the message, with those whom it was for before this happened
-    :param recipients: those whom it happened for
+    :param id: the name of the message in its queue; ``''`` if it is in none, or if the queue does not say
+    :param envelope: the message, with its recipients before the event
+    :param recipients: the recipients that the event is about
     """
 
     id: str
@@ -47,13 +47,13 @@ class MailEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class MailQueued(MailEvent):
-    """It is in the queue: its transaction has committed, or it was sent outside of any."""
+    """The message is in the queue: its transaction has committed, or it was sent outside of any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MailDelivered(MailEvent):
     """
-    A server, or another transport, has it.
+    A server, or another transport, has taken the message.
 
     :param via: the name of the transport
     """
@@ -64,10 +64,10 @@ class MailDelivered(MailEvent):
 @dataclass(frozen=True, kw_only=True)
 class MailDeferred(MailEvent):
     """
-    It was tried, and waits for another attempt.
+    The message was tried, and waits for another attempt.
 
-    :param reason: what was said, of one of the recipients
-    :param attempts: how many were made, with this one
+    :param reason: the reply for one of the recipients
+    :param attempts: how many were made, including this one
     :param due: when the next one may be made, in seconds since the epoch
     """
 
@@ -79,7 +79,7 @@ class MailDeferred(MailEvent):
 @dataclass(frozen=True, kw_only=True)
 class MailBuried(MailEvent):
     """
-    It is given up, and is a dead letter.
+    The message is given up, and is a dead letter.
 
     :param reason: why
     """
@@ -91,7 +91,7 @@ def notify(registry: Any, event: MailEvent) -> None:
     """
     Call the subscribers of *event* in *registry*.  What one of them raises is logged, and the next one called.
 
-    ``registry.notify`` would end with the first one that raises.
+    ``registry.notify`` would stop at the first one that raises.
     """
     for subscriber in registry.adapters.subscriptions([providedBy(event)], None):
         try:

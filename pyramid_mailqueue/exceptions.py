@@ -51,8 +51,8 @@ class MailqueueError(Exception):
     """
     The base of all errors of this package.
 
-    :ivar orig: what the driver of a database has raised, as in ``DBAPIError.orig`` of SQLAlchemy; None if that was not
-        the reason.  Unlike ``__cause__`` it outlives a ``raise ... from None``, as that of pyramid_tm.
+    :ivar orig: the exception of a database driver that led to this, as in ``DBAPIError.orig`` of SQLAlchemy; else None.
+        Unlike ``__cause__`` it survives a ``raise ... from None``, as that of pyramid_tm.
     """
 
     orig: BaseException | None = None
@@ -77,7 +77,7 @@ class AddressError(MessageError):
 
 
 class NoRecipients(MessageError):
-    """Neither the arguments nor the header name anybody to send to."""
+    """Neither the arguments nor the header name a recipient."""
 
 
 class MessageTooLarge(MessageError):
@@ -85,19 +85,19 @@ class MessageTooLarge(MessageError):
 
 
 class TooManyRecipients(MessageError):
-    """The recipients are more than one message in a queue can have; several messages can."""
+    """One message in a queue cannot have so many recipients; several messages can."""
 
 
 class NoActiveTransaction(MailqueueError, RuntimeError):
     """
     ``send()`` was called where no transaction will ever commit.
 
-    Mail is never silently not sent: outside of a transaction call ``send_immediately()`` or ``enqueue()``.
+    Mail is never lost silently: outside of a transaction call ``send_immediately()`` or ``enqueue()``.
     """
 
 
 class QueueError(MailqueueError):
-    """The queue cannot take or give up a message; what was there before is there still."""
+    """The queue cannot take or release a message; what was there before is still there."""
 
 
 class QueueFileError(QueueError, ValueError):
@@ -105,25 +105,24 @@ class QueueFileError(QueueError, ValueError):
 
 
 class NoSuchMessage(QueueError, LookupError):
-    """No message in the queue has this id, or several have an id that begins so.  The text says which of the two."""
+    """No message in the queue has this id, or several ids begin with it.  The text says which of the two."""
 
 
 class WrongState(QueueError):
-    """What a person has asked for cannot be done with a message in this state, or while somebody delivers it."""
+    """The requested action is not possible for a message in this state, or while it is being delivered."""
 
 
 class ServerTrouble(MailqueueError):
     """
     The relay cannot be used now: no connection, no TLS, no authentication, or it closed the session (421).
 
-    No message is to blame.  Whoever catches this leaves its messages exactly as they were, counts no attempt, and
-    does not try the next message at once.
+    No message is to blame.  The delivery leaves its messages exactly as they were, counts no attempt, and does not try
+    the next message at once.
 
     :param text: what happened, for a person: which server, what it said, what to check
     :param code: the reply code where the server gave one, e.g. ``421``
-    :param in_message: it came in the midst of a message: the server had been willing to take mail, and may be so for
-        the next one
-    :param at_mail: it had not accepted the sender of that message
+    :param in_message: it came during a message: the server had been willing to take mail, and may take the next one
+    :param at_mail: the server had not accepted the sender of that message
     """
 
     def __init__(self, text: str, *, code: int | None = None, in_message: bool = False, at_mail: bool = False) -> None:
@@ -137,12 +136,12 @@ E = TypeVar('E', bound=MailqueueError)
 
 
 def translated(new: E, error: BaseException) -> E:
-    """Return *new*, to be raised because of *error*, with what others recognise that by."""
+    """Return *new*, to be raised because of *error*, with the ``orig`` of that."""
     new.orig = getattr(error, 'orig', None)
     return new
 
 
 def described(error: BaseException) -> str:
-    """Return what a person is told of an *error* of other people's code: some have no text, but a docstring."""
+    """Return the text to show for an *error* of foreign code: some errors have no text, but a docstring."""
     text = str(error) or ' '.join((type(error).__doc__ or 'no reason is given').split())
     return f'{type(error).__name__}: {text}'

@@ -1,4 +1,4 @@
-"""What a process has to do about things that it inherited from its parent: locks, threads, connections and claims."""
+"""What a forked child does about the things it inherits: locks, threads, connections and claims."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 __all__ = ['call_in_children']
 
-# The functions of the objects that are alive, in the order in which these were made.
+# The functions of the live objects, in the order of their first registration.
 _inherited: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
 
 
@@ -19,7 +19,7 @@ def call_in_children(method: Callable[[], None]) -> None:
     """
     Call a bound *method* first thing in every forked child, for as long as its object lives.
 
-    An object has one such method; another one takes its place.
+    An object has one such method; a second one replaces it.
     """
     bound = cast('MethodType', method)
     _inherited[bound.__self__] = bound.__func__
@@ -32,5 +32,5 @@ def _call_all() -> None:
             stack.callback(function, found)
 
 
-# There is no way to take such a registration back, so there is one for all.
+# Such a registration cannot be undone, so there is one for all.
 os.register_at_fork(after_in_child=_call_all)

@@ -1,4 +1,4 @@
-"""The names of hosts: what can be told of one without asking for it, and what this one is called."""
+"""The names of hosts: checks without a lookup, and the names of this host."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _EHLO_ARGUMENT = re.compile(rf'\[[0-9A-Za-z:.-]+\]|{_LABEL}(?:\.{_LABEL})*')
 
 
 def is_loopback(hostname: str) -> bool:
-    """Tell whether *hostname* is this host: ``localhost``, ``127.0.0.0/8`` or ``::1``.  Asks no name server."""
+    """Whether *hostname* is this host: ``localhost``, ``127.0.0.0/8`` or ``::1``.  Asks no name server."""
     if hostname.lower().rstrip('.') == 'localhost':
         return True
     address = hostname.strip('[]')
     if ':' not in address and not address[-1:].isdecimal():
-        # A domain name, as most are; then the import, which takes a while, is not needed.
+        # A domain name, as most are, does not need this slow import.
         return False
     from ipaddress import ip_address
 
@@ -53,5 +53,5 @@ def _a_labels(name: str) -> str:
 
 
 def name_of_this_host() -> str:
-    """Return what this machine calls itself, as ASCII: for people, and for what is stored."""
+    """Return the host name of this machine, as ASCII: for display and for storage."""
     return socket.gethostname().encode('ascii', 'backslashreplace').decode('ascii')

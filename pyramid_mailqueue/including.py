@@ -1,4 +1,4 @@
-"""Where an application includes this package: else Pyramid's errors say "Line 0 of file None"."""
+"""The line at which an application includes this package: else Pyramid's errors say "Line 0 of file None"."""
 
 from __future__ import annotations
 

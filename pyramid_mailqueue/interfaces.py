@@ -1,10 +1,9 @@
 """
-The contracts between the rooms of this package, as prose.
+The contracts between the parts of this package, as prose.
 
-Whoever writes a transport, a queue or a retry policy of their own finds here all that is needed: who calls each
-method, when, from which thread, and what may fail.  Classes say ``@implementer``; the tests hold them to it with
-``verifyObject``.  Each contract is also an annotation: type checkers take it for a protocol, which an object fits that
-has its members (see :mod:`~.contract`).
+A custom transport, queue or retry policy needs no more than this: what calls each method, when, from which thread, and
+what may fail.  Classes declare ``@implementer``; the tests check them with ``verifyObject``.  Each contract is also an
+annotation: a protocol for type checkers, which any object with its members fits (see :mod:`~.contract`).
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ __all__ = [
 
 class IMailer(Contract, Protocol):
     """
-    What an application sends mail with: ``request.mailer``, or the utility of this interface.
+    Sends the mail of an application: ``request.mailer``, or the utility of this interface.
 
-    An application may register a utility of its own.  It is ``request.mailer`` as it is, unless it also provides
+    An application may register a utility of its own.  It becomes ``request.mailer`` as it is, unless it also provides
     :class:`IBindableMailer`.  The dashboard and ``mq-run --app`` need the ``queue`` and the ``handler`` of a
     :class:`~.mailer.Mailer`.
 
@@ -64,9 +63,9 @@ class IMailer(Contract, Protocol):
         Send *message* if, and only if, the current transaction commits.  Return its Message-ID.
 
         *delivery* (``'background'``, ``'inline'`` or ``'queue'``) overrides ``mailqueue.delivery`` for this message.
-        *session* is the session of the application's database in which a queue in that database is to keep the message,
-        by default that of the request; other queues take no notice of it.  With a session that takes no part in the
-        current transaction the message is sent if, and only if, that session commits, by a later run.
+        *session* is the session of the application's database in which a queue in that database stores the message, by
+        default that of the request; other queues ignore it.  With a session that takes no part in the current
+        transaction the message is sent if, and only if, that session commits, by a later run.
 
         Raises :class:`~.exceptions.NoActiveTransaction` where nothing will ever commit, and
         :class:`~.exceptions.QueueError` if the session cannot take the message.
@@ -91,17 +90,17 @@ class IMailer(Contract, Protocol):
 
 
 class IBindableMailer(IMailer, Contract, Protocol):
-    """A mailer that joins the transaction of a request only if it is told of it."""
+    """A mailer that joins the transaction of a request only when bound to it."""
 
     def bound_to(self, transactions: ITransactionSource) -> IMailer:
-        """Return the same mailer, but for the transactions of one request.  Called when it is asked for its mailer."""
+        """Return the same mailer, but for the transactions of one request.  Called by ``get_mailer``."""
 
 
 class IMailQueue(Contract, Protocol):
     """
     Where messages are durable until they are delivered.  Every method may be called from any thread.
 
-    :class:`~.queues.base.MailQueue` has what a queue need not know better.
+    :class:`~.queues.base.MailQueue` has defaults for the optional members.
     """
 
     def staging(self) -> IStaging:
@@ -115,33 +114,33 @@ class IMailQueue(Contract, Protocol):
         """
 
     def put_claimed(self, envelope: Envelope) -> IClaim:
-        """The same, but in progress: nobody else can take the message until the returned claim is settled."""
+        """The same, but in progress: the message cannot be claimed again until the returned claim ends."""
 
     def claim_due(self, now: float) -> Iterator[IClaim]:
         """
         Yield a claim for each message whose due time has come, oldest due first.
 
-        A generator; a message is claimed when it is asked for, not before.  Messages that others hold are passed over,
+        A generator; a message is claimed when it is asked for, not before.  Messages claimed elsewhere are skipped,
         damaged ones are put aside and logged.  *now* is in seconds since the epoch.  Raises
         :class:`~.exceptions.QueueError` if the queue itself cannot be read, or if no message can be claimed any more;
-        what was claimed before that is not touched by it.
+        earlier claims are not affected.
         """
 
     def count_due(self, now: float) -> int:
-        """Return how many messages :meth:`claim_due` would yield now, for a person who wants to know how far it is."""
+        """Return how many messages :meth:`claim_due` would yield now.  Used for progress display."""
 
     def claim(self, id: str) -> IClaim | None:
         """
-        Return the claim of one message; None if it is not waiting, not due, or held by somebody else.
+        Return the claim of one message; None if it is not waiting, not due, or claimed elsewhere.
 
         Raises :class:`~.exceptions.QueueError` if the queue cannot be used now, and
-        :class:`~.exceptions.ConfigurationError` if a person has to mend something first.  The message then waits as it
-        was, or (if a database has not answered) until :meth:`recover`.
+        :class:`~.exceptions.ConfigurationError` if something has to be fixed by hand first.  The message then waits as
+        it was, or (if a database has not answered) until :meth:`recover`.
         """
 
     def recover(self, now: float) -> Recovery:
         """
-        Take care of what dead processes left behind; return a :class:`~.results.Recovery`.
+        Recover what dead processes left behind; return a :class:`~.results.Recovery`.
 
         Called at the start of each run of ``mq-run``, never by a web process.  Raises
         :class:`~.exceptions.QueueError` if the queue itself cannot be read.
@@ -149,7 +148,7 @@ class IMailQueue(Contract, Protocol):
 
     def flush(self) -> QueueError | None:
         """
-        Make settled claims durable; return why that cannot be done with the end of one, if so (it is logged).
+        Make settled claims durable; return the error if the end of one cannot be written (it is logged), else None.
 
         Called when a run pauses or ends; in between the queue does it in batches.
         """
@@ -158,41 +157,39 @@ class IMailQueue(Contract, Protocol):
         """
         Return a dict of state to number of messages; the states are those of ``mq-queue``.
 
-        Cheap, however many there are: of very many a damaged one that nobody has tried to deliver may be counted among
-        those that wait.
+        Cheap for any number of messages: in a large queue a damaged one that was never tried may be counted as waiting.
         """
 
     def count_waiting(self, most: int) -> int:
-        """Return how many messages wait, due or not; or *most* and one, if more do and it takes long to count them."""
+        """Return how many messages wait, due or not; or *most* + 1, if there are more and counting is slow."""
 
     def count_misdated(self) -> int:
         """Return how many messages have a due time that no retry can have given: some clock was wrong."""
 
     def listening(self, on_news: Callable[[], None]) -> AbstractContextManager[object]:
         """
-        Return a context manager for one who waits for mail.
+        Return a context manager for waiting for mail.
 
-        In it *on_news* is called, from any thread, when mail has come that nobody has claimed; once more often than
-        needed does no harm.
+        Inside it *on_news* is called, from any thread, when unclaimed mail has arrived; a call too many does no harm.
         """
 
     def hurry(self, seconds: float) -> None:
         """
-        From now on wait for nothing longer than that, all in all: called when a run, or a process, is about to end.
+        From now on wait no longer than *seconds* in total: called when a run, or a process, is about to end.
 
-        What cannot be written by then is left as it is, for :meth:`recover`.  Until :meth:`close`, or until it is
-        called with ``math.inf``.
+        What cannot be written by then is left as it is, for :meth:`recover`.  Ends with :meth:`close`, or a call with
+        ``math.inf``.
         """
 
     def close(self) -> None:
-        """Let go of connections.  The queue may be used again."""
+        """Close connections.  The queue may be used again."""
 
     @property
     def admin(self) -> IQueueAdmin:
         """
         What a person may see and do.
 
-        Raises :class:`~.exceptions.ConfigurationError` if that is nothing.
+        Raises :class:`~.exceptions.ConfigurationError` if the queue offers nothing of it.
         """
 
 
@@ -210,14 +207,14 @@ class ISessionQueue(IMailQueue, Contract, Protocol):
         """
         Whether *session* commits with the current transaction of *manager*; begins its part in it, if so.
 
-        Raises :class:`~.exceptions.QueueError` if *session* is no session, or writes where this queue does not look.
+        Raises :class:`~.exceptions.QueueError` if *session* is no session, or writes where this queue does not read.
         """
 
     def put_in(self, session: Any, envelope: Envelope) -> str:
         """
-        Put *envelope* into the transaction of a session that somebody else commits; return its name in the queue.
+        Put *envelope* into the transaction of a session that is committed elsewhere; return its name in the queue.
 
-        It waits, for a later run.  Raises :class:`~.exceptions.QueueError`.
+        The message waits for a later run.  Raises :class:`~.exceptions.QueueError`.
         """
 
 
@@ -225,12 +222,12 @@ class IQueueAdmin(Contract, Protocol):
     """
     What a person may see and do in a queue: the command ``mq-queue``, or a web page.
 
-    Every method may be called from any thread, while others deliver.  A message that somebody is delivering is never
-    touched.  *id* is the id of a message, or a beginning of it that no other message has; of an
-    :class:`~.queues.entries.ExactId` the whole is meant.  What can be done in which state is in
-    :data:`~.queues.entries.POSSIBLE`; of what is in doubt, a move that was broken off can only be moved.
+    Every method may be called from any thread, during deliveries.  A message that is being delivered is never touched.
+    *id* is the id of a message, or a unique prefix of it; an :class:`~.queues.entries.ExactId` is always the whole id.
+    :data:`~.queues.entries.POSSIBLE` lists the actions and the states for them; a message in doubt from an interrupted
+    move can only be moved.
 
-    What changes a message returns it as it is then, and the change is durable.  It raises
+    A method that changes a message returns it as it is then, and the change is durable.  It raises
     :class:`~.exceptions.NoSuchMessage` if there is no message of this id, or more than one,
     :class:`~.exceptions.WrongState` if the message is not in a state in which this can be done, and
     :class:`~.exceptions.QueueError` if the queue cannot be read or written; the message is then as it was before.
@@ -240,8 +237,8 @@ class IQueueAdmin(Contract, Protocol):
         """
         Yield a :class:`~.queues.entries.QueueEntry` for each message in one of *states*, oldest first.
 
-        They are read one by one, in little memory.  What comes or goes meanwhile may be among them or not.  The order
-        is that of ``queued_at``: a message that was retried or released comes where a new one would.
+        They are read one by one, in little memory.  What arrives or leaves meanwhile may be included or not.  The order
+        is that of ``queued_at``: a message that was retried or released sorts like a new one.
         """
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
@@ -249,9 +246,9 @@ class IQueueAdmin(Contract, Protocol):
 
     def crashing(self, deaths: int, most: int) -> Sequence[str]:
         """
-        Return the ids of messages that are still to be delivered and have ended a process so often, *most* of them.
+        Return the ids of undelivered messages with at least so many *deaths*, *most* of them.
 
-        What is counted is in :attr:`IClaim.deaths`.
+        What is counted: see :attr:`IClaim.deaths`.
         """
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
@@ -264,20 +261,20 @@ class IQueueAdmin(Contract, Protocol):
         """
         Return the content of one message, byte for byte; of a corrupt one, what is in its file.
 
-        From *start* on, and no more than *most* octets: however large a message is, it can be looked at.
+        From *start* on, at most *most* octets, so that a message of any size can be shown.
         """
 
     def hold(self, id: str) -> QueueEntry:
-        """Keep a waiting message from being delivered, until somebody calls :meth:`unhold`."""
+        """Keep a waiting message from being delivered, until :meth:`unhold`."""
 
     def unhold(self, id: str) -> QueueEntry:
         """Let a message that is held wait again, as it did before: with its due time, its attempts and its age."""
 
     def retry(self, id: str) -> QueueEntry:
         """
-        Let a message be tried with the next run.
+        Let the next run try a message.
 
-        One that waits is due now.  A dead letter waits again, as if it had come into the queue now: with no attempts,
+        A waiting one is due now.  A dead letter waits again, as if it had come into the queue now: with no attempts,
         and with its whole lifetime before it.
         """
 
@@ -285,17 +282,17 @@ class IQueueAdmin(Contract, Protocol):
         """Let a message in doubt wait, due now, as if it had come into the queue now."""
 
     def delete(self, id: str) -> QueueEntry:
-        """Remove a message that nobody is delivering, for good; return it as it was."""
+        """Remove for good a message that is not being delivered; return it as it was."""
 
     def flush(self) -> int:
         """Make every waiting message due now; return how many were not."""
 
     def expire(self, before: float, most: int) -> Sequence[str]:
         """
-        Remove dead letters for good that are dead since a time before *before*; return their ids.
+        Remove for good dead letters that died before *before*; return their ids.
 
         Called by ``mq-run`` if ``mailqueue.keep_dead`` is set.  Each is logged before it is removed; one that is
-        damaged, or that somebody has in hand, is left.
+        damaged or in use is left.
 
         :param before: in seconds since the epoch
         :param most: remove no more than that
@@ -327,8 +324,7 @@ class IStaging(Contract, Protocol):
         """
         Write every message durably but invisibly: the "yes" of the first phase.
 
-        If *alone*, nothing else takes part in the transaction, so nobody does anything because of this "yes" before
-        ``publish``.
+        If *alone*, nothing else takes part in the transaction, so nothing relies on this "yes" before ``publish``.
 
         Raises :class:`~.exceptions.QueueError` if one of them cannot be written: the "no" of the first phase, after
         which nothing of this transaction may be left behind, whether or not ``discard`` is still called.
@@ -338,7 +334,7 @@ class IStaging(Contract, Protocol):
         """
         Make the prepared messages real; return the claim of each, in their order, None for those added not *claimed*.
 
-        In the place of a message that an `ISessionQueue` has lost with a savepoint of the session there is
+        For a message that an `ISessionQueue` has lost with a savepoint of the session there is
         :data:`~.results.DROPPED`.
 
         This should never fail, and never raises: what goes wrong is logged as CRITICAL, and the message stays
@@ -350,7 +346,7 @@ class IStaging(Contract, Protocol):
 
     def leave_in_doubt(self) -> None:
         """
-        Let go of what is prepared and not published: a person has to decide about it.  Never raises.
+        Release what is prepared and not published: a person has to decide about it.  Never raises.
 
         Called instead of ``discard`` when the second phase has begun and could not be ended.
         """
@@ -360,17 +356,17 @@ class ISessionStaging(IStaging, Contract, Protocol):
     """The staging of an :class:`ISessionQueue`."""
 
     def join(self, session: Any) -> None:
-        """Add what is added from now on by *session*, which takes part in the transaction."""
+        """Use *session*, which takes part in the transaction, for what is added from now on."""
 
 
 class IClaim(Contract, Protocol):
     """
-    One message, taken for delivery: until it is settled nobody else can take it.
+    One message, claimed for delivery: until the claim ends it cannot be claimed again.
 
-    A claim ends by ``settle`` or by ``release``; a second end does nothing.  When the process dies, or forgets them,
-    its claims end too, and their messages are up for the next run.
+    A claim ends by ``settle``, ``release`` or ``abandon``; a second end does nothing.  When the process dies, or drops
+    them, its claims end too, and their messages are left to the next run.
 
-    :class:`~.queues.base.Claim` has what a claim need not know better.
+    :class:`~.queues.base.Claim` has defaults for the optional members.
     """
 
     @property
@@ -383,22 +379,22 @@ class IClaim(Contract, Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, as far as that is known: then there is nothing to be told of it any more."""
+        """Whether the claim is known to have ended: then nothing more is reported about it."""
 
     @property
     def deaths(self) -> int:
         """
-        How many deliverers have died while they held the message; it may be what has killed them.
+        How many workers have died while they held the message, perhaps because of it.
 
-        Since its last attempt that came to an end, or the last :meth:`keep`.
+        Since its last completed attempt, or the last :meth:`keep`.
         """
 
     def is_valid(self) -> bool:
         """
         Whether the message is still this claim's, and will be for long enough to send it.
 
-        Asked when the message is taken up, and once more before its content goes out.  Raises nothing; what it has said
-        no to is left alone.
+        Asked when an attempt begins, and once more before the content goes out.  Never raises; a message that is not
+        valid is left alone.
         """
 
     @property
@@ -411,19 +407,19 @@ class IClaim(Contract, Protocol):
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """The recipients of the envelope, for which the content is not read.  Raises as ``envelope`` does."""
+        """The recipients of the envelope; does not read the content.  Raises as ``envelope`` does."""
 
     @property
     def envelope(self) -> Envelope:
-        """The Envelope, read when it is first asked for.  Reading raises QueueFileError if it is damaged."""
+        """The Envelope, read on first access.  Reading raises QueueFileError if it is damaged."""
 
     def begin(self) -> bool:
         """
-        Take the message in hand: from here on the death of this process counts as one of its deliverers' deaths.
+        Begin work on the message: from here on the death of this process counts in :attr:`deaths`.
 
         Called before its content is read.  Until then a claim of ``publish`` at most keeps others away; every other
-        claim is begun when it is made, and then this does nothing.  False if the message is not this claim's any more,
-        or has to wait; what goes wrong is logged.  Never raises.
+        claim is begun when it is made, and then this does nothing.  False if the message is no longer this claim's, or
+        has to wait; errors are logged.  Never raises.
         """
 
     def settle(self, settlement: Settlement) -> QueueError | None:
@@ -431,12 +427,12 @@ class IClaim(Contract, Protocol):
         End the claim as *settlement* says: done, wait until a due time, bury, or some of each.
 
         If the new state cannot be written the message stays as it was; that is logged, not raised, and the reason is
-        returned.  No more messages are begun then: what became of them could not be written either.
+        returned.  No more messages are begun then: their outcome could not be written either.
         """
 
     def abandon(self) -> None:
         """
-        End the claim as the death of this process would, because the message itself stands in the way.
+        End the claim as the death of this process would, because the message itself is the problem.
 
         Called where there is not enough memory for the message, or where it makes the program fail.  It waits for a
         while, and a run counts one more death: after too many the message is given up.  Never raises.
@@ -444,28 +440,28 @@ class IClaim(Contract, Protocol):
 
     def keep(self, recipients: tuple[str, ...]) -> None:
         """
-        Write down that only *recipients* are open, and keep the claim: the others have the message.
+        Record that only *recipients* are open, and keep the claim: the others have the message.
 
-        Called between two transactions of one message, so that nobody gets it twice if the process dies.  As the
+        Called between two transactions of one message, so that no recipient gets it twice if the process dies.  As the
         message makes progress, deaths are counted anew from here on.  If it cannot be written the message stays as it
         was; that is logged, not raised.
         """
 
     def release(self) -> None:
-        """Give the message back exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
+        """Release the message exactly as it was: no attempt is counted and nothing is rewritten.  Never raises."""
 
 
 class ISender(Contract, Protocol):
-    """The least that can be offered a message: it can do for an :class:`ITransport` wherever one is asked for."""
+    """The minimum of a transport: accepted wherever an :class:`ITransport` is."""
 
     def send(self, sender: str, recipients: tuple[str, ...], content: bytes, /) -> SendResult | bool:
         """
-        Offer one message and return what became of it.
+        Try to send one message and return the outcome.
 
         :param sender: the reverse-path without angle brackets; ``''`` is the null sender
         :param recipients: a tuple of addresses, at least one
         :param content: RFC 5322 bytes with CRLF line ends, not dot-stuffed
-        :returns: a :class:`~.results.SendResult`, or True (sent to everybody) or False (try again later)
+        :returns: a :class:`~.results.SendResult`, or True (sent to all recipients) or False (try again later)
         :raises ServerTrouble: the server cannot be used now; this message was neither sent nor refused
 
         Any other exception is a defect of the transport: it is logged, and the message is tried again later.
@@ -474,34 +470,32 @@ class ISender(Contract, Protocol):
 
 class ITransport(ISender, Contract, Protocol):
     """
-    Anything that can be offered a message.
+    Where messages go: a server, a queue or a folder.
 
     ``send`` is called from several threads at once.  Any :class:`ISender` will do; ``name``, ``close`` and the
     following methods are used where they exist:
 
     ``stream(first, more)``
-        Used instead of ``send``.  *first* is an :class:`~.results.Offer`, and each call of *more* gives
-        another one, or None if there is none at once.  Yields a result for each offer, in their order, and the one of
-        an offer before the content of the next can be with the server.  It may ask for the next offer before that, to
-        speak of it meanwhile.  Recipients without a reply, where others have one, are offered again.  After trouble it
-        ends: with a result that has ``trouble``, or by raising it if the oldest offer has no reply at all.  Whatever
-        came after that offer must be untouched.  Where it has to wait it may yield a :class:`~.delivery.waiting.Wait`,
-        so that other streams go on in the same thread.
+        Used instead of ``send``.  *first* is an :class:`~.results.Offer`, and each call of *more* gives another one, or
+        None if there is none at once.  Yields a result for each offer, in their order, and that of an offer before the
+        content of the next can be with the server.  It may ask for the next offer earlier, to announce it meanwhile.
+        Recipients without a reply, where others have one, are offered again.  After trouble it ends: with a result that
+        has ``trouble``, or by raising it if the oldest offer has no reply at all.  Whatever came after that offer must
+        be untouched.  Where it has to wait it may yield a :class:`~.delivery.waiting.Wait`, so that other streams go on
+        in the same thread.
 
     ``open_stream(more)``
-        As ``stream``, but before there is a message: get ready for one, such as by connecting, and then ask *more* for
-        the first.  Raises its trouble if it cannot get ready.  So a server that keeps us waiting keeps no message
-        waiting.
+        As ``stream``, but before there is a message: prepares, such as by connecting, and then asks *more* for the
+        first.  Raises its trouble if it cannot.  So a slow server keeps no message waiting.
 
     ``abort_opening()``
-        Break off what gets ready in other threads, in ``open_stream``.
+        Break off what ``open_stream`` prepares in other threads.
 
     ``make_room()``
-        Let go of connections that nobody uses if another thread waits for one: called when one who delivers has nothing
-        more to do.
+        Close idle connections if another thread is waiting to open one: called when a worker has nothing more to do.
 
     ``abort()``
-        Break off what is under way in other threads.
+        Break off the attempts of other threads.
 
     ``reload()``
         Read again what may have changed outside, such as the authorities of TLS: called at SIGHUP.
@@ -520,7 +514,7 @@ class ITransport(ISender, Contract, Protocol):
         """A short name for logs; the name of the class where there is none."""
 
     def close(self) -> None:
-        """Let go of connections.  The transport may be used again afterwards."""
+        """Close connections.  The transport may be used again afterwards."""
 
 
 class IRetryPolicy(Contract, Protocol):
@@ -532,7 +526,7 @@ class IRetryPolicy(Contract, Protocol):
         """
         Return the :class:`~.results.Settlement` of one attempt.
 
-        :param recipients: whom the message was still open for before the attempt
+        :param recipients: those that were still open before the attempt
         :param attempts: how many attempts were made before this one
         :param queued_at: when the message came into the queue, in seconds since the epoch
         :param result: the :class:`~.results.SendResult` of the attempt
@@ -541,7 +535,7 @@ class IRetryPolicy(Contract, Protocol):
 
 
 class IDispatcher(Contract, Protocol):
-    """Who tries the claims of a transaction that has just committed."""
+    """Delivers the claims of a transaction that has just committed."""
 
     def dispatch(self, claims: Sequence[IClaim]) -> None:
         """

@@ -1,11 +1,11 @@
 """
-What is told of a message, to people and to programs.
+The logs of what happens to messages, for people and for programs.
 
 Three loggers: ``mailqueue.delivery_log`` has every result for a recipient, ``mailqueue.queue_log`` what became of a
 message in the queue (queued, deferred, buried, discarded), ``mailqueue.smtp`` the dialog with the server.  One line is
 one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict.
 
-Nothing that is only told ends what is done: whatever a log handler raises, our loggers are :class:`Log`, which do not.
+Logging never interrupts the work: our loggers are :class:`Log`, which raise no Exception, whatever a handler raises.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def log_event(logger: Log, level: int, **fields: object) -> None:
     """
     Log one event; fields that are None or empty are left out.
 
-    The values are made of what servers and senders said, so line breaks and quotes in them are escaped: nobody can
-    write a log line of their own.
+    The values contain text from servers and senders, so line breaks and quotes in them are escaped: none can forge a
+    log line.
     """
     if not logger.isEnabledFor(level):
         return
@@ -91,16 +91,16 @@ def log_queued(id: str, envelope: Envelope) -> None:
 
 
 def log_trouble(problem: str, path: str, error: Exception, level: int = logging.ERROR) -> None:
-    """Log what a person should look at: a file of the queue, and what cannot be done with it."""
+    """Log a file of the queue that needs attention, and what cannot be done with it."""
     log_event(queue_log, level, status='trouble', file=path, problem=problem, error=why(error))
 
 
 def why(error: Exception) -> str:
-    """What the operating system said, without the paths that are named beside it."""
+    """The text of the operating system, without the paths that the error names."""
     return getattr(error, 'strerror', None) or str(error)
 
 
 def name_of(receiver: Any) -> str:
-    """Return where a person finds the code of *receiver*, which has raised."""
+    """Return the dotted name of *receiver*, which has raised; its repr if it has none."""
     name = getattr(receiver, '__qualname__', None)
     return f'{receiver.__module__}.{name}' if name else repr(receiver)

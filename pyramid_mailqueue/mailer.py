@@ -1,8 +1,8 @@
 """
 Sending mail: in the transaction, at once, or later.
 
-A :class:`Mailer` builds the envelope, so that whatever is wrong with a message shows where it is sent, and hands it to
-the data manager of the current transaction.  Everything else happens when that commits.
+A :class:`Mailer` builds the envelope, so that a wrong message is refused where it is sent, and hands it to the data
+manager of the current transaction.  Everything else happens when that commits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from zope.interface import implementer
 
-# Not with the first message: a server may fork while another thread imports it, for which the child would wait.
+# Not on first use: a server may fork while another thread imports it, and the child would wait for that.
 import pyramid_mailqueue.message.outgoing  # noqa: F401
 from pyramid_mailqueue.datamanager import MailDataManager
 from pyramid_mailqueue.delivery.handler import MessageHandler
@@ -35,8 +35,8 @@ class Mailer:
     See `IMailer` and `IBindableMailer`.
 
     :param queue: where messages are durable
-    :param handler: who delivers what is sent immediately
-    :param dispatchers: who delivers after a commit: one for ``'background'`` and one for ``'inline'``
+    :param handler: delivers what is sent immediately
+    :param dispatchers: deliver after a commit: one for ``'background'`` and one for ``'inline'``
     :param compose: makes an envelope of a message, a sender and recipients
     :param delivery: the way of delivery for messages that do not name one
     :param transactions: knows the transaction to join; None is the manager of the thread, ``transaction.manager``
@@ -64,7 +64,7 @@ class Mailer:
 
     def bound_to(self, transactions: ITransactionSource) -> Mailer:
         """See `IBindableMailer`."""
-        # Not made anew: a class that is derived from this one may be made in another way.
+        # A copy, because a derived class may have another constructor.
         bound = copy.copy(self)
         bound.transactions = transactions
         return bound

@@ -72,9 +72,9 @@ def enqueue_message(
         by default
     :param queue_path: the queue directory; it is created if it is missing
     :param return_msg: return the message, in progress, for :meth:`~.delivery.handler.MessageHandler.send_message`.  It
-        waits as soon as the process ends, or forgets it.  Otherwise the message waits for ``mq-run``, and its path is
+        waits as soon as the process ends, or drops it.  Otherwise the message waits for ``mq-run``, and its path is
         returned
-    :param in_progress: can only be asked for together with *return_msg*: who is to hold the message otherwise?
+    :param in_progress: only together with *return_msg*, because the returned message holds the claim
     :raises MessageError: the message can never be sent
     :raises QueueError: the directory cannot be used, or cannot take the message
     """
@@ -92,11 +92,11 @@ class QueuedMessage(Claim):
     """
     See `IClaim`.  A message that a program holds, to be sent once.
 
-    Other than a claim of a run, its end is durable at once.
+    Unlike that of a claim of a run, its end is durable at once.
 
     :param queue: the queue that it is in
     :param claim: of the message
-    :ivar is_over: it was sent or given back, and is somebody else's
+    :ivar is_over: it was settled, abandoned or released
     """
 
     def __init__(self, queue: IMailQueue, claim: IClaim) -> None:
@@ -112,7 +112,7 @@ class QueuedMessage(Claim):
 
     @property
     def is_over(self) -> bool:
-        """It was sent or given back, and is somebody else's."""
+        """Whether it was settled, abandoned or released."""
         return self._is_over
 
     @property
@@ -188,7 +188,7 @@ def one_shot_queue_run(
     :param options: ``verbose``: print a summary even if there was nothing to do; ``quiet``: print nothing
     :param settings: the keys of a ``[mqrunner]`` section, with ``mailqueue.`` in front or without, and two more:
         ``basic_logging_configured`` leaves logging to the program, and ``mh`` is a
-        :class:`~.delivery.handler.MessageHandler` of its own.  What else may be in it is said in
+        :class:`~.delivery.handler.MessageHandler` of its own.  For other keys see
         :meth:`~.settings.Settings.from_program`
     :raises ConfigurationError: a key or the directory cannot be used
     :raises QueueError: the queue cannot be read

@@ -47,9 +47,9 @@ class Reply:
     An SMTP reply (RFC 5321 section 4.2), as it concerns one recipient.
 
     :param code: the three digits, 200 to 599
-    :param text: what stands behind the code, lines joined by one space, without the enhanced code
+    :param text: what follows the code, lines joined by one space, without the enhanced code
     :param enhanced: the enhanced status code (RFC 3463) such as ``'5.1.1'``, if the server gave one that fits
-    :param from_server: False if the reply is our own word, e.g. for a connection that broke off
+    :param from_server: False if the reply is our own, e.g. for a connection that broke off
     :param outcome_unknown: deferred, and perhaps delivered: a message of a queue is not offered to another transport at
         once because of it
     """
@@ -80,7 +80,7 @@ class Reply:
 
     @property
     def deferred(self) -> bool:
-        """4xx: try again later.  So is any code that is no outcome: nobody is dropped for what is not understood."""
+        """4xx: try again later.  So is any code that is no outcome: an unclear reply drops no recipient."""
         return not (self.accepted or self.refused)
 
     @property
@@ -97,7 +97,7 @@ class SendResult:
     """
     The outcome of one attempt.  True if every recipient was sent to, or is in a queue; see :attr:`failed`.
 
-    :param replies: recipient to reply; who is missing here was not tried
+    :param replies: recipient to reply; a missing recipient was not tried
     :param transport: the name of the transport that answered
     :param queued: the message waits in a queue, at least for some recipients
     :param trouble: why the attempt broke off, if the server's trouble ended it
@@ -148,7 +148,7 @@ class SendResult:
         return tuple([r for r in recipients if not (reply := replies.get(r)) or reply.deferred])
 
     def merged_with(self, later: SendResult) -> SendResult:
-        """The outcome of two attempts at one message; what was said *later* of a recipient holds."""
+        """The outcome of two attempts at one message; for each recipient the *later* reply holds."""
         return SendResult(
             replies={**self.replies, **later.replies},
             transport=later.transport or self.transport,
@@ -173,7 +173,7 @@ class Settlement:
     :param waiting: the recipients that are still open
     :param due: when they may be tried again, in seconds since the epoch; None keeps the present due time
     :param counted: whether this was an attempt; a server's trouble is not
-    :param stumbled: the server's trouble came in the midst of this message, which is to wait behind the innocent ones
+    :param stumbled: the server's trouble came during this message, which then waits behind those without trouble
     :param last_reply: what the server said, for the queue file and for people
     :param burials: the recipients that are given up
     """
@@ -186,13 +186,13 @@ class Settlement:
     burials: tuple[Burial, ...] = ()
 
     def unwritten(self) -> Settlement:
-        """Return what is true if this could not be written: whoever does not have the message waits as before."""
+        """Return what is true if this could not be written: the recipients without the message wait as before."""
         waiting = (*self.waiting, *(recipient for burial in self.burials for recipient in burial.recipients))
         return Settlement(waiting, counted=not waiting, last_reply=self.last_reply)
 
 
 class Dropped(Enum):
-    """Instead of the claim of a message that was added to a transaction, and is not part of it any more."""
+    """In place of a claim: the message was added to a transaction, and is no longer part of it."""
 
     DROPPED = 'dropped'
 
@@ -206,12 +206,12 @@ class Recovery:
     What :meth:`~.interfaces.IMailQueue.recover` found; each field holds the names of messages.
 
     :param orphans: claimed by a process that died; they wait again
-    :param buried: orphans that had outlived too many deliverers
+    :param buried: orphans given up because too many workers had died with them
     :param in_doubt: prepared, and left as they are
     :param sent: in doubt before, published now because ``mailqueue.in_doubt = send``
     :param discarded: in doubt before, removed because ``mailqueue.in_doubt = discard``
     :param swept: never voted for, and older than 36 hours
-    :param half_way: left by a move to another queue that was broken off
+    :param half_way: left by an interrupted move to another queue
     :param expired: dead letters that were removed, because ``mailqueue.keep_dead`` was over
     """
 

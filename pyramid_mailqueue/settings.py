@@ -30,11 +30,11 @@ Parser = Callable[[object], T]
 
 IMPLICIT_TLS_PORT = 465
 
-# What mailqueue-runner calls otherwise than we do: its name, and ours.
+# Keys with another name in mailqueue-runner: its name, and ours.
 _THEIR_NAMES = (('from', 'default_sender'), ('logging_config', 'logging_conf'))
 _THEIRS = frozenset({'smtp_tls_verify', *(theirs for theirs, _ in _THEIR_NAMES)})
 
-# Keys of others that people bring along, and what they need to know.
+# Keys of other packages that do not exist here, and what to do instead.
 _NOT_HERE = {
     'smtp_tls_verify': (
         'there is no such key, because certificates are verified wherever TLS is required. Remove it; '
@@ -187,7 +187,7 @@ def _path(value: object) -> Path:
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as exc:
-        raise ValueError('must be a path; this one begins with the home directory of nobody') from exc
+        raise ValueError('must be a path; this one begins with the home directory of an unknown user') from exc
     if not expanded.is_absolute():
         raise ValueError(
             f'must be an absolute path, such as %(here)s/{path.lstrip("./")} in an ini file; '
@@ -199,7 +199,7 @@ def _path(value: object) -> Path:
 def _readable_file(value: object) -> Path:
     path = _path(value)
     try:
-        # A named pipe is not opened: that would wait for somebody to write.
+        # A named pipe is not opened: that would wait for a writer.
         if stat.S_ISREG(path.stat().st_mode):
             path.open('rb').close()
             return path
@@ -271,7 +271,7 @@ def _address(value: object) -> str:
     try:
         return check_address(text)
     except AddressError as exc:
-        why = 'It goes without a name and angle brackets' if '<' in text else str(exc).rstrip('.')
+        why = 'Write it without a name and angle brackets' if '<' in text else str(exc).rstrip('.')
         raise ValueError(f'must be one mail address such as noreply@example.org. {why}') from exc
 
 
@@ -293,7 +293,7 @@ def _attribute(value: object) -> str:
 
 def _ca_file(value: object) -> Path:
     path = _path(value)
-    # Loading it takes milliseconds which nobody needs who has not set this key.
+    # Imported here: it takes milliseconds, and only this key needs it.
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -318,7 +318,7 @@ def _or(words: Iterable[str]) -> str:
 
 class Key(NamedTuple):
     """
-    What is known of one key, for the docs and for error messages.
+    One key, for the docs and for error messages.
 
     :param name: without the prefix
     :param default: as it would be written in an ini file, or None
@@ -345,7 +345,7 @@ def _optional(parse: Parser[T], help: str, *, secret: bool = False) -> T | None:
 @dataclass(frozen=True)
 class Settings:
     """
-    What this package was told to do: one field for each key.  Times are in seconds, sizes in bytes.
+    The settings of this package: one field for each key.  Times are in seconds, sizes in bytes.
 
     :meth:`from_mapping` checks what it reads.  The constructor checks nothing: it is for code that knows its values.
     """
@@ -353,7 +353,7 @@ class Settings:
     queue: str = _key(_queue, 'maildir', 'Where messages wait: maildir, sql, or the dotted name of a factory.')
     queue_dir: Path | None = _optional(_path, 'The directory of the queue, required with maildir; created if missing.')
     transports: tuple[str, ...] = _key(
-        _transports, 'smtp', 'Who is offered a message, in this order: smtp, inbox, or names of transports.'
+        _transports, 'smtp', 'The transports to try for a message, in this order: smtp, inbox, or names of others.'
     )
     delivery: str = _key(
         _choice('background', 'inline', 'queue'),
@@ -395,12 +395,12 @@ class Settings:
     )
     max_recipients: int = _key(_whole(1, 1_000_000), '100', 'How many recipients are given to the server at once.')
     rate_limit: Rate | None = _optional(
-        _rate, 'How many recipients are sent to in a time, at most, by all processes of this queue: such as 14/second.'
+        _rate, 'How many recipients all processes of this queue may send to in a time: such as 14/second.'
     )
     max_message_size: int | None = _optional(_size, 'How large a message may be.')
     redirect_all_to: str | None = _optional(
         _address,
-        'The address that all mail goes to, and none to those whom it is for: for a site that is tried out.',
+        'The address that all mail goes to, instead of to its recipients: for a site that is tried out.',
     )
     in_doubt: str = _key(
         _choice('hold', 'send', 'discard'),
@@ -427,7 +427,7 @@ class Settings:
     @classmethod
     def from_mapping(cls, settings: Mapping[str, object], prefix: str = 'mailqueue.') -> Settings:
         """
-        Read the settings of an app; keys without *prefix* are somebody else's.
+        Read the settings of an app; keys without *prefix* belong to others.
 
         Values are text or already typed; an empty text means not set.  Raises
         :class:`~.exceptions.ConfigurationError`, which names every key that cannot be used, one a line.
@@ -440,7 +440,7 @@ class Settings:
         """
         Read a ``[mqrunner]`` section: the same keys without prefix, and those that mailqueue-runner has there.
 
-        ``queue_dir`` may be missing, because the command line can name it; the caller has to look.  Raises
+        ``queue_dir`` may be missing, because the command line can name it; the caller has to check.  Raises
         :class:`~.exceptions.ConfigurationError`, as :meth:`from_mapping` does.
         """
         own = {key: value for key, value in section.items() if key not in ('here', '__file__')}
@@ -451,12 +451,11 @@ class Settings:
         cls, settings: Mapping[str, object], prefix: str = 'mailqueue.', *, needs_server: bool = True
     ) -> Settings:
         """
-        Read what a program brings along: the keys of a ``[mqrunner]`` section, with *prefix* or without.
+        Read what a program passes: the keys of a ``[mqrunner]`` section, with *prefix* or without.
 
-        With *prefix* every key is ours, and comes before the same one without it.  Without it those are that have the
-        name of a key, as it is here or in mailqueue-runner, and, so that a slip is told, those that begin with
-        ``smtp_`` where no key has the prefix.  All others are somebody else's: the settings of an app may be given as
-        they are.
+        With *prefix* every key is ours, and overrides the same one without it.  Without it a key is ours if it has the
+        name of a key, here or in mailqueue-runner, or, where no key has the prefix, if it begins with ``smtp_``, so
+        that a misspelling is reported.  Other keys are not ours: the settings of an app may be passed as they are.
 
         :param needs_server: whether ``smtp_hostname`` must be there
         :raises ConfigurationError: as :meth:`from_mapping` does
@@ -476,7 +475,7 @@ class Settings:
 
 
 def default_tls(hostname: str, port: int, *, has_ca_file: bool) -> str:
-    """Return what ``smtp_tls`` is if it was not set.  Who names certificates wants them to be verified."""
+    """Return what ``smtp_tls`` is if it was not set.  With a CA file certificates are verified."""
     if port == IMPLICIT_TLS_PORT:
         return 'implicit'
     return 'opportunistic' if is_loopback(hostname) and not has_ca_file else 'starttls'
@@ -522,7 +521,7 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
         values.setdefault('smtp_port', IMPLICIT_TLS_PORT)
     settings = Settings(**values)
     texts = list(problems.values())
-    # A key that could not be read stands at its default here, and that contradicts nothing which the user wrote.
+    # A key that could not be read has its default here, which contradicts nothing that the user wrote.
     texts += [text for names, text in contradictions(settings, full) if not names & problems.keys()]
     if texts:
         raise ConfigurationError('\n'.join(texts))
@@ -530,13 +529,13 @@ def _read(own: Mapping[str, object], full: FullName, contradictions: Contradicti
 
 
 def _with_database_of(app: Mapping[str, object], read: Settings) -> Settings:
-    """The queue in the database of an app is there where its other data is, unless it was told otherwise."""
+    """Return *read* with the database of the app's other data, unless it names one."""
     url = app.get('sqlalchemy.url')
     return dataclasses.replace(read, sql_url=url) if read.sql_url is None and isinstance(url, str) else read
 
 
 def _read_as_mailqueue_runner(own: Mapping[str, object], full: FullName, contradictions: Contradictions) -> Settings:
-    """Read keys as mailqueue-runner has them, beside our own."""
+    """Read the keys of mailqueue-runner, beside our own."""
     ours = dict(own)
     spelled = {}
     for theirs, name in _THEIR_NAMES:
@@ -578,7 +577,7 @@ def _unknown(name: str, value: object, full: FullName) -> str:
 
     keys = known_keys()
     near = difflib.get_close_matches(name.lower(), keys, n=1)
-    # A slip in the name of a secret may leave none of the words by which it could be told.
+    # A misspelt name of a secret may have none of the words that would reveal it as one.
     is_secret = _SECRET_NAME.search(name) or any(keys[key].secret for key in near)
     problem = f'{full(name)} = {"(not shown)" if is_secret else repr(value)}: '
     if name in _NOT_HERE:
@@ -637,7 +636,7 @@ def _tls_contradictions(settings: Settings, full: FullName) -> Iterator[_Contrad
             'Remove one of them.',
         )
     # RFC 8314 section 3.3: on port 465 TLS begins with the first byte, and a client that waits for a greeting waits in
-    # vain.  On any other port TLS may begin so, too; a server that begins in clear text there is found out at once.
+    # vain.  On any other port TLS may begin so, too; a server that begins in clear text there is detected at once.
     if port == IMPLICIT_TLS_PORT and mode not in (None, 'implicit'):
         yield _Contradiction(
             {'smtp_tls', 'smtp_port'},

@@ -1,28 +1,29 @@
 """
-Which transaction does mail join here?  And will anybody commit it?
+Which transaction does mail join here?  And will it be committed?
 
-The second question is the reason for this module.  A manager that is not explicit begins a transaction for whoever
-asks for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request that
-is being served it is not enough that there is a transaction; somebody must have begun it on purpose:
+The second question is the reason for this module.  A manager that is not explicit begins a transaction whenever it is
+asked for one, even after the request's own has ended: mail that joins it is lost without a word.  So for a request that
+is being served it is not enough that there is a transaction; it must have been begun on purpose:
 
 * ``tm.active`` or ``repoze.tm.active`` is in the environ, or
-* the transaction carries our mark, put there for this request or for one around it.  It gets it when the request
-  begins, for pyramid_tm takes ``tm.active`` away before it commits, and mail may still come from a before-commit hook;
-  and when anybody calls ``begin()`` while the request is served: managers tell their synchronizers of that, but not of
-  a transaction that ``get()`` has made; or
-* the manager is explicit, so that there is no transaction unless somebody began it.
+* the transaction carries our mark, put there for this request or for one around it.  The mark is set when the request
+  begins, because pyramid_tm removes ``tm.active`` before it commits, and mail may still come from a before-commit hook;
+  and by each ``begin()`` while the request is served: managers tell their synchronizers of that, but not of a
+  transaction that ``get()`` has made; or
+* the manager is explicit, so that there is no transaction unless it was begun.
 
-And nobody must have decided already that it will not be committed:
+And it must not be certain already that it will not be committed:
 
-* After an exception view pyramid_tm aborts, unless a commit veto looks at the response and lets it pass.  What it will
-  say nobody knows yet, so mail is refused in either case.
+* After an exception view pyramid_tm aborts, unless a commit veto sees the response and lets it pass.  The verdict is
+  not known yet, so mail is refused in either case.
 * If a before-commit hook fails, pyramid_tm calls an exception view and leaves the transaction behind, which looks as if
-  it were still active.  Its mark tells: it is a before-commit hook itself, and a commit uses up its hooks.
+  it were still active.  The mark shows the difference: it is a before-commit hook itself, and a commit uses up its
+  hooks.
 * A transaction that another request began and left behind in this thread has the mark of that one.
 
-Elsewhere there is nobody to ask: in scripts (with a request of ``bootstrap()``, ``prepare()`` or pshell, too) and under
+Elsewhere nothing can be checked: in scripts (with a request of ``bootstrap()``, ``prepare()`` or pshell, too) and under
 other frameworks.  There code begins and commits as it likes, often with no more than a ``commit()`` at the end, so the
-manager's transaction is taken as it is.  The data manager tells of mail whose transaction was never ended.
+manager's transaction is taken as it is.  The data manager logs mail whose transaction was never ended.
 """
 
 from __future__ import annotations
@@ -44,33 +45,33 @@ _INSTEAD = (
     'leaves it to mq-run.'
 )
 _NOT_BEGUN = (
-    'send() needs a transaction, and its manager has none: it is explicit, and nobody has called begin(). Write "with '
+    'send() needs a transaction, and its manager has none: it is explicit, and begin() was not called. Write "with '
     f'manager:" around send(), for request.mailer "with request.tm:". Or use what needs no transaction. {_INSTEAD}'
 )
 _NOBODY_COMMITS = (
-    'send() needs a transaction that somebody is going to commit, and there is none here, or no more: the mail would '
+    'send() needs a transaction that is going to be committed, and there is none here, or no longer: the mail would '
     f'be lost. {_INSTEAD} In a Pyramid app pyramid_tm has to be included, and active for this request. Where it is '
     'not, write "with request.tm:" (without pyramid_tm "with transaction.manager:") around send(); in a tween this '
     'needs an explicit manager (tm.manager_hook = pyramid_tm.explicit_manager).'
 )
 _WILL_ABORT = (
-    'send() needs a transaction that is going to be committed, and in an exception view nobody can count on that: '
+    'send() needs a transaction that is going to be committed, and in an exception view that is not certain: '
     f'pyramid_tm usually aborts it. {_INSTEAD}'
 )
 
 
 class ITransactionSource(Protocol):
-    """Whoever knows the current transaction."""
+    """Finds the current transaction."""
 
     @property
     def manager(self) -> Any:
         """The transaction manager."""
 
     def current(self) -> Any:
-        """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
+        """Return the transaction that will be committed.  Raises NoActiveTransaction."""
 
     def of_request(self, name: str) -> Any:
-        """Return an attribute of the request whose transaction that is; None if there is no request, or none of it."""
+        """Return an attribute of the request of the transaction; None without a request, or without the attribute."""
 
 
 class ManagerTransaction:
@@ -105,14 +106,14 @@ class RequestTransaction:
         return getattr(self._request, 'tm', transaction.manager)
 
     def current(self) -> Any:
-        """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
+        """Return the transaction that will be committed.  Raises NoActiveTransaction."""
         environ = self._request.environ
         is_served = self._is_served()
         txn = _get(self.manager, _NOBODY_COMMITS if is_served else _NOT_BEGUN)
         if environ.get('tm.active'):
             if self._is_given_up():
                 raise NoActiveTransaction(_WILL_ABORT)
-            # The view may have begun another one than that of the beginning.
+            # The view may have begun another one since.
             _mark(txn, _service_of(self._request))
         elif is_served and not (environ.get('repoze.tm.active') or self._will_be_committed(txn)):
             raise NoActiveTransaction(_NOBODY_COMMITS)
@@ -127,7 +128,7 @@ class RequestTransaction:
         return getattr(self._request, 'exc_info', None) is not None
 
     def _is_served(self) -> bool:
-        """Whether this thread serves a request that came over Pyramid's router: this one, or one around it."""
+        """Whether this thread serves a request that came through Pyramid's router: this one, or one around it."""
         service = _service_of(self._request)
         is_elsewhere = service is not None and service.thread != get_ident()
         requests = _requests_in_hand() if is_elsewhere else [self._request, *_requests_in_hand()]
@@ -140,14 +141,14 @@ class RequestTransaction:
             return bool(self.manager.explicit)
         in_hand = _requests_in_hand()
         if service is None:
-            # What makes the body of a response runs when the request is not in hand any more.
+            # The iterator of a response body runs when its request is not in hand any more.
             return _has_hook(txn) and not in_hand
         return _has_hook(txn) and any(_service_of(request) is service for request in [self._request, *in_hand])
 
 
 class ThreadTransaction:
     """
-    The transaction of the Pyramid request that this thread works on, for those who have no request at hand.
+    The transaction of the Pyramid request that this thread works on, for code that has no request at hand.
 
     Without a request it is the thread's, ``transaction.manager``.
     """
@@ -158,7 +159,7 @@ class ThreadTransaction:
         return self._source().manager
 
     def current(self) -> Any:
-        """Return the transaction that somebody will commit.  Raises NoActiveTransaction."""
+        """Return the transaction that will be committed.  Raises NoActiveTransaction."""
         return self._source().current()
 
     def of_request(self, name: str) -> Any:
@@ -166,7 +167,7 @@ class ThreadTransaction:
         return self._source().of_request(name)
 
     def _source(self) -> ITransactionSource:
-        # Whoever uses this has Pyramid; who uses this module may not.
+        # This class needs Pyramid; the module does not.
         from pyramid.threadlocal import get_current_request
 
         request = get_current_request()
@@ -174,11 +175,11 @@ class ThreadTransaction:
 
 
 def watch_request(event: Any) -> None:
-    """At the begin of a request: remember which transaction pyramid_tm will commit, and watch for others that begin."""
+    """At the start of a request: mark the transaction that pyramid_tm will commit, and watch for others that begin."""
     request, environ = event.request, event.request.environ
     around = _services([other for other in _requests_in_hand() if other is not request])
     if not around:
-        # It is told of what is there already, which it leaves alone, for nothing is served yet.
+        # It is told of a transaction that is there already, and leaves it alone, because nothing is served yet.
         environ.pop(_SERVICE, None)
         transaction.manager.registerSynch(_MARK)
     # An application in an application has the same environ, or a copy of it.
@@ -187,13 +188,13 @@ def watch_request(event: Any) -> None:
     if 'tm.active' in environ:
         manager = RequestTransaction(request).manager
         manager.registerSynch(_MARK)
-        # An explicit manager has none if a tween has ended it, for reasons of its own.
+        # An explicit manager has none if a tween has ended it.
         with suppress(NoTransaction):
             _mark(manager.get(), _service_of(request))
 
 
 class _Service:
-    """That a request is served, and by which thread; marks are known by its identity."""
+    """The service of a request, and its thread; marks are recognised by the identity of this object."""
 
     def __init__(self) -> None:
         self.thread = get_ident()
@@ -211,7 +212,7 @@ class _Mark:
     """
 
     def __call__(self) -> None:
-        """Do nothing: to be there is all."""
+        """Do nothing: its presence is the mark."""
 
     def newTransaction(self, txn: Any) -> None:
         """Called by ``begin()``, but not by the ``get()`` of a manager that is not explicit."""
@@ -237,7 +238,7 @@ def _mark(txn: Any, service: _Service | None) -> None:
 
 
 def _service_of(request: Any) -> _Service | None:
-    # Tests of an application put whatever they like in the place of a request.
+    # Tests of an application may use any object as a request.
     service: _Service | None = getattr(request, 'environ', {}).get(_SERVICE)
     return service
 
@@ -259,7 +260,7 @@ def _get(manager: Any, otherwise: str) -> Any:
 
 
 def _requests_in_hand() -> list[Any]:
-    """Return the requests that this thread works on, the innermost last; who asks for them has Pyramid."""
+    """Return the requests that this thread works on, the innermost last.  Needs Pyramid."""
     from pyramid.threadlocal import manager
 
     return [known['request'] for known in manager.stack if known.get('request') is not None]

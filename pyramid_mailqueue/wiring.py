@@ -1,7 +1,7 @@
 """
 From settings to objects: the only place that names classes.
 
-A web process makes a mailer, and mq-run a runner; both stand on the same queue, transports and handler.
+A web process makes a mailer, and mq-run a runner; both use the same queue, transports and handler.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def build_mailer(
     :param notify: called with each event (see :mod:`~.events`); must not raise
     :raises ConfigurationError: something that the settings name cannot be used
     """
-    # mq-run has no transactions, and does not load what makes them.
+    # Not imported by mq-run, which has no transactions.
     from pyramid_mailqueue.mailer import Mailer
 
     queue = build_queue(settings, access='create', on_away=_warn)
@@ -88,7 +88,7 @@ def _import_for_delivery(settings: Settings) -> None:
     """
     Import what a delivery thread needs, before there is one.
 
-    A process that forks while a thread of it imports has a child with half a module, in which that can never be used.
+    A fork during an import in another thread leaves the child with half a module, which it can never use.
     """
     # The last one is needed to look for plugins, and is imported late since Python 3.15.
     names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib', 'zipfile']
@@ -101,7 +101,7 @@ def _import_for_delivery(settings: Settings) -> None:
 
 
 def build_compose(settings: Settings) -> Callable[..., Envelope]:
-    """Return what makes an envelope of a message, a sender and recipients."""
+    """Return a function that makes an envelope of a message, a sender and recipients."""
     compose = partial(
         Envelope.from_message,
         default_sender=settings.default_sender,
@@ -139,7 +139,7 @@ def _warn(error: QueueError) -> None:
 
 
 def _leave_unsaid(_error: QueueError) -> None:
-    """Whoever uses the queue next is told the same, or that it is back."""
+    """Do nothing: the next use of the queue raises the same, or works."""
 
 
 def build_queue(
@@ -148,9 +148,9 @@ def build_queue(
     """
     Return the queue that *settings* describe.
 
-    :param access: of one in a directory: ``'create'``, ``'use'`` or ``'look'`` (see `.MaildirFolders`).  The others
-        have to be there: nobody who only looks at a queue, or drains it, is to make one where a name is misspelt
-    :param on_away: called with what a database says that is away; its tables are looked at when it is back
+    :param access: of one in a directory: ``'create'``, ``'use'`` or ``'look'`` (see `.MaildirFolders`).  Only the first
+        makes a queue where there is none, so that a command with a misspelt name does not
+    :param on_away: called with the error of a database that is away; its tables are checked when it is back
     :raises ConfigurationError: something that the settings name cannot be used
     """
     if settings.queue == 'maildir':
@@ -217,13 +217,13 @@ def build_sql_queue(settings: Settings) -> SQLQueue:
 @contextmanager
 def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     """
-    Give the move between the directory and the database that *settings* name, whichever of them is in use.
+    Yield the move between the directory and the database that *settings* name, whichever of them is in use.
 
     :param to: ``'sql'`` or ``'maildir'``
     :raises ConfigurationError: one of them is not named, or cannot be used
     :raises QueueError: one of them cannot be used now
     """
-    # What is in doubt is left behind, whatever mq-run would do about it: whoever moves is told of it.
+    # Messages in doubt are left behind, whatever mq-run would do about them: the move reports them.
     directory = build_maildir_queue(replace(settings, in_doubt='hold'))
     database = build_sql_queue(settings)
     from pyramid_mailqueue.queues.maildir.moving import DirectoryRecord, MaildirSide
@@ -259,10 +259,10 @@ def _check_tables(queue: SQLQueue, settings: Settings) -> None:
 
 def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:
     """
-    Return a transport for the mail server that *settings* name, for a handler of one's own.
+    Return a transport for the mail server that *settings* name, for a custom handler.
 
-    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; what
-        begins otherwise, and is not ``max_recipients`` or ``redirect_all_to``, does not matter
+    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; of the keys
+        with another beginning only ``max_recipients`` and ``redirect_all_to`` matter
     :raises ConfigurationError: a key is missing, unknown or malformed, or contradicts another one
     """
     own = {
@@ -281,7 +281,7 @@ def build_handler(
     transports = [_redirecting(_transport(name, settings, lookup), settings) for name in settings.transports]
     if settings.redirect_all_to is not None:
         log.warning(
-            'mailqueue.redirect_all_to = %s: all mail goes there, and none to those whom it is for.',
+            'mailqueue.redirect_all_to = %s: all mail goes there instead of to its recipients.',
             settings.redirect_all_to,
         )
     policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)

@@ -299,7 +299,7 @@ def test_a_comment_is_the_name_of_a_mailbox_that_has_none(make, value, mailboxes
     ],
 )
 def test_a_decoded_name_in_an_odd_field_does_not_become_an_address(value):
-    with pytest.raises(AddressError, match='cannot be written so that everybody reads the same addresses'):
+    with pytest.raises(AddressError, match='cannot be written so that all readers find the same addresses'):
         message_bytes(modern('Reply-To', value))
 
 

@@ -113,7 +113,7 @@ def told(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-ANNOUNCED = f'mailqueue.redirect_all_to = {ME}: all mail goes there, and none to those whom it is for.'
+ANNOUNCED = f'mailqueue.redirect_all_to = {ME}: all mail goes there instead of to its recipients.'
 
 
 def test_a_new_message_is_in_the_queue_for_the_one_only(make_app, make_settings, smtp_server, message, queue_dir, told):

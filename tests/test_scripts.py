@@ -248,7 +248,7 @@ def test_what_the_background_leaves_is_told_when_the_script_ends(run_script, wai
     left = waiting()
     assert len(left) + len(smtp_server.received) == 300
     (line,) = told.splitlines()
-    assert f'left in the queue for mq-run, because this process stops to deliver: {len(left)}. ' in line
+    assert f'left in the queue for mq-run, because this process stops delivering: {len(left)}. ' in line
     assert 'mailqueue.delivery = inline' in line
 
 

@@ -189,7 +189,7 @@ BAD = [
     ('queue', 7, 'must be text in one line'),
     ('queue_dir', 'var/mail', 'must be an absolute path, such as %(here)s/var/mail in an ini file'),
     ('queue_dir', Path('mail'), 'must be an absolute path'),
-    ('queue_dir', '~nobody-of-this-name/mail', 'this one begins with the home directory of nobody'),
+    ('queue_dir', '~nobody-of-this-name/mail', 'this one begins with the home directory of an unknown user'),
     ('queue_dir', '/srv/mail\nsmtp_port: 25', 'must be a path in one line'),
     ('queue_dir', b'/srv/mail', 'must be a path in one line'),
     ('transports', [], 'must be one or more of smtp, inbox and names of transports'),

@@ -1,4 +1,4 @@
-"""Who signed up."""
+"""The table of sign-ups."""
 
 from __future__ import annotations
 

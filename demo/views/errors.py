@@ -1,4 +1,4 @@
-"""What a visitor sees when something went wrong; all of these pages come with a transaction that is rolled back."""
+"""Error pages; with all of them the transaction is rolled back."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pyramid_mailqueue import AddressError, check_address
 
 SENDER = 'Demo Club <welcome@demo.example>'
 
-# Somebody to sign up with one click.
+# Names to sign up with one click.
 PEOPLE = (
     ('Ada Lovelace', 'ada@example.org'),
     ('Grace Hopper', 'grace@example.org'),
@@ -60,7 +60,7 @@ class Form:
 
 @view_config(route_name='home', request_method='GET', renderer='demo:templates/home.jinja2')
 def home(request):
-    """The form, filled in with somebody who is not on the list yet."""
+    """The form, filled in with a name that is not on the list yet."""
     taken = request.dbsession.scalars(select(SignUp.email).where(SignUp.email.in_(dict(PEOPLE).values()))).all()
     free = (Form(name, email) for name, email in PEOPLE if email not in taken)
     return page(request, next(free, Form()))
@@ -68,7 +68,7 @@ def home(request):
 
 @view_config(route_name='home', request_method='POST', renderer='demo:templates/home.jinja2')
 def sign_up(request):
-    """Write the row and send the mail; the commit behind this view makes both real, or neither."""
+    """Write the row and send the mail; the commit after this view makes both real, or neither."""
     form = Form.from_post(request.POST)
     if problems := form.problems():
         return again(request, form, problems)
@@ -82,7 +82,7 @@ def sign_up(request):
     try:
         request.dbsession.flush()
     except IntegrityError:
-        # The mail was given to the transaction already.  It goes the way of the row.
+        # The mail is part of the transaction already, and is dropped with the row.
         request.tm.abort()
         request.tm.begin()
         return again(request, form, {'email': 'This address is on the list already.'})
@@ -94,10 +94,10 @@ def sign_up(request):
 
 
 def welcome(request, form):
-    """Return the mail to who signed up; raises AddressError."""
+    """Return the welcome mail; raises AddressError."""
     message = EmailMessage()
     message['From'] = SENDER
-    # One mailbox: "To" is a list, and without the check a form would mail everybody whom somebody fills in.
+    # One mailbox: "To" is a list, and without the check the form could send mail to any number of addresses.
     message['To'] = check_address(form.email)
     message['Subject'] = f'Welcome, {form.name}'
     message.set_content(render('demo:templates/welcome.txt.jinja2', {'form': form}, request))

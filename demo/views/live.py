@@ -1,4 +1,4 @@
-"""What changes by itself while somebody looks at it: the server, the queue, the inbox and the list."""
+"""The parts of the page that update themselves: the server, the queue, the inbox and the list."""
 
 from __future__ import annotations
 

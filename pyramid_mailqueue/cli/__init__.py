@@ -1,1 +1,1 @@
-"""What people call: mq-run.  The only place that ends a process."""
+"""The commands mq-run, mq-queue and mq-send-test.  The only place that ends a process."""

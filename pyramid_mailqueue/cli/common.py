@@ -1,4 +1,4 @@
-"""What commands have in common: exit statuses, an ini file on the command line, and errors for people."""
+"""Shared by all commands: exit statuses, the ini file on the command line, and error messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EX_SOFTWARE = 70
 EX_IOERR = 74
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
-# What shells say of a command that Ctrl-C has ended.
+# What shells report for a command that Ctrl-C has ended.
 EX_INTERRUPTED = 130
 
 
@@ -59,7 +59,7 @@ _CONFIGURATIONS = (Path('~/.mailqueue-runner.conf'), Path('/etc/mailqueue-runner
 
 
 class _TellVersion(argparse.Action):
-    """Looked up when it is asked for: that takes longer than a run with nothing to do."""
+    """Looks up the version only on request: that takes longer than a run with nothing to do."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
@@ -77,7 +77,7 @@ def add_ini_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the same, and the two other ways in which mailqueue-runner takes them; see :func:`parse_runner_arguments`."""
+    """Add the same, and the two forms of mailqueue-runner, ``QUEUE`` and ``-C``; see :func:`parse_runner_arguments`."""
     parser.add_argument(
         'ini',
         nargs='?',
@@ -98,13 +98,13 @@ def _add_ini_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest='overrides',
         metavar='KEY=VALUE',
-        help='use this value for %%(KEY)s in the ini file, and before the setting KEY; may be repeated',
+        help='use this value for %%(KEY)s in the ini file, and instead of the setting KEY; may be repeated',
     )
-    parser.add_argument('--queue-dir', metavar='DIRECTORY', help='the queue directory, before the one in the ini file')
+    parser.add_argument('--queue-dir', metavar='DIRECTORY', help='the queue directory, overriding that of the ini file')
 
 
 def parse_runner_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse what :func:`add_runner_arguments` has added: ``ini`` and ``queue_dir`` are set, however they were given."""
+    """Parse the arguments of :func:`add_runner_arguments`; set ``ini`` and ``queue_dir`` from any of their forms."""
     arguments = parser.parse_intermixed_args(argv)
     places = [place for place in (arguments.config, arguments.ini, arguments.queue) if place]
     places = places or [str(path) for path in map(Path.expanduser, _CONFIGURATIONS) if path.exists()][:1]
@@ -132,12 +132,12 @@ def read_settings(
     """
     Return the settings of the app, or those of the [mqrunner] section.
 
-    The latter if there is one, and we know its queue directory or the file has no app.
+    The section is used if it exists, and either its queue directory is known or the file has no app.
 
-    :param name: the name of the app that was given on the command line, if it was
-    :param queue_dir: the queue directory, likewise; it goes before the one in the ini file
-    :param needs_queue: whether a [mqrunner] section without a queue directory is of no use
-    :raises ConfigurationError: something in it cannot be used
+    :param name: the name of the app from the command line; None if not given.  With a name the section is not used
+    :param queue_dir: the queue directory, likewise; it overrides the one in the ini file
+    :param needs_queue: whether a [mqrunner] section without a queue directory is an error
+    :raises ConfigurationError: the file or a setting cannot be used
     """
     given = {'queue_dir': Path(queue_dir).absolute()} if queue_dir else {}
     section = read_mqrunner_section(ini, overrides) if name is None else None
@@ -154,7 +154,7 @@ def read_settings(
 
 
 def require_queue(settings: Settings) -> None:
-    """Raise ConfigurationError if there is no queue: before a log file is made, for which its directory would be."""
+    """Raise ConfigurationError if there is no queue.  Call it before log files are opened: that creates directories."""
     if settings.queue == 'maildir' and settings.queue_dir is not None:
         from pyramid_mailqueue.wiring import build_maildir_queue
 
@@ -162,10 +162,10 @@ def require_queue(settings: Settings) -> None:
 
 
 def refuse_root(queue_dir: Path | None, command: str) -> None:
-    """Raise ConfigurationError for root in the queue of somebody else, who could not open what root leaves there."""
+    """Raise ConfigurationError if root works on another user's queue: that user could not open root's files."""
     if queue_dir is None or os.geteuid() != 0:
         return
-    # The folders inside are made by the application, whoever owns the one around them.
+    # The application creates the folders inside, so their owner counts first.
     places = (queue_dir / 'new', queue_dir, *queue_dir.parents)
     try:
         owner = next(path for path in places if path.exists()).stat().st_uid
@@ -191,16 +191,16 @@ def blaming(ini: str) -> Iterator[None]:
         yield
     except ConfigurationError as error:
         name = Path(ini.partition('#')[0]).name
-        # What is to be done about it may name one, too, as "mq-queue app.ini init" does.
+        # The advice in the text may name one, too, as "mq-queue app.ini init" does.
         lines = (line if name in line.partition(':')[0] else f'{ini}: {line}' for line in str(error).splitlines())
         raise ConfigurationError('\n'.join(lines)) from error
 
 
 def exit_status_of(command: str, work: Callable[[], int]) -> int:
-    """Do *work*, which returns an exit status.  Whatever it raises gets a status too, and words for a person."""
+    """Call *work* and return its exit status.  An exception is mapped to a status, an error also reported on stderr."""
     try:
         status = work()
-        # There is none if it was closed before the command began.
+        # It is None if it was closed before the command began.
         if sys.stdout is not None:
             sys.stdout.flush()
     except ConfigurationError as error:
@@ -215,14 +215,14 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         status = EX_INTERRUPTED
     except BrokenPipeError:
-        # Whoever reads has seen enough.
+        # The reader has closed the pipe.
         silence_stdout()
         status = EX_OK
     except OSError as error:
         complain(command, f'the output cannot be written: {error.strerror}')
         silence_stdout()
         status = EX_IOERR
-    except Exception:  # noqa: BLE001 - the last door: whatever it is, it gets a status and words for a person
+    except Exception:  # noqa: BLE001 - last resort: any error is reported and gets a status
         complain(command, 'this is a defect of pyramid_mailqueue; please report it with these lines:')
         with suppress(OSError, ValueError):
             traceback.print_exc()
@@ -232,7 +232,7 @@ def exit_status_of(command: str, work: Callable[[], int]) -> int:
 
 
 def _let_go_of_stderr() -> None:
-    """A terminal that has gone away does not change how a command has ended."""
+    """Flush stderr; a terminal that has gone away does not change the exit status."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()
@@ -241,18 +241,18 @@ def _let_go_of_stderr() -> None:
 
 
 def complain(command: str, text: str) -> None:
-    """Tell a person on stderr what is wrong, one line or several.  If nobody hears it, that changes nothing."""
+    """Print *text*, one line or several, to stderr.  A failure to print it is ignored."""
     with suppress(OSError, ValueError):
         for line in text.splitlines():
             print(f'{command}: {printable(line)}', file=sys.stderr)
 
 
 def silence_stdout() -> None:
-    """Nobody hears it."""
+    """Discard all further output to stdout."""
     _silence(sys.stdout)
 
 
 def _silence(stream: TextIO) -> None:
-    """Else the interpreter would try once more when it ends, and then say that something had failed."""
+    """Redirect *stream* to /dev/null: else the interpreter would try to flush it at exit, and report a failure."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,9 +1,9 @@
 """
-Reading an ini file as the app gets it, without importing the app.
+Read the settings of an app from its ini file, without importing the app.
 
-PasteDeploy finds the settings of an app by loading its factory, which imports the app: seconds of work for a cron job
-that mostly finds nothing to do, and whatever else an import sets off.  So its rules are written down here once more,
-and the tests compare the two.  Sources that are no ini files are left to their plaster loader.
+PasteDeploy finds the settings of an app by loading its factory, which imports the app: seconds of work, and any side
+effects, for a cron job that mostly finds nothing to do.  So its rules are implemented here once more, and the tests
+compare the two.  Sources that are not ini files are left to their plaster loader.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pyramid_mailqueue.settings import Settings, known_keys
 
 __all__ = ['has_app', 'parse_override', 'read_app_settings', 'read_mqrunner_section', 'run_log', 'setup_logging']
 
-#: What a command also prints; it is logged for those whose logs go elsewhere.
+#: Repeats what a command prints, for logs that go elsewhere.
 run_log = Log('mailqueue.run')
 
-# What plaster makes of a plain path with one of these suffixes: known without a look at every installed package.
+# The schemes that plaster gives to plain paths with these suffixes: known without searching the installed packages.
 _INI_SCHEMES = ('file+ini', 'file+conf', 'file+cfg')
-# Such a path, of characters that plaster takes as they are: known without plaster, which takes longer to import
+# Such a path, of characters that plaster leaves as they are: parsed without plaster, which takes longer to import
 # than all the rest of a run that has nothing to do.
 _INI_PATH = re.compile(r'((?!//)[\w./+~-]*[\w+~-]\.(?:ini|conf|cfg))(?:#([\w.+~-]*))?', re.ASCII)
 
@@ -58,8 +58,8 @@ def read_app_settings(uri: str, name: str | None, overrides: Mapping[str, str]) 
     Return the settings that the app in *uri* would be given.
 
     :param uri: an ini file, ``app.ini`` or ``app.ini#name``, or another source that plaster has a loader for
-    :param name: the name of the app's section, before the one in *uri*; ``main`` if there is neither
-    :param overrides: values for ``%(key)s`` in the file, which also come before the app's own settings
+    :param name: the name of the app's section, overriding the one in *uri*; ``main`` if there is neither
+    :param overrides: values for ``%(key)s`` in the file, which also override the app's own settings
     :raises ConfigurationError: the file cannot be used; the text names file, section and key
     """
     source = _locate(uri, overrides)
@@ -75,7 +75,7 @@ def read_app_settings(uri: str, name: str | None, overrides: Mapping[str, str]) 
 
 
 def has_app(uri: str, overrides: Mapping[str, str]) -> bool:
-    """Whether *uri* describes an app at all, under whatever name.  Raises :class:`~.exceptions.ConfigurationError`."""
+    """Whether *uri* describes an app, under any name.  Raises :class:`~.exceptions.ConfigurationError`."""
     source = _locate(uri, overrides)
     return source.loader is not None or bool(_IniFile(source.path, source.variables).app_sections())
 
@@ -106,7 +106,7 @@ def setup_logging(
 
     ``delivery_log`` and ``queue_log`` are opened in any case.  Raises :class:`~.exceptions.ConfigurationError`.
 
-    :param printed: loggers whose messages the command also prints; what writes to stdout or stderr leaves them out
+    :param printed: loggers whose messages the command also prints; handlers on stdout or stderr skip them
     """
     if settings.logging_conf:
         _configure_logging(_IniFile(settings.logging_conf, overrides))
@@ -167,7 +167,7 @@ def _reads_ini_files(loader: Any) -> bool:
 
 @contextmanager
 def _blame(source: str) -> Iterator[None]:
-    """Turn whatever other people's code makes of *source* into an error for a person."""
+    """Turn any exception of another package about *source* into a ConfigurationError."""
     try:
         yield
     except Exception as exc:
@@ -187,8 +187,8 @@ class _IniFile:
     """
     One ini file.
 
-    :param variables: what was given on the command line; goes before ``[DEFAULT]``, and means every ``%`` literally
-    :param inherited: the global settings of the file that uses this one; go behind ``[DEFAULT]``
+    :param variables: values from the command line; they override ``[DEFAULT]``, and each ``%`` in them is literal
+    :param inherited: the global settings of the file that uses this one; ``[DEFAULT]`` overrides them
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class _IniFile:
             there = _in_brackets(self.app_sections() or self.parser.sections()) or 'nothing'
             raise ConfigurationError(
                 f'{self.path}: there is no section [app:{name}]; there is {there}. '
-                'Name the section of the app with --name, or behind the file as in app.ini#name.'
+                'Name the section of the app with --name, or after the file, as in app.ini#name.'
             )
         return found[0]
 
@@ -286,7 +286,7 @@ class _Found(NamedTuple):
     A section, or code.
 
     :param local: the settings of what was found; a section that uses it adds its own to them
-    :param app: the settings of the app behind it; the same object, unless that stands behind filters
+    :param app: the settings of the app it leads to; the same object, unless filters are in between
     """
 
     local: dict[str, str]
@@ -331,7 +331,7 @@ def _find_app(file: _IniFile, name: str, given: Mapping[str, str], trail: tuple[
 
 
 def _follow(file: _IniFile, target: str, global_conf: Mapping[str, str], trail: tuple[str, ...]) -> _Found:
-    """Go on to *target*: a name in *file*, ``config:`` another file, or code, which has no settings of its own."""
+    """Follow *target*: a name in *file*, ``config:`` another file, or code, which has no settings of its own."""
     scheme = _SCHEME.match(target)
     if not scheme:
         return _find_app(file, target, global_conf, trail)
@@ -346,7 +346,7 @@ def _follow(file: _IniFile, target: str, global_conf: Mapping[str, str], trail: 
 
 
 def _read_section(file: _IniFile, section: str, given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the local and the global settings, with ``set`` and ``get`` carried out."""
+    """Return the local and the global settings, with ``set`` and ``get`` applied."""
     defaults = file.defaults()
     global_conf = {**defaults, **given}
     local: dict[str, str] = {}
@@ -413,7 +413,7 @@ def _configure_logging(file: _IniFile) -> None:
 
 
 def _print_once(names: Collection[str]) -> None:
-    """Keep what the command prints itself, under these names, from handlers that write to the same terminal."""
+    """Keep the records of these loggers, which the command prints itself, from handlers on stdout or stderr."""
     handlers = {logging.lastResort, *(handler for name in names for handler in _handlers_of(logging.getLogger(name)))}
     for handler in handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
@@ -428,14 +428,14 @@ def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
 
 def _log_warnings_to_stderr() -> None:
     handler = logging.StreamHandler()
-    # On the handler: a logger that says more, for a file of its own, must not make a cron job send mail.
+    # On the handler: a logger with a lower level, for a file of its own, must not make a cron job send mail.
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter('%(levelname)s %(name)s: %(message)s'))
     logging.getLogger().addHandler(handler)
 
 
 def _log_to_file(name: str, path: Path) -> None:
-    """Log to *path*, and only there; after a rotation the file is opened anew."""
+    """Log to *path*, and only there; after a rotation the file is reopened."""
     from logging.handlers import WatchedFileHandler
 
     try:

@@ -1,4 +1,4 @@
-"""The dialog with a mail server: shown to a person as it goes, and read for what that person can look at afterwards."""
+"""The dialog with a mail server: printed as it happens, and evaluated for advice if it fails."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ['STEP_SECONDS', 'Dialog', 'advice', 'is_final', 'say', 'shown_dialog'
 _LINE = re.compile(r'\S+ ([CS]): (\S+)(.*)', re.DOTALL)
 _BAD = re.compile('[45][0-9][0-9]')
 
-#: How long each step may take, at most, in seconds: a person is waiting.
+#: How long each step may take, at most, in seconds: the command is interactive.
 STEP_SECONDS = 30
 
-#: After so many seconds without a word from the server a person is told what is awaited.
+#: After so many seconds without a line from the server, what is awaited is printed.
 QUIET_SECONDS = 2
 
 _CONNECT, _GREETING, _CONTENT = 'connect', 'greeting', 'content'
@@ -39,15 +39,13 @@ _TLS = (
     'Does TLS work without us?  openssl s_client -connect {host}:{port}{starttls} -verify_return_error',
     'Do smtp_port and smtp_tls fit together?  465 goes with implicit, 587 and 25 with starttls.',
 )
-_AUTH = (
-    'Are mailqueue.smtp_username and smtp_password right?  Many providers want a password that is for programs only.',
-)
+_AUTH = ('Are mailqueue.smtp_username and smtp_password right?  Many providers require an app password.',)
 
-# What a person can look at, by how far the dialog had come.
+# What to check, by the step at which the dialog ended.
 _ADVICE = {
     _CONNECT: (
         *_DNS,
-        'Does anybody listen there?  nc -vz {host} {port}',
+        'Is a server listening there?  nc -vz {host} {port}',
         'Is there a firewall in between?  Many providers let nothing out to port 25; 587 is for programs that log in.',
     ),
     _GREETING: (
@@ -55,7 +53,7 @@ _ADVICE = {
     ),
     'EHLO': (
         'Does the server offer what is required, STARTTLS and AUTH?  If not, it may be the wrong port, or smtp_tls.',
-        'Does it mind the name that this machine gives itself?  It is set by mailqueue.smtp_local_hostname.',
+        'Does it reject the host name sent in EHLO?  It is set by mailqueue.smtp_local_hostname.',
     ),
     'STARTTLS': _TLS,
     'AUTH': _AUTH,
@@ -67,15 +65,15 @@ _ADVICE = {
         'Does <{recipient}> exist?  Try an address in the domain of the server itself.',
         'If the server says "relay": it does not pass on mail for this machine.  It may want a login (smtp_username).',
     ),
-    _CONTENT: ('Is it the content, for a filter of spam?  Or a full disk there?  The log of the server says more.',),
+    _CONTENT: ('Is it the content, for a spam filter?  Or a full disk there?  The log of the server says more.',),
 }
 
 
 class Dialog(logging.Handler):
     """
-    Prints what is said, and remembers how far that came.
+    Prints the dialog, and remembers how far it came.
 
-    :ivar step: at what it ended: ``connect``, ``greeting``, a command such as ``RCPT``, or ``content``
+    :ivar step: the step at which it ended: ``connect``, ``greeting``, a command such as ``RCPT``, or ``content``
     """
 
     def __init__(self) -> None:
@@ -103,8 +101,8 @@ class Dialog(logging.Handler):
             return
         if self._last == _CONNECT:
             self._last = _GREETING
-        # Commands are said in groups: a reply is about the first one that has none.  (Each line of the reply to EHLO is
-        # a line here, but nothing else is said before the last of them.)
+        # Commands are sent in groups: a reply belongs to the first one without one.  (Each line of the reply to EHLO is
+        # a line here, but nothing else is sent before the last of them.)
         step = self._awaited.popleft() if self._awaited else self._last
         if _BAD.match(word) and not self._refused:
             self._refused = step
@@ -115,7 +113,7 @@ class Dialog(logging.Handler):
         return self._refused or (self._awaited[0] if self._awaited else self._last)
 
     def tell_silences(self) -> None:
-        """Tell what is awaited whenever the server says nothing for a while; return after :meth:`end`."""
+        """Print what is awaited whenever the server is silent for a while; return after :meth:`end`."""
         while not self._is_over:
             if not self._news.wait(QUIET_SECONDS):
                 say(f'  ... waiting for {self._awaited_now} (at most {STEP_SECONDS} seconds for each step)')
@@ -130,13 +128,13 @@ class Dialog(logging.Handler):
         return _AWAITED.get(step, f'the reply to {step}')
 
     def end(self) -> None:
-        """The dialog is over."""
+        """Note that the dialog is over."""
         self._is_over = True
         self._news.set()
 
 
 def _step_of(word: str) -> str:
-    """Which step begins with a command, or with what stands for it in the log."""
+    """Return the step that begins with the command *word*, or with its stand-in in the log."""
     if word == 'DATA' or word.startswith('<'):
         return _CONTENT
     if word.startswith('['):
@@ -145,7 +143,7 @@ def _step_of(word: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line at once.  If nobody hears it, what is to be done is done none the less."""
+    """Print a line at once.  If that fails, the command goes on without output."""
     try:
         print(printable(line), flush=True)
     except OSError:
@@ -154,7 +152,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def shown_dialog() -> Iterator[Dialog]:
-    """Show the dialog with a server while the block is at work, and only here."""
+    """Print the dialog with a server during the ``with`` block, and keep it from the handlers of parent loggers."""
     logger, dialog = logging.getLogger('mailqueue.smtp'), Dialog()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG)
@@ -174,9 +172,9 @@ def shown_dialog() -> Iterator[Dialog]:
 
 def advice(step: str, trouble: ServerTrouble | None, **words: str) -> list[str]:
     """
-    Return what a person can look at.
+    Return what to check.
 
-    :param step: at what the dialog ended
+    :param step: the step at which the dialog ended
     :param trouble: why it broke off, if it did
     :param words: ``host``, ``port``, ``starttls`` (an option of openssl), ``sender`` and ``recipient``
     """
@@ -188,13 +186,13 @@ def advice(step: str, trouble: ServerTrouble | None, **words: str) -> list[str]:
     else:
         lines = _ADVICE.get(step, ())
     if step == _CONNECT and isinstance(cause, TimeoutError):
-        # It may be there, and wait for us to begin with TLS.
+        # The server may be waiting for the client to begin with TLS.
         lines = (*lines, _TLS[-1])
     return [line.format_map(words) for line in lines]
 
 
 def is_final(step: str, trouble: ServerTrouble) -> bool:
-    """Whether it is no use to try again, before the server or the settings have changed."""
+    """Whether another attempt is useless before the server or the settings have changed."""
     if trouble.code is not None:
         return trouble.code >= 500
     cause = trouble.__cause__
@@ -202,5 +200,5 @@ def is_final(step: str, trouble: ServerTrouble) -> bool:
         return cause.errno != socket.EAI_AGAIN
     if isinstance(cause, ssl.SSLError):
         return not isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-    # Without a cause, and after EHLO, it is that the server does not offer what the settings require.
+    # Without a cause, and after EHLO: the server does not offer what the settings require.
     return isinstance(cause, UnicodeError) or (cause is None and step == 'EHLO')

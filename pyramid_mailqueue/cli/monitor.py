@@ -1,4 +1,4 @@
-"""What monitoring reads of a queue: the word and the numbers for Nagios, and the text for Prometheus."""
+"""The state of a queue for monitoring: the output of a Nagios plugin, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ['CRITICAL', 'OK', 'UNKNOWN', 'WARNING', 'Verdict', 'judge', 'promethe
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 WORDS = ('OK', 'WARNING', 'CRITICAL', 'UNKNOWN')
 
-#: What somebody has to look at, although it keeps no other message from being delivered.
+#: What needs attention, although it keeps no other message from being delivered.
 _TO_LOOK_AT = {'dead': 'dead letter', 'in doubt': 'message in doubt', 'corrupt': 'corrupt file'}
 
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    How a queue is.
+    The state of a queue.
 
     :param status: the exit status
-    :param problems: what is not as it should be, the worst first
-    :param text: the line for Nagios, with the performance data behind it
+    :param problems: what is wrong, the worst first
+    :param text: the line for Nagios, followed by the performance data
     """
 
     status: int
@@ -48,14 +48,14 @@ def judge(
     crashing: Sequence[str] = (),
 ) -> Verdict:
     """
-    Judge a queue: critical if a limit is exceeded, a warning if there is something that a person has to look at.
+    Judge a queue: critical if a limit is exceeded, a warning if something needs attention.
 
     :param counts: the number of messages in each state
     :param oldest_age: the age of the oldest message that is to be delivered, in seconds; None if there is none
     :param max_age: how old it may be, in seconds; None is no limit
     :param max_waiting: how many messages may wait; None is no limit
     :param misdated: how many have a due time that no retry can have given
-    :param crashing: the ids of messages that end the processes which deliver them
+    :param crashing: the ids of messages that crash the processes delivering them
     """
     waiting = counts.get('waiting', 0)
     critical = []
@@ -68,8 +68,8 @@ def judge(
         warnings.append(
             f'{numbered(misdated, "message")} with a due time that no retry can have given: a clock is wrong'
         )
-    # What stands behind a bar is for programs.
-    warnings += [f'delivery dies of {printable(id_).replace("|", "?")} again and again' for id_ in crashing]
+    # The text after a bar is performance data.
+    warnings += [f'delivery of {printable(id_).replace("|", "?")} crashes repeatedly' for id_ in crashing]
     status = CRITICAL if critical else WARNING if warnings else OK
     problems = (*critical, *warnings)
     summary = f'{waiting} waiting' + (f', oldest {span_in_words(oldest_age)}' if oldest_age is not None else '')

@@ -1,4 +1,4 @@
-"""What commands print of a queue: tables on a terminal, plain text in a pipe, JSON for programs."""
+"""The output of commands about a queue: tables on a terminal, plain text in a pipe, JSON for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     'print_table',
 ]
 
-#: A table is laid out for so many rows at a time, so that the first ones need not wait for the last.
+#: A table is laid out so many rows at a time, so that the first ones need not wait for the last.
 ROWS_AT_ONCE = 500
 
 STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'red', 'corrupt': 'red'}
@@ -32,7 +32,7 @@ STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'r
 
 
 def as_json(entry: QueueEntry) -> dict[str, Any]:
-    """Return the one form in which every command tells of a message; it is documented in ``docs/operations.rst``."""
+    """Return a message in the form that every command prints as JSON, documented in ``docs/operations.rst``."""
     return {
         'id': entry.id,
         'state': entry.state,
@@ -50,24 +50,24 @@ def as_json(entry: QueueEntry) -> dict[str, Any]:
 
 
 def print_json(value: object) -> None:
-    """Print *value*, in ASCII, whatever the terminal or pipe can take."""
+    """Print *value* as JSON, in ASCII, which every terminal or pipe can take."""
     print(_json(value))
 
 
 def print_json_list(values: Iterable[object]) -> None:
-    """Print a list of *values*, one a line, each as soon as it is there."""
+    """Print a list of *values*, one a line, each as soon as it is available."""
     before = '['
     try:
         for value in values:
             print(before + _json(value), end='')
             before = ',\n '
     finally:
-        # What there was before something failed is a list too.
+        # After a failure the output is a complete list, too.
         print(']' if before != '[' else '[]')
 
 
 def _json(value: object) -> str:
-    # mq-run, which has nothing to do most of the time, does without.
+    # Imported here: mq-run, which has nothing to do most of the time, does without.
     import json
 
     return json.dumps(value)
@@ -80,10 +80,10 @@ class Column(NamedTuple):
     """
     A column of a table.
 
-    :param title: what stands above it
+    :param title: its heading
     :param is_number: it is aligned to the right
-    :param is_whole: it is never broken or cut off, because people copy it
-    :param from_width: a terminal with fewer columns can do without it
+    :param is_whole: it is never broken or cut off, so that it can be copied
+    :param from_width: a terminal with fewer columns does not show it
     :param styles: the style of a cell that has this text, on a terminal
     """
 
@@ -95,7 +95,7 @@ class Column(NamedTuple):
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
-    """Print *rows*: with rich if it is there and this is a terminal, else in plain columns, with two blanks between."""
+    """Print *rows*: with rich if it is installed and this is a terminal, else in plain columns, two blanks apart."""
     safe = (tuple(map(printable, row)) for row in rows)
     is_rich = sys.stdout.isatty() and _has_rich()
     show = _show_rich if is_rich else _show_plain
@@ -112,7 +112,7 @@ def _has_rich() -> bool:
 
 
 def _chunks(rows: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    """At least one, for the titles."""
+    """Yield the rows in chunks: at least one chunk, for the titles."""
     yield list(itertools.islice(rows, ROWS_AT_ONCE))
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
         yield chunk

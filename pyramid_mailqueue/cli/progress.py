@@ -1,8 +1,8 @@
 """
-What a person sees while ``mq-run`` works.
+The progress display of ``mq-run``.
 
-On a terminal: a bar if rich is there (the extra ``cli``), else a line every two seconds.  Cron and systemd see nothing.
-A thread of its own paints; those who deliver only leave their numbers for it.
+On a terminal: a bar if rich is installed (the extra ``cli``), else a line every two seconds.  Nothing under cron and
+systemd.  A separate thread draws; delivery only updates the counts.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ['Progress', 'open_progress']
 
-# Seconds.  A run that is over before anybody could read of it shows nothing, and does not import rich.
+# Seconds.  A run that is shorter than the first shows nothing, and does not import rich.
 _PATIENCE = 0.5
 _BETWEEN_BARS = 0.2
 _BETWEEN_LINES = 2
-# What the rate is the mean of.
+# Seconds over which the rate is averaged.
 _WINDOW = 10
 
-# Columns.  What is left of a bar below the smaller one tells nothing.
+# Columns.  With room for less than the smaller one no bar is drawn.
 _SMALLEST_BAR = 10
 _LARGEST_BAR = 40
 
@@ -39,7 +39,7 @@ class Progress:
     """
     How far a run is, in messages.
 
-    :param total: how many are due; None if nobody knows.  It may be set later, too
+    :param total: how many are due; None if unknown.  It may be set later, too
     """
 
     def __init__(self, total: int | None) -> None:
@@ -47,7 +47,7 @@ class Progress:
         self.counts = (0, 0, 0, 0)
 
     def update(self, done: int, sent: int, deferred: int, refused: int) -> None:
-        """Say how many were tried until now, and what became of them; from any thread, as often as you like."""
+        """Set how many were tried so far, and their outcomes.  May be called from any thread, at any rate."""
         self.counts = done, sent, deferred, refused
 
 
@@ -58,11 +58,11 @@ def open_progress(
     """
     Show the progress of a run on *stream* until the end of the ``with`` block, if that is a terminal.
 
-    What is logged to the terminal meanwhile appears above the bar, and the bar is gone before the block is left.
-    Without rich there are lines, which stay.
+    Log lines on the terminal appear above the bar, and the bar is removed at the end of the block.  Without rich there
+    are lines, which stay.
 
-    :param stream: where it is shown: stderr, for stdout is the summary's; None as ``sys.stderr`` may be
-    :param total: how many messages are due; None if nobody knows.  It does no harm if it is too small
+    :param stream: where it is shown: stderr, because stdout has the summary; None as ``sys.stderr`` may be
+    :param total: how many messages are due; None if unknown.  It may be too small
     :param clock: seconds, from any beginning
     """
     progress = Progress(total)
@@ -76,7 +76,7 @@ def open_progress(
         yield progress
     finally:
         over.set()
-        # It is not, if somebody has interrupted its start.
+        # It is not, if its start was interrupted.
         if painter.is_alive():
             painter.join()
 
@@ -91,7 +91,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 def _paint(stream: TextIO, progress: Progress, clock: Callable[[], float], is_over: Callable[[float], bool]) -> None:
     """
-    Paint until it is over.
+    Draw until the run has ended.
 
     :param is_over: waits so many seconds, and returns True as soon as the run has ended
     """
@@ -110,7 +110,7 @@ def _paint(stream: TextIO, progress: Progress, clock: Callable[[], float], is_ov
 
 
 class _Rate:
-    """Messages for each second, within the last few: a run that has come to a standstill shows it."""
+    """Messages per second, over the last few seconds, so that a stalled run shows."""
 
     def __init__(self, now: float) -> None:
         self._samples = deque([(now, 0)])
@@ -138,7 +138,7 @@ class _State(NamedTuple):
 
     @property
     def total(self) -> int | None:
-        """None as well if there have been more: they became due meanwhile, and nobody has counted them."""
+        """None also if more were done than counted: some became due meanwhile."""
         return None if self.counted is None or self.counted < self.done else self.counted
 
     @property
@@ -164,10 +164,10 @@ def _span(seconds: float) -> str:
 
 @contextmanager
 def _display(stream: TextIO) -> Iterator[tuple[Callable[[_State], None], float]]:
-    """Give the function that shows how far the run is, and the seconds between two calls of it."""
+    """Yield the function that shows the progress, and the seconds between two calls of it."""
     console = _console(stream)
     if console is None:
-        # Line and line end at once: print() would let what another thread logs in between.
+        # Line and line end in one write: print() would let a log line of another thread in between.
         yield lambda state: _write(stream, f'mq-run: {state.words}\n'), _BETWEEN_LINES
         return
     from rich.live import Live
@@ -196,7 +196,7 @@ def _console(stream: TextIO) -> Console | None:
 
 
 def _row(state: _State, width: int) -> RenderableType:
-    """One line, whatever the width: what is longer would leave its remains behind."""
+    """Return one line for any width: a longer one would leave remains on the terminal."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -215,7 +215,7 @@ def _diverted_logging(console: Console) -> Iterator[None]:
     """
     Let log handlers write above the bar.
 
-    Each holds the stream that it was made with, so what rich puts in the place of ``sys.stderr`` does not reach it.
+    Each holds the stream that it was created with, so it does not use the one with which rich replaces ``sys.stderr``.
     """
     from rich.file_proxy import FileProxy
 

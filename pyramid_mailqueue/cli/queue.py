@@ -1,7 +1,7 @@
 """
-``mq-queue``: look into the queue of an application, and do something about what is in it.
+``mq-queue``: show the messages in the queue of an application, and change them.
 
-It reads the application's own ini file, as ``mq-run`` does, and works beside it and the web processes.
+It reads the application's own ini file, as ``mq-run`` does, and runs alongside it and the web processes.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ T = TypeVar('T')
 NAME = 'mq-queue'
 
 _DESCRIPTION = """\
-Look into the queue of an application, and do something about the messages in it.
+Show the messages in the queue of an application, and change them.
 
 A message is in one of these states:
   waiting      it is delivered when it is due
   in progress  it is being delivered
-  held         it is not delivered until you say so
+  held         it is not delivered until you unhold it
   dead         it was given up, for some of its recipients or for all
-  in doubt     its process died in the midst of the commit: only you can find out whether it is to be sent;
-               or in the midst of a move, which another "move" brings to an end
+  in doubt     its process died during the commit: only you can find out whether it is to be sent;
+               or during a move, which another "move" completes
   corrupt      its file cannot be read
 """
 
 _EPILOG = """\
-An ID is what "list" shows, or the beginning of it that no other message has.
+An ID is what "list" shows, or a unique beginning of it.
 
   mq-queue app.ini list --state dead --recipient @example.org
   mq-queue app.ini show 1764000000.M12
@@ -64,7 +64,7 @@ An ID is what "list" shows, or the beginning of it that no other message has.
 
 exit status ("check" has its own):
   0    done
-  1    a message was not found, or this cannot be done with it as it is now; the others are done
+  1    a message was not found, or its state does not allow this; the others are done
   2    the command line cannot be used
   70   a defect of pyramid_mailqueue
   74   the output cannot be written
@@ -80,20 +80,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if sys.stdout is None:
         # It was closed before the command began.
         sys.stdout = Path(os.devnull).open('w')  # noqa: SIM115 - until the process ends
-    # Whatever a sender has written, and whatever the terminal can show: it can be printed.
+    # Any text of a sender can be printed on any terminal.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
     arguments = _parsed(sys.argv[1:] if argv is None else argv)
     if arguments.run is queue_look.check:
         sys.exit(_as_plugin(arguments))
-    # Of these the queue is not there yet, or there are two.
+    # For these the queue does not exist yet, or there are two.
     start = _with_settings if arguments.run in (queue_init.init, queue_move.move) else _with_queue
     sys.exit(exit_status_of(NAME, lambda: start(arguments.run, arguments)))
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; what cannot be used ends the process."""
+    """Parse the command line; an unusable one ends the process."""
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
@@ -109,7 +109,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_which(arguments: argparse.Namespace) -> None:
-    """Some messages must be meant, either by their ids or by what they are."""
+    """Require that messages are either named by id or chosen by options."""
     options = ('states', 'recipient', 'sender', 'older_than', 'newer_than', 'message_id')
     is_chosen = any(getattr(arguments, option) is not None for option in options)
     if bool(arguments.ids) == is_chosen:
@@ -138,7 +138,7 @@ def _with_settings(work: Callable[[Settings, argparse.Namespace], T], arguments:
         settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
         refuse_root(settings.queue_dir, NAME)
         if arguments.changes:
-            # Who only looks need not be able to write the logs.
+            # Commands that change nothing need not be able to write the logs.
             require_queue(settings)
             setup_logging(arguments.ini, overrides, settings)
         return work(settings, arguments)
@@ -164,7 +164,7 @@ class _UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     """
-    Leaves it to the caller what an error is for: monitoring has its own exit statuses.
+    Raises errors for the caller to handle: monitoring has its own exit statuses.
 
     :ivar commands: the names of all commands
     """
@@ -233,7 +233,7 @@ def _add_looking(add: Add) -> None:
     parser = add(
         'show',
         queue_look.show_message,
-        'show all there is to know of a message',
+        'show all that is known about a message',
         'Its envelope, what happened to it, what the server said last, its header, and its text: all of it decoded.',
     )
     parser.add_argument('ids', nargs=1, metavar='ID')
@@ -259,7 +259,7 @@ def _add_doing(add: Add) -> None:
         'retry',
         queue_change.change,
         'try messages with the next run of mq-run',
-        'A message that waits is due now.  A dead letter waits again, as if it had come into the queue now: it has no\n'
+        'A waiting message becomes due now.  A dead letter waits again as if it had just been queued: it has no\n'
         'attempts, and its whole lifetime before it.',
         changes=True,
     )
@@ -277,8 +277,8 @@ def _add_doing(add: Add) -> None:
         ('hold', 'keep messages from being delivered until you unhold them', ''),
         (
             'unhold',
-            'let messages wait again that were held',
-            'They are as old as they are: one that is older than mailqueue.lifetime is given up at its next failure.',
+            'let held messages wait again',
+            'Their age does not change: one that is older than mailqueue.lifetime is given up at its next failure.',
         ),
         (
             'release',
@@ -292,8 +292,8 @@ def _add_doing(add: Add) -> None:
         'delete',
         queue_change.change,
         'remove messages for good',
-        'In whatever state they are, unless they are being delivered.  On a terminal you are asked first; elsewhere\n'
-        'what is chosen by options is deleted with --yes only.',
+        'In any state, unless they are being delivered.  On a terminal you are asked first; elsewhere messages chosen\n'
+        'by options are deleted only with --yes.',
         changes=True,
     )
     _add_dead(_add_which(parser))
@@ -305,18 +305,18 @@ def _add_watching(add: Add) -> None:
     parser = add(
         'check',
         queue_look.check,
-        'say whether the queue is as it should be, as a plugin of Nagios',
+        'check the state of the queue, as a Nagios plugin',
         'Critical if a limit is exceeded, a warning if there are dead letters, messages in doubt or corrupt files.\n'
-        'The exit status is 0 (OK), 1 (warning), 2 (critical), or 3 (unknown: the queue cannot be looked at).',
+        'The exit status is 0 (OK), 1 (warning), 2 (critical), or 3 (unknown: the queue cannot be read).',
     )
     parser.add_argument(
-        '--max-age', type=duration, metavar='AGE', help='how old a message may be that is to be delivered, such as 1h'
+        '--max-age', type=duration, metavar='AGE', help='how old a message to be delivered may be, such as 1h'
     )
     parser.add_argument('--max-waiting', type=_whole, metavar='N', help='how many messages may wait')
     add(
         'metrics',
         queue_look.print_metrics,
-        'print numbers for Prometheus',
+        'print metrics for Prometheus',
         "In its text format: write it to a file for node_exporter's textfile collector, or serve it.",
     )
 
@@ -335,9 +335,9 @@ def _add_setting_up(add: Add) -> None:
         'move',
         queue_move.move,
         'move messages between the directory and the database of the ini file',
-        'What waits, is held, or is dead goes with all that is known of it.  What is being delivered, in doubt or\n'
-        'corrupt stays.  mq-run and the application may be at work meanwhile, with either queue.  If it is\n'
-        'interrupted, do it again: no message is lost or in both queues, and the few that were half-way are settled.\n'
+        'Messages that wait, are held or are dead move with all their data.  Those that are being delivered, in doubt\n'
+        'or corrupt stay.  mq-run and the application may run meanwhile, with either queue.  If the move is\n'
+        'interrupted, run it again: no message is lost or in both queues, and the few that were half-way are settled.\n'
         'The exit status is 1 if something is left behind.',
         changes=True,
     )
@@ -347,7 +347,7 @@ def _add_setting_up(add: Add) -> None:
 
 
 def _add_which(parser: argparse.ArgumentParser) -> Callable[..., object]:
-    """Add the ids, or what messages are chosen by; return what adds another option for their state."""
+    """Add the ids, and the options that choose messages; return what adds another option for their state."""
     parser.add_argument('ids', nargs='*', metavar='ID')
     which = parser.add_mutually_exclusive_group()
     _add_states(which.add_argument, 'all messages in this state')
@@ -383,7 +383,7 @@ def _some_text(text: str) -> str:
 
 
 def _whole_address(text: str) -> str:
-    """Return what finds exactly this address, or exactly this domain: nothing is changed because of a likeness."""
+    """Return the text that finds exactly this address or domain: similar ones must not be changed."""
     local, at, domain = text.removeprefix('<').removesuffix('>').rpartition('@')
     if text == '<>':
         return text
@@ -417,7 +417,7 @@ def _whole(text: str) -> int:
 
 
 def _as_plugin(arguments: argparse.Namespace) -> int:
-    """Whatever happens, Nagios is told of it on stdout, and by one of its four statuses."""
+    """Run the check; report any outcome on stdout, and as one of the four statuses of Nagios."""
     try:
         status = _with_queue(queue_look.check, arguments)
         sys.stdout.flush()

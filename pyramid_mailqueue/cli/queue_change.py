@@ -1,4 +1,4 @@
-"""The commands of ``mq-queue`` that do something with messages."""
+"""The commands of ``mq-queue`` that change messages."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ['change', 'flush']
 
 Act = Callable[[str], QueueEntry]
 
-#: After so many messages in a row that cannot be read or written it is the queue, and not this message.
+#: If so many messages in a row cannot be read or written, the queue is at fault and not the message.
 FAILURES = 3
 
-#: So many messages are named in a question about many.
+#: A question about many messages lists so many of them.
 NAMED = 10
 
 
 class _Words(NamedTuple):
-    """What is told of a change: of one message, behind its id; of several, behind their number; and the question."""
+    """The texts for a change: for one message, after its id; for several, after their number; and the question."""
 
     one: str
     many: str
@@ -46,7 +46,7 @@ _WORDS = {
 
 
 def change(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Do something with the messages that are named, or with those that are chosen by what they are."""
+    """Apply the action to the messages that are named, or to those that the options choose."""
     if not arguments.ids:
         return _change_chosen(queue.admin, arguments)
     ids, status = arguments.ids, EX_OK
@@ -65,7 +65,7 @@ def change(queue: IMailQueue, arguments: argparse.Namespace) -> int:
 
 
 def _change_chosen(admin: IQueueAdmin, arguments: argparse.Namespace) -> int:
-    """Do something with each message that the options choose.  They are those about which somebody was asked."""
+    """Apply the action to each message that the options choose: exactly those that the question was about."""
     states, choice, now = arguments.states or POSSIBLE[arguments.action], choice_of(arguments), time.time()
     chosen = (entry for entry in admin.entries(states) if choice.takes(entry, now))
     if arguments.dry_run:
@@ -84,7 +84,7 @@ def _change_chosen(admin: IQueueAdmin, arguments: argparse.Namespace) -> int:
 
 
 def _do_all(admin: IQueueAdmin, ids: Iterable[ExactId], states: Collection[str], arguments: argparse.Namespace) -> int:
-    """Those with which it cannot be done do not stop the others."""
+    """Apply the action to each message; one for which it is impossible does not stop the others."""
     complaints: list[str] = []
     done = _done(admin, ids, states, arguments.action, complaints)
     number = 0
@@ -95,7 +95,7 @@ def _do_all(admin: IQueueAdmin, ids: Iterable[ExactId], states: Collection[str],
             for _ in done:
                 number += 1
     finally:
-        # What was done is told, also if the queue fails at the next.
+        # What was done is reported, even if the queue fails at the next message.
         if not arguments.json:
             print(numbered(number, 'message'), _WORDS[arguments.action].many)
         for complaint in complaints:
@@ -110,7 +110,7 @@ def _done(
     failures = 0
     for id_ in ids:
         try:
-            # Since it was chosen, somebody else may have done something with it.
+            # Another process may have changed it since it was chosen.
             if admin.find(id_).state in states:
                 yield act(id_)
             failures = 0
@@ -130,7 +130,7 @@ def _done(
 
 
 def _do(act: Act, ids: Iterable[str], done: str, arguments: argparse.Namespace) -> int:
-    """Do something with each message, and tell of it; those with which it cannot be done do not stop the others."""
+    """Apply the action to each message, and report it; one for which it is impossible does not stop the others."""
     entries: list[QueueEntry] = []
     status = EX_OK
     try:
@@ -146,7 +146,7 @@ def _do(act: Act, ids: Iterable[str], done: str, arguments: argparse.Namespace) 
                 before = '' if entry.id.startswith(id_) else f'{printable(id_)} is now '
                 print(f'{before}{printable(entry.id)}: {done}')
     finally:
-        # What was done is told, also if the queue fails at the next.
+        # What was done is reported, even if the queue fails at the next message.
         if arguments.json:
             print_json_list(map(as_json, entries))
     return status
@@ -192,7 +192,7 @@ def _is_confirmed(some: Collection[QueueEntry], number: int, arguments: argparse
 
 
 def flush(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Make everything that waits due now."""
+    """Make all waiting messages due now."""
     flushed = queue.admin.flush()
     if arguments.json:
         print_json({'flushed': flushed})

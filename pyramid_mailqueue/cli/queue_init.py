@@ -1,4 +1,4 @@
-"""The command of ``mq-queue`` that makes the place where messages wait."""
+"""The command of ``mq-queue`` that creates the queue."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ['init']
 
 
 def init(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Create the tables of a queue in a database, or the directory of another one, if they are not there."""
+    """Create the tables of a queue in a database, or the directory of another one, unless they exist."""
     if settings.queue == 'sql':
         _create_tables(settings, arguments)
         return EX_OK
     if arguments.sql:
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: --sql is for a queue in a database.')
     queue = build_queue(settings, access='create')
-    # One of somebody else's making is in no directory.
+    # A queue of another package may have no directory.
     path = getattr(queue, 'path', None)
     print(f'{path or queue} is ready')
     if path is not None and os.geteuid() == 0:

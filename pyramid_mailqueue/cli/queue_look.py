@@ -26,10 +26,10 @@ __all__ = [
     'show_stats',
 ]
 
-#: A message that has ended so many processes is told of by ``check``; and so many of them, at most.
+#: ``check`` reports messages that have ended so many processes; and so many of them, at most.
 CRASHES, SOME = 2, 3
 
-#: How long a check waits for a database, in seconds: less than those who ask for it.
+#: How long a check waits for a database, in seconds: less than monitoring waits for the check.
 CHECK_SECONDS = 8
 
 _WIDE = 160
@@ -48,7 +48,7 @@ _LIST = (
 
 
 def list_messages(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Print a line for each message, oldest first; on a terminal how many they are, too."""
+    """Print a line for each message, oldest first; on a terminal their number, too."""
     choice, now, number = choice_of(arguments), time.time(), Counter[str]()
 
     def counted(what: str, entries: Iterable[QueueEntry]) -> Iterator[QueueEntry]:
@@ -65,7 +65,7 @@ def list_messages(queue: IMailQueue, arguments: argparse.Namespace) -> int:
 
 
 def choice_of(arguments: argparse.Namespace) -> Choice:
-    """Return which messages the options mean, but for their states."""
+    """Return which messages the options choose, apart from their states."""
     return Choice(
         arguments.sender, arguments.recipient, arguments.older_than, arguments.newer_than, arguments.message_id
     )
@@ -104,8 +104,8 @@ def _address(sender: str | None) -> str:
 
 
 def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Print all there is to know of one message, or the message itself."""
-    # With the package that reads mail.
+    """Print all that is known about one message, or the message itself."""
+    # Imports the email package.
     from pyramid_mailqueue.queues.contents import MOST_OCTETS, pieces_of
 
     admin = queue.admin
@@ -131,8 +131,8 @@ def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
 
 
 def _shown(content: bytes) -> Iterator[str]:
-    """What a person reads of a content, line by line: everything decoded, and what is no text only named."""
-    # With the package that reads mail.
+    """Yield a content as lines to read: everything decoded, and parts that are not text only named."""
+    # Imports the email package.
     from pyramid_mailqueue.queues.contents import read_contents
 
     contents = read_contents(content)
@@ -152,7 +152,7 @@ def _shown(content: bytes) -> Iterator[str]:
 
 
 def _facts(entry: QueueEntry, now: float) -> Iterator[tuple[str, str]]:
-    """What is told of a message, line by line: the title, and the text."""
+    """Yield the title and the text of each line about a message."""
 
     def moment(seconds: float) -> str:
         ago = f'{span_in_words(now - seconds)} ago' if seconds <= now else f'in {span_in_words(seconds - now)}'
@@ -186,7 +186,7 @@ def _print_raw(pieces: Iterator[bytes]) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.writelines(pieces)
         return
-    # What a pipe gets byte for byte could do anything to a terminal.
+    # The raw bytes that a pipe gets could do anything to a terminal.
     for line in b''.join(pieces).decode('utf-8', 'backslashreplace').splitlines():
         print(printable(line.expandtabs()))
 
@@ -229,7 +229,7 @@ def _tally_as_json(tally: Tally) -> dict[str, object]:
 
 
 def _print_tallies(title: str, parts: Iterable[Tally], tallies: Iterable[tuple[str, Tally]], now: float) -> None:
-    """Print a line for each of *tallies*, and before them one for what all *parts* are together."""
+    """Print a line for each of *tallies*, and before them one for the sum of *parts*."""
     ages = [*map(str, AGE_LIMITS), f'{AGE_LIMITS[-1]}+']
     columns = [Column(title), *(Column(name, is_number=True) for name in ('T', *ages, 'OLDEST', 'SIZE'))]
     rows = (
@@ -249,7 +249,7 @@ def _print_tallies(title: str, parts: Iterable[Tally], tallies: Iterable[tuple[s
 
 
 def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Print how the queue is, and return the exit status of a Nagios plugin."""
+    """Print the state of the queue, and return the exit status of a Nagios plugin."""
     queue.hurry(CHECK_SECONDS)
     counts = queue.counts()
     oldest = queue.admin.oldest(('waiting', 'in progress'))
@@ -273,7 +273,7 @@ def check(queue: IMailQueue, arguments: argparse.Namespace) -> int:
 
 
 def print_metrics(queue: IMailQueue, arguments: argparse.Namespace) -> int:
-    """Print the numbers for Prometheus."""
+    """Print the metrics for Prometheus."""
     found = ((state, queue.admin.oldest((state,))) for state in STATES if state != 'corrupt')
     oldest = {state: entry.queued_at for state, entry in found if entry is not None and entry.queued_at is not None}
     print(prometheus_text(queue.counts(), oldest), end='')

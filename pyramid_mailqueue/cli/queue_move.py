@@ -23,19 +23,19 @@ __all__ = ['move']
 #: Seconds between two lines on a terminal.
 BETWEEN_LINES = 2
 
-#: So many messages that cannot be moved are named.
+#: Of the messages that cannot be moved, so many are listed.
 SOME = 20
 
 
 def move(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Move all that can be moved, and tell of what was left behind."""
+    """Move all that can be moved, and report what was left behind."""
     left = None
     with open_move(settings, to=arguments.to) as work, _heard_signals() as heard:
         try:
             work.run(lambda: bool(heard), _progress(work, arguments.prog))
             left = {state: number for state, number in work.source.counts().items() if number}
         finally:
-            # What was done is told, also if one of the queues fails then.
+            # What was done is reported, even if one of the queues fails.
             _tell(work, left, arguments)
     if heard and not work.report.is_complete:
         complain(arguments.prog, 'the move is not complete; do it again')
@@ -45,7 +45,7 @@ def move(settings: Settings, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _heard_signals() -> Iterator[list[int]]:
-    """Give the signals that have come.  The first one stops the move after its batch; the next one is not caught."""
+    """Yield the signals received so far.  The first one stops the move after its batch; the next one is not caught."""
     heard: list[int] = []
     former: dict[int, Any] = {}
 
@@ -67,7 +67,7 @@ def _heard_signals() -> Iterator[list[int]]:
 
 
 def _progress(work: Move, prog: str) -> Callable[[], None]:
-    """Return what tells somebody at a terminal now and then how far it is."""
+    """Return the function that prints the progress on a terminal, now and then."""
     if sys.stderr is None or not sys.stderr.isatty():
         return lambda: None
     begin = last = time.monotonic()
@@ -93,7 +93,7 @@ def _tell(work: Move, left: Mapping[str, int] | None, arguments: argparse.Namesp
         )
         return
     if report.settled:
-        print('What a move that was broken off had left half-way is in one of the queues again.')
+        print('Messages that an interrupted move had left half-way are in one of the queues again.')
     if left is not None or report.moved:
         messages = numbered(report.moved.total(), 'message')
         print(f'{messages} moved to {printable(work.target.name)}{_by_state(report.moved)}')
@@ -105,7 +105,7 @@ def _tell(work: Move, left: Mapping[str, int] | None, arguments: argparse.Namesp
         most = report.half_way * MOST_MESSAGES
         complain(
             arguments.prog,
-            f'up to {most} messages are half-way, in doubt: nobody delivers them until you have done the move again',
+            f'up to {most} messages are half-way, in doubt: they are not delivered until you run the move again',
         )
     if left:
         print(f'left in {printable(work.source.name)}{_by_state(left)}')

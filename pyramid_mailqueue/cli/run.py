@@ -1,5 +1,5 @@
 """
-``mq-run``: deliver what waits in the queue of an application.
+``mq-run``: deliver the mail that waits in the queue of an application.
 
 It reads the application's own ini file, without importing the application, and is made for cron: nothing is printed
 when there was nothing to do.
@@ -8,7 +8,7 @@ when there was nothing to do.
 from __future__ import annotations
 
 if __name__ == '__main__':
-    # Before the imports below, which take their time.
+    # Before the imports below, which are slow.
     from pyramid_mailqueue.cli.signals import EarlySignals
 
     SIGNALS = EarlySignals()
@@ -56,7 +56,7 @@ __all__ = ['main']
 #: How often ``--watch`` looks again, in seconds.
 WATCH_INTERVAL = 5
 
-#: The summary counts so many that wait, at most: a database would take its time to count all of a long backlog.
+#: The summary counts at most so many waiting messages: a database would be slow to count all of a long backlog.
 MOST_WAITING = 10_000
 
 STOPPED = 'stopped; what was not delivered waits for the next run'
@@ -67,7 +67,7 @@ exit status:
   70  a defect of pyramid_mailqueue
   75  the mail server or the queue cannot be used now, or the run was told to stop (SIGTERM, SIGINT); what is left waits
   78  the configuration cannot be used, or there is no queue where it says
-  with --watch: 0 when told to stop; trouble is told of once, and tried again
+  with --watch: 0 when told to stop; trouble is reported once, and retried
 
 from cron, every minute:
   * * * * *  www-data  /srv/app/venv/bin/mq-run /srv/app/production.ini
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, *, signals: EarlySignals | None = No
     """
     Run the command with the arguments *argv*, those of the process if None, and exit.
 
-    :param signals: those that have come while it started; by default they are heard from now on
+    :param signals: those received while it started; by default they are caught from now on
     """
     signals = signals or EarlySignals()
     parser = _parser()
@@ -110,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         type=duration,
         const=WATCH_INTERVAL,
         metavar='SECONDS',
-        help='stay, and look again every so many seconds (default: 5), until told to stop',
+        help='keep running, and look again every so many seconds (default: 5), until told to stop',
     )
-    parser.add_argument('--max-messages', type=_number, metavar='N', help='begin with no more than N messages')
-    parser.add_argument('--max-time', type=duration, metavar='SECONDS', help='begin with no message after so long')
+    parser.add_argument('--max-messages', type=_number, metavar='N', help='begin no more than N messages')
+    parser.add_argument('--max-time', type=duration, metavar='SECONDS', help='begin no message after so long')
     parser.add_argument('-v', '--verbose', action='store_true', help='print a summary even if there was nothing to do')
     return parser
 
@@ -170,7 +170,7 @@ def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) 
                 on_progress=lambda so_far: progress.update(so_far.done, so_far.sent, so_far.deferred, so_far.refused),
             )
     except QueueError:
-        # What was done before is done.
+        # What was done before is reported.
         _summarize(runner.report, runner, verbose=False)
         raise
     tell_of(report, runner, verbose=arguments.verbose)
@@ -178,7 +178,7 @@ def _run_once(runner: Runner, signals: _Signals, arguments: argparse.Namespace) 
 
 
 def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> int:
-    """Make one run after the other, until told to stop.  What goes wrong is told of once, and tried again."""
+    """Make one run after the other, until told to stop.  Trouble is reported once, and retried."""
     left, told = arguments.max_messages, ''
     end = math.inf if arguments.max_time is None else time.monotonic() + arguments.max_time
     signals.reload = runner.handler.reload
@@ -206,9 +206,9 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
 
 def tell_of(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     """
-    Print what a run did, and nothing if that was nothing: cron would send it by mail.
+    Print what a run did; nothing if there was nothing to do, because cron mails any output.
 
-    :param verbose: also if that was nothing
+    :param verbose: print a summary in any case
     """
     if report.trouble:
         _complain_of(report.trouble)
@@ -228,11 +228,11 @@ def _complain(text: str) -> None:
 
 
 class _StoppedAtOnce(KeyboardInterrupt):
-    """Nothing is in hand.  An application that is being loaded does what it does at Ctrl-C."""
+    """Raised while no message is in progress.  An application that is being loaded reacts as to Ctrl-C."""
 
 
 class _Signals:
-    """What the signals that have come ask for."""
+    """What the signals received so far ask for."""
 
     def __init__(self) -> None:
         self.stop = Stop(on_news=self._tend_to_logs, on_ending=_tell_ending)
@@ -243,7 +243,7 @@ class _Signals:
 
     @contextmanager
     def work_begins(self) -> Iterator[None]:
-        """Until the end of the ``with`` block there may be messages in hand, which are finished first."""
+        """Within the ``with`` block, a stop finishes the messages in progress first."""
         self._is_working = True
         try:
             yield
@@ -251,18 +251,18 @@ class _Signals:
             self._is_working = False
 
     def on_stop(self, _number: int, _frame: FrameType | None) -> None:
-        """End when the messages in hand are finished: a process that dies over one counts against it."""
+        """Stop after the messages in progress: a process that dies during one counts against it."""
         self.stop.request()
         if not self._is_working:
             raise _StoppedAtOnce
 
     def on_rotation(self, _number: int, _frame: FrameType | None) -> None:
-        """Go on in new log files, and with the certificate authorities that there are now."""
+        """Have the log files reopened, and the certificate authorities read again."""
         self._logs_are_stale = True
         self.stop.wake()
 
     def on_mail(self) -> None:
-        """Look for mail, which has come.  Called by any thread."""
+        """Look for new mail now.  Called by any thread."""
         self._has_mail = True
         self.stop.wake()
 
@@ -275,14 +275,14 @@ class _Signals:
         self._has_mail = False
 
     def _tend_to_logs(self) -> None:
-        """Open the log files anew if that was asked for: not in the handler, which may have interrupted a logger."""
+        """Reopen the log files if requested: not in the signal handler, which may have interrupted a logger."""
         if self._logs_are_stale:
             self._logs_are_stale = False
             notify_systemd('RELOADING=1')
             reopen_log_files()
             self.reload()
             run_log.info(
-                'SIGHUP: the log files are opened anew and the certificate authorities are read again. Settings and '
+                'SIGHUP: the log files are reopened and the certificate authorities are read again. Settings and '
                 'passwords are those of the start: restart to change them.'
             )
             notify_systemd('READY=1')
@@ -331,7 +331,7 @@ def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
 
 
 def _look_up(name: str) -> None:
-    """Called with the name of each transport: there is no registry here, and a plain name means one that is in it."""
+    """Raise ConfigurationError for a transport that only the registry of the application has, which is not loaded."""
     if name not in ('smtp', 'inbox') and not {'.', ':'} & set(name):
         raise ConfigurationError(
             f'mailqueue.transports = {name}: only the application knows the transport of this name. Use --app.'
@@ -339,11 +339,11 @@ def _look_up(name: str) -> None:
 
 
 def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
-    """The runner over the queue and the transports of the mailer that the application has registered."""
+    """Return a runner for the queue and the transports of the mailer that the application has registered."""
     from pyramid_mailqueue.interfaces import IMailer
 
-    # Mistakes in the file first: what PasteDeploy says of them may show a password.  Not checked here is what is in it:
-    # the application may set the rest in its code.
+    # Mistakes in the file first: PasteDeploy's words for them may show a password.  The settings are not checked: the
+    # application may set the rest in its code.
     settings = read_app_settings(arguments.ini, arguments.name, overrides)
 
     def path_of(key: str) -> Path | None:
@@ -378,7 +378,7 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
     try:
         loader = plaster.get_loader(arguments.ini, protocols=['wsgi'])
         with warnings.catch_warnings():
-            # What other packages tell developers on import is no reason for cron to send mail.
+            # Warnings of other packages on import, meant for developers, are no reason for cron to send mail.
             if not sys.warnoptions:
                 warnings.simplefilter('ignore')
             with _trouble_left_unsaid():
@@ -398,7 +398,7 @@ def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
 
 @contextmanager
 def _trouble_left_unsaid() -> Iterator[None]:
-    """The run comes next: it says the same of a database that is away, or that it is back."""
+    """Suppress records about queue errors: the run comes next, and reports an unavailable database itself."""
     logger = logging.getLogger('mailqueue.delivery')
 
     def is_said(record: logging.LogRecord) -> bool:
@@ -431,7 +431,7 @@ def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:
     try:
         waiting = f'; {_count_waiting(runner.queue)} waiting'
     except QueueError:
-        # What was done is done.  If the queue is still away for the next run, that tells of it.
+        # The rest of the summary holds.  If the queue is still unavailable, the next run reports it.
         waiting = ''
     print(f'mq-run: {", ".join(told)}{waiting}', flush=True)
 

@@ -1,8 +1,8 @@
 """
 ``mq-send-test``: send one message the way an application sends its mail, and show what happens.
 
-The way is the real one: the settings of the ini file, the queue, a claim, the transports.  Only the end is another one:
-there is one attempt, and then the message is gone, whatever became of it.
+It uses the settings of the ini file, the queue, a claim and the transports.  Only the end differs: there is one
+attempt, and then the message is removed, whatever the outcome.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ NAME = 'mq-send-test'
 _DESCRIPTION = """\
 Send one message to see whether mail leaves, and if it does not, why.
 
-It goes the way on which the application sends its mail: the settings of its ini file, its queue, its mail server.  What
-is said with the server is shown, but for passwords and content.  Nothing else in the queue is touched, and nothing
+It is sent as the application sends its mail: with the settings of its ini file, its queue and its mail server.  The
+dialog with the server is shown, except for passwords and content.  Nothing else in the queue is touched, and nothing
 stays behind: there is one attempt.
 """
 
@@ -66,14 +66,14 @@ _EPILOG = """\
   mq-send-test mailqueue-runner.ini /var/spool/shop --to=me@site.example
 
 exit status:
-  0   the server has taken the message
+  0   the server has accepted the message
   2   the command line cannot be used
   69  it was refused, or cannot be sent in this way at all
   70  a defect of pyramid_mailqueue
   75  it was not sent, and may be later: no connection, a temporary refusal, a rate limit
   78  the configuration cannot be used, or there is no queue where it says
 
-"Taken" is not "arrived": look into the mailbox, into the folder for spam too, and then into the log of the server.
+"Accepted" is not "arrived": look into the mailbox, into its spam folder too, and then into the log of the server.
 
 Run it as the user that the application runs as: both must be able to read and write the queue.
 """
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = parse_runner_arguments(_parser(), argv)
     if arguments.quiet:
         silence_stdout()
-    # Whatever a server says, and whatever the terminal can show: it can be printed.
+    # Any reply of a server can be printed on any terminal.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
@@ -99,16 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_runner_arguments(parser)
-    parser.add_argument('--to', required=True, type=_address, metavar='ADDRESS', help='who is to get the message')
+    parser.add_argument('--to', required=True, type=_address, metavar='ADDRESS', help='the recipient of the message')
     parser.add_argument(
         '--from',
         dest='sender',
         type=_address,
         metavar='ADDRESS',
-        help='who sends it (default: mailqueue.default_sender, else this user at this host)',
+        help='its sender (default: mailqueue.default_sender, else this user at this host)',
     )
-    parser.add_argument('--quiet', action='store_true', help='print only what is wrong')
-    parser.add_argument('-v', '--verbose', action='store_true', help='show the dialog, as is done without it')
+    parser.add_argument('--quiet', action='store_true', help='print errors only')
+    parser.add_argument('-v', '--verbose', action='store_true', help='show the dialog, which is the default')
     return parser
 
 
@@ -143,11 +143,11 @@ def _send(arguments: argparse.Namespace) -> int:
 def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
     from pyramid_mailqueue.wiring import build_handler, build_queue
 
-    # Plugins may write down what real mail has become of.
+    # Plugins may record the outcomes of real mail.
     handler = build_handler(replace(_impatient(settings), plugins=()), _look_up)
     handler.retry_policy = OneAttempt()
     if settings.queue == 'maildir' and settings.queue_dir is None:
-        # A [mqrunner] section needs none for this.
+        # A [mqrunner] section needs no queue directory for this.
         from pyramid_mailqueue.queues.memory import MemoryQueue
 
         return MemoryQueue(), handler
@@ -155,13 +155,13 @@ def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
 
 
 def _impatient(settings: Settings) -> Settings:
-    """A person is waiting: the timeouts of the application are for real mail, which must not be sent twice."""
+    """Shorten the timeouts: those of the application are for real mail, which must not be sent twice."""
     names = ('smtp_connect_timeout', 'smtp_timeout', 'smtp_data_timeout')
     return replace(settings, **{name: min(getattr(settings, name), STEP_SECONDS) for name in names})
 
 
 def _look_up(name: str) -> None:
-    """Called with the name of each transport: there is no registry here, and a plain name means one that is in it."""
+    """Raise ConfigurationError for a transport that only the registry of the application has, which is not loaded."""
     if name not in ('smtp', 'inbox') and not {'.', ':'} & set(name):
         raise ConfigurationError(
             f'mailqueue.transports = {name}: only the application knows the transport of this name. '
@@ -176,7 +176,7 @@ def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope
     message = EmailMessage()
     message['Subject'] = f'Test from {host}'
     message['To'] = recipient
-    # RFC 3834: nobody's holiday notice is to answer.
+    # RFC 3834: vacation responders must not answer.
     message['Auto-Submitted'] = 'auto-generated'
     message.set_content(f'{NAME} has sent this from {host}.  If you read it, mail gets through.\n')
     try:
@@ -191,12 +191,12 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        # Nobody has this number, as in many containers.
+        # This user id has no name, as in many containers.
         return 'postmaster'
 
 
 def _attempt(queue: IMailQueue, handler: MessageHandler, envelope: Envelope) -> SendResult | None:
-    """Return what became of the message; None if the rate does not allow to send it now."""
+    """Return the result of the attempt; None if the rate limit allows none now."""
     claim = ClaimForOneAttempt(queue.put_claimed(envelope))
     try:
         return handler.deliver(claim) if handler.may_send(claim) else None
@@ -218,7 +218,7 @@ class OneAttempt:
 
 @implementer(IClaim)
 class ClaimForOneAttempt(Claim):
-    """See `IClaim`.  However it ends, the message is gone then, also if Ctrl-C breaks off the attempt."""
+    """See `IClaim`.  However it ends, the message is removed, even if Ctrl-C interrupts the attempt."""
 
     def __init__(self, claim: IClaim) -> None:
         self._claim = claim
@@ -249,7 +249,7 @@ class ClaimForOneAttempt(Claim):
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP do what Ctrl-C does: the message must not stay behind."""
-    # Who started us may have chosen that we ignore one of them, as nohup does.
+    # The parent process may have set one of them to be ignored, as nohup does.
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     former = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     try:
@@ -259,7 +259,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# --- what is told of it -----------------------------------------------------
+# --- the report -------------------------------------------------------------
 
 
 def _way(settings: Settings) -> str:
@@ -279,10 +279,10 @@ def _rate_is_reached(settings: Settings, handler: MessageHandler) -> str:
 
 
 def _tell(result: SendResult, envelope: Envelope, settings: Settings, dialog: Dialog) -> int:
-    """Tell the outcome, and return the exit status."""
+    """Print the outcome, and return the exit status."""
     trouble, reply = result.trouble, result.replies.get(envelope.recipients[0])
     if reply is not None and reply.accepted:
-        say(f'{NAME}: sent. {result.transport} has taken {envelope.message_id} and said: {reply}')
+        say(f'{NAME}: sent. {result.transport} has accepted {envelope.message_id} and said: {reply}')
         return EX_OK
     for_good = reply.refused if reply is not None else trouble is not None and is_final(dialog.step, trouble)
     said = trouble if reply is None else f'{result.transport} says: {reply}'

@@ -1,8 +1,8 @@
 """
-What a command owes to those who keep it running: word for systemd, and new log files after a rotation.
+A command as a service: notifications for systemd, and new log files after a rotation.
 
-One rule holds for all that it tells, on stdout and stderr, to its log files and to systemd: nothing that is only told
-ends or slows what is done.  What cannot be written at once is left out, and the mail is delivered all the same.
+One rule holds for all output, to stdout and stderr, to log files and to systemd: it neither ends nor slows the
+delivery.  What cannot be written at once is left out, and the mail is delivered all the same.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from pyramid_mailqueue.exceptions import described
 
 __all__ = ['all_handlers', 'guard_logs', 'notify_systemd', 'reopen_log_files', 'steady_outputs', 'stream_at']
 
-#: How long a reader that has stopped to read is waited for, in seconds; after that not at all, until it reads again.
+#: How long to wait for a reader that has stopped reading, in seconds; after that not at all, until it reads again.
 READER_PATIENCE = 0.5
 
-FORMER = 'logging goes on in the former file'
+FORMER = 'logging continues in the old file'
 
 
 def notify_systemd(*states: str, environ: Mapping[str, str] = os.environ) -> bool:
     """
-    Tell systemd how this process is, if systemd has asked for it (``Type=notify``); see sd_notify(3).
+    Notify systemd of the state of this process, if systemd has asked for it (``Type=notify``); see sd_notify(3).
 
     It never waits and never raises.
 
-    :param states: one assignment each: ``READY=1``, ``RELOADING=1``, ``STOPPING=1``, ``STATUS=what a person may read``;
-        line breaks in them become blanks, so that the words of a server cannot be another assignment
-    :return: whether the word is on its way; False where there is no systemd
+    :param states: one assignment each: ``READY=1``, ``RELOADING=1``, ``STOPPING=1``, ``STATUS=free text``; line breaks
+        in them become blanks, so that the reply of a server cannot be another assignment
+    :return: whether the notification was sent; False without systemd
     """
     address = environ.get('NOTIFY_SOCKET', '')
     if not address.startswith(('/', '@')):
         return False
     lines = [' '.join(state.splitlines()) for state in states]
     if 'RELOADING=1' in lines:
-        # Type=notify-reload takes no other word for it: by the time it knows that this is about its own request.
+        # Type=notify-reload requires it: by the time systemd knows that this is about its own request.
         lines.append(f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
     if address.startswith('@'):
-        # Linux has names of sockets that are no files; the kernel writes them with a NUL at the beginning.
+        # An abstract socket of Linux, which is not a file; the kernel writes its name with a NUL at the beginning.
         address = f'\0{address[1:]}'
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -65,7 +65,7 @@ def notify_systemd(*states: str, environ: Mapping[str, str] = os.environ) -> boo
 
 @contextmanager
 def steady_outputs() -> Iterator[None]:
-    """Let no standard stream, and no log handler that is guarded, raise or wait for long within the ``with`` block."""
+    """Keep standard streams and guarded log handlers from raising or waiting for long within the ``with`` block."""
     _open_missing_descriptors()
     try:
         with redirect_stdout(_steady(sys.stdout)), redirect_stderr(_steady(sys.stderr)):
@@ -77,7 +77,7 @@ def steady_outputs() -> Iterator[None]:
 
 
 def _open_missing_descriptors() -> None:
-    """What was closed before this process began is /dev/null: else a queue file would be its stdout or stderr."""
+    """Open closed standard descriptors as /dev/null: else a queue file would become stdout or stderr."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -86,7 +86,7 @@ def _open_missing_descriptors() -> None:
 
 
 def _steady(stream: TextIO | None) -> TextIO:
-    """Return what writes to *stream* by the rule of this module; a stream of a test that has no file as it is."""
+    """Return what writes to *stream* by the rule of this module; *stream* itself if it has no file, as in tests."""
     if stream is None:
         return Path(os.devnull).open('w', encoding='utf-8')
     try:
@@ -96,7 +96,7 @@ def _steady(stream: TextIO | None) -> TextIO:
 
 
 class _SteadyStream:
-    """Writes text to the file of *stream*, past the buffer of that, which would try again what has failed."""
+    """Writes text to the file of *stream*, bypassing its buffer, which would retry failed writes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._fd = stream.fileno()
@@ -117,7 +117,7 @@ class _SteadyStream:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is buffered."""
 
     def _is_ready(self) -> bool:
         self._is_stuck = not _is_writable(self._fd, 0 if self._is_stuck else READER_PATIENCE)
@@ -148,7 +148,7 @@ def stream_at(path: Path) -> TextIO | None:
 
 
 def guard_logs() -> None:
-    """Guard the log handlers that there are now, until the end of :func:`steady_outputs`."""
+    """Guard the log handlers that exist now, until the end of :func:`steady_outputs`."""
     for handler in all_handlers():
         if not _LogGuard.of(handler):
             _LogGuard(handler)
@@ -156,9 +156,9 @@ def guard_logs() -> None:
 
 class _LogGuard:
     """
-    Keeps the trouble of a log handler to itself: one line on stderr when it begins, and one when it is over.
+    Contains the trouble of a log handler: one line on stderr when it begins, and one when it is over.
 
-    Its methods stand in the place of the handler's, and are called with the lock of that held.
+    Its methods replace the handler's, and are called with the handler's lock held.
     """
 
     def __init__(self, handler: Any) -> None:
@@ -167,11 +167,11 @@ class _LogGuard:
         self._error: BaseException | None = None
         name = getattr(handler, 'baseFilename', None) or repr(handler)
         self._writing = _Trouble(f'{name} cannot be written', 'mail is delivered all the same', f'{name} is written')
-        self._moving = _Trouble(f'{name} cannot be opened anew', FORMER, f'{name} is opened anew')
+        self._moving = _Trouble(f'{name} cannot be reopened', FORMER, f'{name} is open')
         handler.emit = self.emit
         handler.handleError = self.note_error
         if hasattr(handler, 'reopenIfNeeded'):
-            # A WatchedFileHandler: it would close the former file first.
+            # A WatchedFileHandler: it would close the old file first.
             handler.reopenIfNeeded = self.follow
 
     @classmethod
@@ -181,7 +181,7 @@ class _LogGuard:
         return guard if isinstance(guard, cls) else None
 
     def remove(self) -> None:
-        """Give the handler its own methods back."""
+        """Restore the handler's own methods."""
         for name in ('emit', 'handleError', 'reopenIfNeeded'):
             vars(self._handler).pop(name, None)
 
@@ -190,7 +190,7 @@ class _LogGuard:
         self._error = None
         with _Contained() as attempt:
             if _is_stuck(self._handler):
-                raise BlockingIOError(errno.EAGAIN, 'nobody reads it')
+                raise BlockingIOError(errno.EAGAIN, 'it is not being read')
             self._emit(record)
         self._writing.see(attempt.error or self._error)
 
@@ -199,7 +199,7 @@ class _LogGuard:
         self._error = sys.exc_info()[1]
 
     def follow(self) -> None:
-        """Go on in a new file if the former was moved away; in the former one for as long as there can be no other."""
+        """Switch to a new file if the old one was moved away; keep the old one while no new one can be opened."""
         stream = self._handler.stream
         if stream is None:
             return
@@ -210,7 +210,7 @@ class _LogGuard:
 
 
 class _Trouble:
-    """What is told of a trouble: once for each reason, and when it is over."""
+    """Reports a trouble: once for each reason, and when it is over."""
 
     def __init__(self, problem: str, consequence: str, relief: str) -> None:
         self._problem = problem
@@ -219,7 +219,7 @@ class _Trouble:
         self._told = ''
 
     def see(self, error: BaseException | None) -> None:
-        """Take note of how it went; None is well."""
+        """Note the outcome; None is success."""
         reason = '' if error is None else _reason(error)
         if reason and reason != self._told:
             _complain(f'{self._problem} ({reason}); {self._consequence}')
@@ -229,7 +229,7 @@ class _Trouble:
 
 
 class _Contained(AbstractContextManager['_Contained']):
-    """Keeps what its ``with`` block raises, unless it is meant for all, such as Ctrl-C."""
+    """Keeps what its ``with`` block raises, and suppresses it if it is an :class:`Exception`, unlike Ctrl-C."""
 
     error: BaseException | None = None
 
@@ -256,7 +256,7 @@ def _is_stuck(handler: logging.Handler) -> bool:
 
 
 def _is_at(path: str, fd: int) -> bool:
-    """Whether the file that is open is still the one of that name."""
+    """Whether the open file is still the one at *path*."""
     with suppress(OSError):
         return os.path.samestat(Path(path).stat(), os.fstat(fd))
     return False
@@ -264,10 +264,10 @@ def _is_at(path: str, fd: int) -> bool:
 
 def reopen_log_files() -> None:
     """
-    Let each file handler go on in a file that is newly opened under its name: what logrotate asks for by SIGHUP.
+    Reopen the file of each file handler under its name, as logrotate asks by SIGHUP.
 
-    A file that cannot be opened is told of on stderr; its handler goes on with the file that it has.  Not to be called
-    from a signal handler: the thread that was interrupted may hold the lock of a log handler.
+    A file that cannot be opened is reported on stderr; its handler keeps the file that it has.  Must not be called from
+    a signal handler: the interrupted thread may hold the lock of a log handler.
     """
     for handler in all_handlers():
         if not isinstance(handler, logging.FileHandler):
@@ -275,11 +275,11 @@ def reopen_log_files() -> None:
         with _Contained() as attempt:
             _reopen(handler)
         if attempt.error is not None:
-            _complain(f'{handler.baseFilename} cannot be opened anew ({_reason(attempt.error)}); {FORMER}')
+            _complain(f'{handler.baseFilename} cannot be reopened ({_reason(attempt.error)}); {FORMER}')
 
 
 def all_handlers() -> Iterable[logging.Handler]:
-    """Return each handler that any logger has, once; and those that a ``MemoryHandler`` stands before."""
+    """Return each handler that any logger has, once; and the targets of handlers such as ``MemoryHandler``."""
     # A copy: other threads may ask for new loggers meanwhile.
     loggers = [logging.root, *list(logging.root.manager.loggerDict.values())]
     handlers = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
@@ -297,9 +297,9 @@ def _reopen(handler: logging.FileHandler) -> None:
         # A file that was not moved away must not be emptied.
         handler.mode = handler.mode.replace('w', 'a').replace('x', 'a')
         if Path(handler.baseFilename).is_fifo():
-            # Whoever opens it waits for a reader.
+            # Opening it would wait for a reader.
             raise OSError(errno.ENXIO, 'it is a pipe')
-        # The new one first: if it cannot be had, there is still the former.
+        # The new one first: if it cannot be opened, the old one remains.
         handler.stream = handler._open()  # noqa: SLF001 - where subclasses, too, open their file; there is no public way
     finally:
         handler.release()

@@ -1,8 +1,8 @@
 """
-The signals that come while a command starts.
+The signals that arrive while a command starts.
 
-Process 1, as which a container runs its command, has no default for SIGTERM: what comes before there is a handler is
-lost, and the container is killed in the end.  So this imports nothing that takes its time.
+Process 1, as which a container runs its command, has no default for SIGTERM: a signal before there is a handler is
+lost, and the container is killed in the end.  So this module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ['EarlySignals']
 
 class EarlySignals:
     """
-    Keeps the signals that come while a command starts, for those who know what to do about them.
+    Keeps the signals that arrive while a command starts, for the handlers that are installed later.
 
     From its creation on; not those that are ignored, as by nohup.
     """
@@ -33,7 +33,7 @@ class EarlySignals:
         self._numbers.append(number)
 
     def hand_over(self, handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> None:
-        """Let *handlers* hear the signals from now on, and first those that have come."""
+        """Install *handlers*, and call them for the signals that have arrived."""
         for number in self._former:
             signal.signal(number, handlers[number])
         while self._numbers:
@@ -41,6 +41,6 @@ class EarlySignals:
             handlers[number](number, None)
 
     def restore(self) -> None:
-        """Let signals do what they did before."""
+        """Restore the former handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The door of ``mq-run``: it hears signals before it imports the rest, which takes its time."""
+"""The entry point of ``mq-run``: catches signals before it imports the rest, which is slow."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ In the application::
 
     config.include('pyramid_mailqueue.dashboard', route_prefix='/mailqueue')
 
-The pages read the queue of the application's mailer and never talk to a mail server.  They need nobody's transaction
-and no database session but the queue's own.  Who may see and do what is the business of the application's security
-policy, for the permissions :data:`VIEW`, :data:`CONTENT` and :data:`CHANGE`.
+The pages read the queue of the application's mailer and never talk to a mail server.  They need no transaction, and no
+database session but the queue's own.  They are protected by the application's security policy, with the permissions
+:data:`VIEW`, :data:`CONTENT` and :data:`CHANGE`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ['CHANGE', 'CONTENT', 'VIEW', 'includeme']
 
-#: Where the pages are if the application does not say it.
+#: The default route prefix of the pages.
 PREFIX = 'mailqueue'
 
 # The order of an action that comes after the one that makes the mailer.
@@ -36,7 +36,7 @@ _AFTER_THE_LAST = 1001
 
 
 def _check(registry: Any) -> None:
-    """Raise ConfigurationError if the pages would be open to everybody, or could not work."""
+    """Raise ConfigurationError if the pages would be unprotected, or could not work."""
     if registry.queryUtility(ISecurityPolicy) is None:
         raise ConfigurationError(
             'pyramid_mailqueue.dashboard needs a security policy: without one, Pyramid lets everybody read and delete '
@@ -85,8 +85,8 @@ def includeme(config: Any) -> None:
 
     Registers routes and views, a static view for the stylesheet, and views for a wrong CSRF token on these routes;
     includes ``pyramid_mailqueue``.  Raises :class:`~.exceptions.ConfigurationError` without Jinja2, and, when the
-    configuration is committed, if there is no security policy, nowhere to keep CSRF tokens, or a queue that tells
-    nothing.
+    configuration is committed, if there is no security policy, nowhere to keep CSRF tokens, or no queue with an
+    ``admin``.
     """
     pages = _make_pages()
     from pyramid_mailqueue.dashboard import change, look

@@ -1,4 +1,4 @@
-"""What the pages do with messages.  Each change is the queue's own, durable before the answer, and in the queue log."""
+"""The pages that change messages.  The queue makes each change: durable before the response, and in the queue log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ['add_views']
 
 
 def change_message(request: Any) -> Page | Response:
-    """Do something with one message, and go to where it is seen."""
+    """Apply the action to one message, and redirect to its page, or to the list after a deletion."""
     action, do = _action(request)
     id_ = id_of(request.matchdict['id'])
     entry = find(admin_of(request), id_)
@@ -45,7 +45,7 @@ def _address_of(request: Any, id_: str, **parts: Any) -> str:
 
 
 def _action(request: Any) -> tuple[str, Callable[[ExactId], QueueEntry]]:
-    """Return what somebody wants to be done, and how: a function of the id of a message."""
+    """Return the requested action, and the function that applies it to the id of a message."""
     action = request.POST.get('action')
     if action not in POSSIBLE:
         raise Unusable('The form does not say what is to be done. Nothing was done.')
@@ -71,11 +71,11 @@ def _is_confirmed(request: Any) -> bool:
 @dataclass(frozen=True)
 class Outcome:
     """
-    What became of one message.
+    The outcome for one message.
 
     :param id: as it was on the page
     :param entry: the message as it is now; None if nothing was done
-    :param problem: why not
+    :param problem: why nothing was done
     """
 
     id: str
@@ -84,7 +84,7 @@ class Outcome:
 
 
 def change_messages(request: Any) -> Page:
-    """Do something with each of several messages, and tell what became of each."""
+    """Apply the action to each of several messages, and show the outcomes."""
     action, do = _action(request)
     tokens = dict.fromkeys(token for token in request.POST.getall('id') if isinstance(token, str))
     if not tokens:
@@ -105,12 +105,12 @@ def change_messages(request: Any) -> Page:
 
 
 def _back(request: Any) -> str:
-    """Return where the messages were selected."""
+    """Return the address of the list on which the messages were selected."""
     return address(request, 'list', _query=request.GET)
 
 
 def _do_each(tokens: list[str], do: Callable[[ExactId], QueueEntry]) -> tuple[list[Outcome], str]:
-    """Those with which it cannot be done do not stop the others; a queue that cannot be used does."""
+    """Apply the action to each; a message for which it is impossible does not stop the others, a broken queue does."""
     outcomes: list[Outcome] = []
     for token in tokens:
         try:
@@ -137,7 +137,7 @@ def _confirmation(request: Any, tokens: list[str]) -> Page:
 
 
 def flush(request: Any) -> Response:
-    """Make everything that waits due now."""
+    """Make all waiting messages due now."""
     user = request.authenticated_userid
     number = admin_of(request).flush()
     log_event(queue_log, logging.INFO, status='by_hand', action='flush', messages=number, user=user)
@@ -145,7 +145,7 @@ def flush(request: Any) -> Response:
 
 
 def add_views(config: Any) -> None:
-    """Register the views for those who change something; the routes are there."""
+    """Register the views that change something; the routes exist already."""
     for route, view in (('message', change_message), ('list', change_messages), ('flush', flush)):
         name = f'mailqueue.{route}'
         config.add_view(answering(view), route_name=name, request_method='POST', permission=CHANGE, require_csrf=True)

@@ -20,16 +20,16 @@ from pyramid_mailqueue.settings import parse_duration
 
 __all__ = ['add_views']
 
-#: So many messages are on one page of a list.
+#: The number of messages on one page of a list.
 PAGE = 100
 
-#: So many are looked at, at most, to find those that somebody wants to see.
+#: At most so many messages are read to fill one page.
 LOOKED_AT = 5_000
 
-#: Up to so many are counted by domain without being asked: each of them has to be read.
+#: Up to so many messages are counted by domain by default: each of them has to be read.
 COUNTED = 2_000
 
-#: So many domains are shown.
+#: The number of domains shown.
 DOMAINS = 20
 
 _WHOLE = re.compile(r'[0-9]{1,9}', re.ASCII)
@@ -40,7 +40,7 @@ _NOT_IN_A_NAME = re.compile(r'[^A-Za-z0-9._-]+')
 
 
 def overview(request: Any) -> Page:
-    """Show how many messages there are: first what is wrong."""
+    """Show the number of messages: first what is wrong."""
     counts, stats = _counts(request), None
     admin = admin_of(request)
     if sum(counts.values()) <= COUNTED or request.GET.get('domains') == 'all':
@@ -124,7 +124,7 @@ _AGES = ('older_than', 'newer_than')
 
 
 def _ages(search: dict[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the ages that somebody has typed, and what is wrong with them."""
+    """Return the ages in the search form, and what is wrong with them."""
     ages, problems = {}, {}
     for name in _AGES:
         if search[name]:
@@ -136,7 +136,7 @@ def _ages(search: dict[str, str]) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def _read(entries: Iterable[QueueEntry], choice: Choice, now: float, start: int) -> Slice:
-    """Read no more of the queue than the page needs, and no more than a person waits for."""
+    """Read no more of the queue than the page needs, and at most :data:`LOOKED_AT` messages."""
     found: list[QueueEntry] = []
     position = 0
     for position, entry in enumerate(entries, 1):
@@ -153,7 +153,7 @@ def _read(entries: Iterable[QueueEntry], choice: Choice, now: float, start: int)
 
 
 def show_message(request: Any) -> Page:
-    """Show all there is to know of a message; its content to those who may read it."""
+    """Show all that is known about a message; its content only with the permission :data:`CONTENT`."""
     admin = admin_of(request)
     entry = find(admin, id_of(request.matchdict['id']))
     contents = None
@@ -165,7 +165,7 @@ def show_message(request: Any) -> Page:
 
 
 def download(request: Any) -> Response:
-    """Give a message out, byte for byte."""
+    """Return a message, byte for byte."""
     admin = admin_of(request)
     entry = find(admin, id_of(request.matchdict['id']))
     kind = 'application/octet-stream' if entry.state == 'corrupt' else 'message/rfc822'
@@ -177,7 +177,7 @@ def download(request: Any) -> Response:
 
 
 def add_views(config: Any) -> None:
-    """Register the routes of the dashboard, and the views for those who look."""
+    """Register the routes of the dashboard, and the views that only show."""
     config.add_route('mailqueue.overview', '', inherit_slash=True)
     config.add_route('mailqueue.overview.slash', '/')
     config.add_route('mailqueue.flush', '/flush')

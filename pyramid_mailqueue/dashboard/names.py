@@ -1,8 +1,8 @@
 """
 The ids of messages in addresses and forms.
 
-An id is the name of a file in most queues, and somebody else may have made it: it can hold whatever a file's name can,
-even bytes that are no text.  Such a one is encoded; all others stay as people know them.
+An id is the name of a file in most queues, and another program may have chosen it: it can hold whatever a file name
+can, even bytes that are not text.  Such an id is encoded; all others stay readable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAIN = re.compile(r'[A-Za-z0-9][A-Za-z0-9._,=+@-]*')
 
 
 def token_of(id: str) -> str:
-    """Return what stands for *id* in an address, or in a form."""
+    """Return what represents *id* in an address, or in a form."""
     if _PLAIN.fullmatch(id):
         return id
     return '~' + urlsafe_b64encode(id.encode('utf-8', 'surrogatepass')).decode('ascii').rstrip('=')
@@ -28,10 +28,10 @@ def token_of(id: str) -> str:
 
 def id_of(token: str) -> ExactId:
     """
-    Return the id for which *token* stands.  Raises NoSuchMessage.
+    Return the id that *token* represents.  Raises NoSuchMessage.
 
-    Exactly that: a page was made some time ago, and if its message is gone now its dead letter may be the only one
-    whose id begins so, which is not the one somebody has pressed a button for.
+    It is matched exactly: a page may be old, and if its message is gone, its dead letter may be the only one whose id
+    begins so, and the button was not pressed for that one.
     """
     if not token.startswith('~'):
         return ExactId(token)
@@ -43,7 +43,7 @@ def id_of(token: str) -> ExactId:
 
 
 def find(admin: IQueueAdmin, id: ExactId) -> QueueEntry:
-    """Return the message of this very id.  Raises NoSuchMessage, in words for who has pressed a button."""
+    """Return the message with exactly this id.  Raises NoSuchMessage, with a text for the page."""
     try:
         return admin.find(id)
     except NoSuchMessage as error:

@@ -1,7 +1,7 @@
 """
-From what a view has found out to a response: templates, headers, and pages for errors.
+Makes responses of what the views return: templates, headers, and error pages.
 
-The templates have an environment of their own, because an application may have changed what pyramid_jinja2 has: here
+The templates have an environment of their own, because an application may have changed that of pyramid_jinja2: here
 everything is escaped, whatever the application does with its templates.
 """
 
@@ -27,7 +27,7 @@ from pyramid_mailqueue.queues.entries import QueueEntry
 
 __all__ = ['Page', 'Pages', 'Unusable', 'address', 'admin_of', 'answering', 'wrong_token']
 
-#: What everything that the dashboard answers tells the browser: keep nothing, run nothing, load the stylesheet only.
+#: The headers of all responses of the dashboard: the browser keeps nothing, runs nothing, loads the stylesheet only.
 HEADERS = {
     'Cache-Control': 'no-store',
     'Content-Security-Policy': "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; "
@@ -38,15 +38,15 @@ HEADERS = {
 
 _KEY = 'pyramid_mailqueue.dashboard.pages'
 
-# Where an address may go on in the next line: before a sign that joins two words, and after a comma; in the midst of a
-# word only if that is longer than a column of a table should have to be.
+# Where an address may be broken: before a sign that joins two words, and after a comma; inside a word only if that is
+# longer than a column of a table should be.
 _PIECE = re.compile(r'[@.+_-]?[^@.,+_-]{1,20},?|[@.,+_-]')
 
 
 @dataclass(frozen=True)
 class Page:
     """
-    A page that is to be made.
+    A page to be rendered.
 
     :param template: the name of its template
     :param values: what the template shows
@@ -59,11 +59,11 @@ class Page:
 
 
 class Unusable(Exception):
-    """What a browser has sent cannot be understood; the text says it to a person."""
+    """The request of a browser cannot be understood; the page shows the text."""
 
 
 class Pages:
-    """Makes responses; one for each application."""
+    """Renders pages; one instance for each application."""
 
     def __init__(self) -> None:
         self._templates = Environment(
@@ -112,9 +112,9 @@ class Pages:
 
 
 def _reply_of(request: Any, entry: QueueEntry) -> str:
-    """Return what a server has said; of a corrupt file, what is wrong with it, which may quote its content."""
+    """Return the last reply of a server; of a corrupt file, what is wrong with it, which may quote its content."""
     if entry.state == 'corrupt' and not request.has_permission(CONTENT):
-        return 'It cannot be read. Why, only those are told who may read contents.'
+        return 'It cannot be read. The reason is shown only with the permission to read contents.'
     return entry.last_reply
 
 
@@ -124,13 +124,13 @@ def _shown(value: object) -> object:
 
 
 def with_headers(response: Response) -> Response:
-    """Return *response* with what everything here tells the browser."""
+    """Return *response* with the headers of all responses here."""
     response.headers.update(HEADERS)
     return response
 
 
 def address(request: Any, name: str, **parts: Any) -> str:
-    """Return the path to a page of the dashboard; ``_query`` is the search, without what cannot be in an address."""
+    """Return the path to a page of the dashboard; ``_query`` is the search; what an address cannot hold is replaced."""
     if '_query' in parts:
         query = parts['_query'].items()
         parts['_query'] = [(key, str(value).encode('utf-8', 'replace').decode()) for key, value in query]
@@ -139,12 +139,12 @@ def address(request: Any, name: str, **parts: Any) -> str:
 
 
 def admin_of(request: Any) -> IQueueAdmin:
-    """Return what a person may see and do in the queue of the application."""
+    """Return the `IQueueAdmin` of the application's queue."""
     admin: IQueueAdmin = request.registry.getUtility(IMailer).queue.admin
     return admin
 
 
-# --- errors are for people ----------------------------------------------------
+# --- errors -------------------------------------------------------------------
 
 _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (NoSuchMessage, 404, 'There is no such message'),
@@ -155,7 +155,7 @@ _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
 
 
 def answering(view: Callable[[Any], Page | Response]) -> Callable[[Any], Response]:
-    """Return a view for Pyramid that makes a response of what *view* returns, and of what goes wrong in it."""
+    """Return a view for Pyramid that makes a response of what *view* returns, or of its error."""
 
     def answer(request: Any) -> Response:
         pages = Pages.of(request)
@@ -163,7 +163,7 @@ def answering(view: Callable[[Any], Page | Response]) -> Callable[[Any], Respons
             found = view(request)
             return with_headers(found) if isinstance(found, Response) else pages.response(request, found)
         except UnicodeDecodeError:
-            # Of WebOb, which reads what stands behind the "?" when it is asked for.
+            # From WebOb, which decodes the query string when it is accessed.
             return pages.response(request, _error(Unusable('The address of this page is not in UTF-8.')))
         except (MailqueueError, Unusable) as error:
             return pages.response(request, _error(error))

@@ -1,4 +1,4 @@
-"""The three permissions that the security policy of an application grants, or not."""
+"""The three permissions that the security policy of an application grants or denies."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ VIEW = 'mailqueue.view'
 #: To see the header and the body of a message, its subject too: there may be a link in it that sets a password.
 CONTENT = 'mailqueue.content'
 
-#: To do something with messages.
+#: To retry, hold, unhold, release, delete and flush messages.
 CHANGE = 'mailqueue.change'

@@ -1,22 +1,22 @@
 """
-Who tries the mail of a transaction that has just committed.
+What delivers the mail of a transaction that has just committed.
 
 ``inline``
     The thread of the request, before it returns.
 
 ``background``
-    One delivery thread for each mailer of the process.  It is started with the first mail after a fork, uses a warm
-    SMTP session again, sends in a stream what comes fast, and takes at most :data:`MAX_CLAIMS` claims; what is beyond
-    that waits for mq-run.  It ends when there was nothing to do for :data:`IDLE` seconds, or when its mailer is gone.
-    A message is begun when its turn comes: what only waits for the thread is no orphan if the process dies.
+    One delivery thread for each mailer of the process.  It is started with the first mail after a fork, reuses a warm
+    SMTP session, streams messages that come fast, and takes at most :data:`MAX_CLAIMS` claims; more than that wait for
+    mq-run.  It ends after :data:`IDLE` seconds without work, or when its mailer is gone.  A message is begun when its
+    turn comes: what only waits for the thread is no orphan if the process dies.
 
 ``queue``
-    Nobody; there is no dispatcher for it.
+    Nothing; there is no dispatcher for it.
 
 When the process ends, a line of the log says how many messages its thread leaves to mq-run.
 
 While the server is in trouble, or ``mailqueue.rate_limit`` allows no more, a message is released at once: it waits, as
-it was, where mq-run finds it.  The delivery thread comes back to it after that, if nobody else has taken it by then.
+it was, where mq-run finds it.  The delivery thread claims it again after that, if it still waits then.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAX_CLAIMS = 256
 #: How long the end of the process may wait for the message in hand, in seconds.
 PATIENCE = 5
 
-#: And how long, when its connection was broken off, for the thread to give back what it has.
+#: And how long, when its connection was broken off, for the thread to release what it has, in seconds.
 LAST_PATIENCE = 1
 
 #: How long the end of the process waits for a queue that does not answer, when the thread has ended, in seconds.
@@ -77,7 +77,7 @@ class InlineDispatcher:
         try:
             _Delivery(self._handler, lambda: left.popleft() if left else None).work()
         finally:
-            # A request can be cut short in the middle (by the timeout of its server): nobody comes back to the others.
+            # A request can be cut short in the middle (by the timeout of its server): the other claims end, too.
             for claim in claims:
                 claim.release()
             self._mail_queue.flush()
@@ -93,7 +93,7 @@ def _do_nothing(*_: object) -> None:
 
 class _Delivery:
     """
-    One thread that delivers what a dispatcher has: its `Claims`.
+    One thread that delivers what a dispatcher has; see `Claims`.
 
     :param next_claim: returns None if there is no more at once
     :param postpone: called with a claim that has ended because its message could not be tried now
@@ -123,9 +123,9 @@ class _Delivery:
 
     def work(self) -> None:
         """
-        Deliver until there is nothing more to do.  A defect ends no more than the attempts at what is in hand.
+        Deliver until there is nothing more to do.  A defect ends only the attempts at what is in hand.
 
-        What is no Exception (Ctrl-C, the time limit of a server) is somebody's wish to end, and ends this.
+        What is no Exception (Ctrl-C, the time limit of a server) is a request to end, and ends this.
         """
         while True:
             try:
@@ -149,7 +149,7 @@ class _Delivery:
                 if result.trouble is not told and not self.is_over:
                     log.warning('%s %s', result.trouble, what_waits(claim.id, result))
                 told = result.trouble
-                # What the server broke off in the midst of is left to mq-run, which tries it behind all others.
+                # A message during which the server broke off is left to mq-run, which tries it behind all others.
                 if self._handler.rests_for or not result.trouble.in_message:
                     self._postpone(claim)
                 else:
@@ -167,7 +167,7 @@ class _Delivery:
 
     @property
     def left(self) -> int:
-        """How many messages were given back undelivered, or are in hand."""
+        """How many messages were released undelivered, or are in hand."""
         return self._left + len(self._in_hand)
 
     # --- see `Claims` ---
@@ -254,7 +254,7 @@ class BackgroundDispatcher:
         """
         In a forked child: the thread, and what waits for it, are the parent's.
 
-        Seen by the process id, because not every server that forks tells Python of it (uWSGI does not).
+        Seen by the process id, because not every server that forks notifies Python (uWSGI does not).
         """
         if self._pid != os.getpid():
             self._start_anew()
@@ -285,7 +285,7 @@ class BackgroundDispatcher:
             return True
 
     def _postpone(self, claim: IClaim) -> None:
-        """Have the thread come back to a released claim after the pause, if it is a pause that made it wait."""
+        """Have the thread claim a released message again after the pause, if it is a pause that made it wait."""
         with self._lock:
             if self._closing or not self._handler.rests_for or not self._has_thread():
                 self._left += 1
@@ -307,11 +307,10 @@ class BackgroundDispatcher:
             self._left += 1
 
     def _has_thread(self) -> bool:
-        """Start the thread if there is none; False if that cannot be."""
+        """Start the thread if there is none; False if that fails."""
         if self._thread is not None and self._thread.is_alive():
             return True
-        # A daemon: the interpreter waits for other threads before it calls what atexit knows, which is where this one
-        # is told to end.
+        # A daemon: the interpreter waits for other threads before it runs the functions of atexit, which end this one.
         claims = self._claims
         reference = weakref.ref(self, lambda _: claims.put(None))
         arguments = (reference, claims, self._handler)
@@ -329,7 +328,7 @@ class BackgroundDispatcher:
         """
         Deliver *claim*, and what else there is; return how many seconds to wait for more.
 
-        Called by the delivery thread.  Whatever happens to it there, it goes on with what waits.
+        Called by the delivery thread, which goes on with what waits, whatever happens here.
         """
         self._next = claim
         self._delivery = delivery = _Delivery(
@@ -346,7 +345,7 @@ class BackgroundDispatcher:
             log.critical('The delivery thread was about to end, and goes on', exc_info=True)
         with self._lock:
             self._left += delivery.left
-            # It knows this object, which nobody else may need any more.
+            # It refers to this object, which may not be needed any more.
             self._delivery = None
         return max(self._handler.rests_for, self._queue_pause.remaining) if self._postponed else self._idle
 
@@ -379,13 +378,13 @@ class BackgroundDispatcher:
             return True
 
     def _resumed_claim(self) -> IClaim | None:
-        """Return what waits since a server's trouble, if that is over and nobody else has taken it."""
+        """Return a claim of what waits since a server's trouble, if that is over and it can still be claimed."""
         while self._postponed and not (self._handler.rests_for or self._queue_pause.remaining):
             try:
                 claim = self._mail_queue.claim(self._postponed[0])
             except MailqueueError as error:
                 if not self._queue_pause.is_in_trouble:
-                    log.error('%s Mail that was put off waits in it, until it is back.', error)
+                    log.error('%s Postponed mail waits in it, until it is back.', error)
                 self._queue_pause.begin(ServerTrouble(str(error)))
                 return None
             self._queue_pause.end()
@@ -398,8 +397,8 @@ class BackgroundDispatcher:
         """
         See `IDispatcher`.
 
-        Waits for the message in hand, but not for ever: then its connection is broken off.  Over a transport that
-        cannot be broken off it stays claimed until the process has ended, and the next mq-run takes it up.
+        Waits for the message in hand, but not for ever: then its connection is broken off.  With a transport that
+        cannot be broken off it stays claimed until the process has ended, and the next mq-run claims it.
         """
         with self._lock:
             self._forget_parent()
@@ -417,7 +416,7 @@ class BackgroundDispatcher:
                 thread.join(LAST_PATIENCE)
         self._mail_queue.hurry(QUEUE_PATIENCE)
         self._mail_queue.flush()
-        # Somebody else may still use the queue.
+        # The queue may still be in use.
         self._mail_queue.hurry(math.inf)
         if thread is None or not thread.is_alive():
             self._handler.close()
@@ -429,7 +428,7 @@ class BackgroundDispatcher:
             left += self._delivery.left
         if left:
             log.warning(
-                'Messages left in the queue for mq-run, because this process stops to deliver: %d. In a script set '
+                'Messages left in the queue for mq-run, because this process stops delivering: %d. In a script set '
                 'mailqueue.delivery = inline, which delivers them before the commit returns.',
                 left,
             )
@@ -453,9 +452,9 @@ _Waiting = queue.SimpleQueue[tuple[BackgroundDispatcher, IClaim] | None]
 
 def _run(reference: weakref.ref[BackgroundDispatcher], claims: _Waiting, handler: MessageHandler) -> None:
     """
-    Be the delivery thread.
+    Run the delivery thread.
 
-    It keeps its dispatcher alive only while there is something to do: when nobody can send any more, it ends.
+    It keeps its dispatcher alive only while there is something to do, and ends when the dispatcher is gone.
     """
     waiting: tuple[BackgroundDispatcher | None, IClaim | None] | None = (reference(), None)
     while True:

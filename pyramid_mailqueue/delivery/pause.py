@@ -1,8 +1,8 @@
 """
-The rest that a transport is given after its server's trouble.
+The back-off of a transport after its server's trouble.
 
 An outage must not cost a connection attempt for each message: the first trouble begins a pause of five seconds, and
-each further one that follows without a success between them one of twice that, up to five minutes.
+each further one without a success in between a pause of twice the length, up to five minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ['Pause']
 
 class Pause:
     """
-    Whether something rests, and because of which trouble.  May be used from any thread.
+    Whether there is a pause, and because of which trouble.  May be used from any thread.
 
     :param first: the length of the first pause, in seconds
     :param longest: no pause is longer, in seconds
@@ -41,9 +41,9 @@ class Pause:
 
     @property
     def trouble(self) -> ServerTrouble | None:
-        """The trouble that it rests because of; None if it does not rest now."""
+        """The trouble that began the present pause; None if there is none."""
         if self._trouble is None:
-            # As nearly always; and asked for each message.
+            # The usual case, checked for each message.
             return None
         with self._lock:
             return self._trouble if self._clock() < self._until else None
@@ -56,7 +56,7 @@ class Pause:
 
     @property
     def remaining(self) -> float:
-        """How long it still rests, in seconds."""
+        """How long the pause still lasts, in seconds."""
         with self._lock:
             return max(0.0, self._until - self._clock())
 
@@ -71,7 +71,7 @@ class Pause:
             self._until = now + self._length
 
     def end(self) -> None:
-        """There was a success: no pause, and the next one is short again."""
+        """Note a success: the pause ends, and the next one is short again."""
         if self._trouble is None:
             return
         with self._lock:

@@ -1,5 +1,5 @@
 """
-Whoever wants to hear of deliveries: receivers of blinker signals, and plugins that bring them along.
+The receivers of blinker signals about deliveries, and the plugins that connect them.
 
 A plugin is an entry point of the group ``mailqueue.plugins``, written for the Puzzle Plugin System: a module with
 ``initialize(context, registry)`` and ``terminate(context)``, or a class or function that returns an object with both.
@@ -10,13 +10,13 @@ In ``initialize`` it connects its receivers::
 
     def on_failure(sender, msg, send_result): ...
 
-A receiver of ``delivery_failed`` may end a message by returning ``MQAction.DISCARD``.  So these are asked *before* the
-claim is settled: nobody else can take the message meanwhile, and the answer always has its effect.  Who has accepted
-the message in this attempt is written down before they are asked.  If the process dies in a receiver the message is
-an orphan, and is tried again for those who had deferred it: it can neither be lost nor reach anybody twice.  Receivers
-of ``delivery_successful`` have nothing to decide, and are called when the message has been settled.
+A receiver of ``delivery_failed`` may end a message by returning ``MQAction.DISCARD``.  So these are called *before* the
+claim is settled: the message cannot be claimed meanwhile, and the answer always takes effect.  Which recipients have
+the message after this attempt is recorded before that.  If the process dies in a receiver the message is an orphan, and
+is tried again for the deferred recipients: it can neither be lost nor reach a recipient twice.  Receivers of
+``delivery_successful`` have nothing to decide, and are called when the claim has been settled.
 
-All are called in the thread that delivers.  What they raise is logged by their name, and changes nothing.
+All are called in the thread that delivers.  What a receiver raises is logged with its name, and changes nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from blinker import Signal
 
     class SignalRegistry:
-        """What is used of the one of puzzle_plugins, which publishes no types."""
+        """What is used of that of puzzle_plugins, which publishes no types."""
 
         def signal(self, signal_name: str) -> Signal: ...
         def connect(self, signal_name: str, handler: Callable[..., object]) -> None: ...
@@ -92,7 +92,7 @@ class MQAction(_Word):
 @dataclass(frozen=True)
 class PluginMessage:
     """
-    A message, as receivers are told of it.
+    A message, as receivers get it.
 
     :param id: its name in the queue; ``''`` if it is in none
     :param envelope: the recipients that the signal is about, and the content
@@ -138,7 +138,7 @@ class PluginMessage:
 
 class PluginRegistry(SignalRegistry):
     """
-    Where receivers are connected, and the plugins that were asked to connect theirs.
+    The connected receivers, and the plugins that connect them.
 
     :param patience: how long to wait for one plugin, in seconds
     """
@@ -160,13 +160,13 @@ class PluginRegistry(SignalRegistry):
         """
         Initialise the plugins of these *names*, ``'*'`` for every one that is installed, unless that is done already.
 
-        Returns when all of them can hear.  One that is broken or missing, or that takes too long, is logged by its name
-        and stops no other.
+        Returns when all of them have connected their receivers.  One that is broken or missing, or that takes too long,
+        is logged with its name and stops no other.
         """
         if self._ready.issuperset(names):
             return
         if isinstance(threading.current_thread(), _LoadingThread):
-            # A plugin sends mail while it is initialised; whoever has called for it waits for it.
+            # A plugin sends mail while it is initialised; the first load() is waiting for it.
             return
         with self._lock:
             new = set(names) - self._asked
@@ -186,9 +186,9 @@ class PluginRegistry(SignalRegistry):
         plugin.load(self._patience)
 
     def terminate(self) -> None:
-        """Let the plugins write down what they have collected; who delivers after that loads them again."""
+        """Let the plugins save what they have collected; the next delivery loads them again."""
         with self._lock:
-            # Those that hang still are loading, and would do the same again.
+            # Those that hang are still loading, and would hang again.
             hanging = {name: plugin for name, plugin in self._plugins.items() if plugin.is_loading}
             ready = [plugin for plugin in self._plugins.values() if plugin not in hanging.values()]
             self._plugins, self._asked, self._ready = hanging, set(hanging), frozenset(hanging)
@@ -244,7 +244,7 @@ class _Plugin:
             plugin = found() if callable(found) else found
             plugin.initialize(self._context, self._registry)
         except BaseException:
-            # Whatever it is, it ends this thread only, and nobody but the log hears of it.
+            # Whatever it is, it ends this thread only, and is only logged.
             log.exception('The plugin %s cannot be loaded', self._name)
         else:
             self._plugin = plugin

@@ -1,8 +1,8 @@
 """
-What is told of one attempt: to plugins, to the logs, and to the subscribers of an application.
+The report of one attempt: to plugins, to the logs, and to the subscribers of an application.
 
-Receivers of ``delivery_failed`` are heard before the claim is settled, because they may decide about the message (see
-:mod:`~.plugins`); everything else is told after that.
+Receivers of ``delivery_failed`` are called before the claim is settled, because they may decide about the message (see
+:mod:`~.plugins`); everything else is reported after that.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Account(NamedTuple):
     One attempt at a message, when it is over.
 
     :param id: the name of the message in its queue; ``''`` if it is in none
-    :param envelope: the message, with those whom it was open for
+    :param envelope: the message, with the recipients that were open
     :param answers: what each transport said, in their order
     :param attempts: how many were made before this one
     :param queued_at: when the message came into the queue, in seconds since the epoch
-    :param now: the same, of the attempt
+    :param now: when the attempt was made, likewise
     """
 
     id: str
@@ -61,24 +61,24 @@ class Account(NamedTuple):
 
 @cache
 def plugins() -> ModuleType:
-    """Imported with the first message: it takes a good part of the time of a run that has nothing to do."""
+    """Imported with the first message: it would take a good part of the time of an idle run."""
     from pyramid_mailqueue.delivery import plugins
 
     return plugins
 
 
 def has_failed(settlement: Settlement) -> bool:
-    """Whether somebody has to wait because of this attempt, or is given up."""
+    """Whether a recipient has to wait because of this attempt, or is given up."""
     return bool(settlement.burials or (settlement.waiting and settlement.counted))
 
 
 def heed_plugins(account: Account, result: SendResult, before: Callable[[], None]) -> SendResult:
     """
-    Tell the receivers of ``delivery_failed``, and return *result* with what follows from their answers.
+    Call the receivers of ``delivery_failed``, and return *result* with what follows from their answers.
 
-    They are told what this attempt has done, so their result is false, and not queued, also if the message waits.
+    They get the result of this attempt alone, so it is false, and not queued, also if the message waits.
 
-    :param result: the outcome, with the settlement that is going to be
+    :param result: the outcome, with the intended settlement
     :param before: called before the first of them, if there is any
     """
     room = plugins()
@@ -111,7 +111,7 @@ def tell(
     account: Account, result: SendResult, settlement: Settlement, notify: Callable[[MailEvent], None] | None
 ) -> None:
     """
-    Tell of an attempt that is over, and settled.
+    Report an attempt that is over, and settled.
 
     :param notify: called with each event; must not raise
     """
@@ -129,7 +129,7 @@ def tell(
 
 
 def _success(account: Account, result: SendResult) -> SendResult:
-    """Return the part of *result* that is true."""
+    """Return the successful part of *result*."""
     return replace(
         result,
         replies={recipient: result.replies[recipient] for recipient in result.accepted},
@@ -147,7 +147,7 @@ class _Outcome(NamedTuple):
 
     :param status: ``sent``, ``queued`` (elsewhere), ``deferred``, ``buried`` or ``discarded``; in the place of the last
         three ``unsettled`` if that cannot be written
-    :param via: the transport that had the last word
+    :param via: the transport that replied last
     :param smtp: what a server said
     :param error: what else went wrong
     """

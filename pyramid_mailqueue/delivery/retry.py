@@ -36,8 +36,8 @@ class ExponentialBackoff:
     :param first: how long to wait after the first attempt
     :param longest: no wait is longer than this
     :param lifetime: a message that is older, counted from when it came into the queue, is given up at its next failure
-    :param jitter: by which part of itself a wait may be longer or shorter, so that what failed together does not come
-        back together
+    :param jitter: by which fraction a wait may be longer or shorter, so that messages that failed together are not
+        retried together
     """
 
     first: float = 300
@@ -57,7 +57,7 @@ class ExponentialBackoff:
         is_over = now - queued_at >= self.lifetime
         stumbled = result.trouble is not None and result.trouble.in_message
         if not replies and not (is_over and stumbled):
-            # The server's trouble ended it before anything was said of these.
+            # The server's trouble ended the attempt before there was a reply for these.
             return Settlement(waiting=still_open, counted=False, stumbled=stumbled, burials=burials)
         if is_over:
             last = f'reply was: {replies[-1]}' if replies else f'trouble was: {result.trouble}'
@@ -78,12 +78,12 @@ class ExponentialBackoff:
         return wait * (1 + self.jitter * (2 * share - 1))
 
 
-#: Everybody has it.
+#: All recipients have the message.
 _DELIVERED = Settlement()
 
 
 def refusals(recipients: Sequence[str], result: SendResult) -> tuple[Burial, ...]:
-    """Return a burial for each thing that was said, of everybody of whom it was said."""
+    """Return a burial for each different refusal, with all of its recipients."""
     by_reason: dict[str, list[str]] = {}
     for recipient in recipients:
         reply = result.replies.get(recipient)

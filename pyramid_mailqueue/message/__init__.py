@@ -1,1 +1,1 @@
-"""A message: the addresses it goes to, its header and its content, and how it is made of what a program has."""
+"""Messages: their addresses, header and content, and how they are made of the objects of a program."""

@@ -3,7 +3,7 @@ Mail addresses: what may stand in an SMTP envelope, and how addresses are read o
 
 An address that passes :func:`check_address` cannot break out of ``MAIL FROM:<…>``, ``RCPT TO:<…>`` or a line of the
 queue file: it holds no control, and no blank, comma or angle bracket outside of a quoted local part.  Beyond that the
-check is as liberal as mail is in real life; whether a mailbox exists only its server can tell.
+check is as liberal as mail is in real life; only its server knows whether a mailbox exists.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_address(address: str) -> str:
     return _check(address)
 
 
-# On its way a message has its addresses checked wherever they could have come in.
+# Cached: the addresses of a message are checked at each place where they may enter.
 @lru_cache(maxsize=1024)
 def _check(address: str) -> str:
     if len(address) <= MAX_ADDRESS_OCTETS and _ORDINARY_ADDRESS.fullmatch(address) and '=?' not in address:
@@ -62,7 +62,7 @@ def _check(address: str) -> str:
 
 
 def needs_smtputf8(address: str) -> bool:
-    """Tell whether the local part is not ASCII, so that every server on the way needs SMTPUTF8 (RFC 6531)."""
+    """Whether the local part is not ASCII, so that every server on the way needs SMTPUTF8 (RFC 6531)."""
     return not address.rpartition('@')[0].isascii()
 
 
@@ -169,10 +169,10 @@ def split_addresses(text: str) -> list[str]:
 
 
 def at_least_one(recipients: Iterable[str]) -> tuple[str, ...]:
-    """Return *recipients*, each once.  Raises :class:`~.exceptions.NoRecipients` if there is nobody."""
+    """Return *recipients*, each once.  Raises :class:`~.exceptions.NoRecipients` if there are none."""
     unique = tuple(dict.fromkeys(recipients))
     if not unique:
-        raise NoRecipients('There is nobody to send the message to: give it a To, Cc or Bcc, or pass recipients=.')
+        raise NoRecipients('The message has no recipients: give it a To, Cc or Bcc, or pass recipients=.')
     return unique
 
 
@@ -261,7 +261,7 @@ def parse_address_list(value: str) -> list[AddressGroup]:
     """
     Return what is in the *value* of a header field such as ``To``.  Encoded words in names stay encoded.
 
-    A mailbox without a name has the comment beside it for one, as mail had once: ``ada@example.org (Ada)``.
+    A mailbox without a name takes the comment beside it, as in old mail: ``ada@example.org (Ada)``.
 
     Raises :class:`~.exceptions.AddressError` as :func:`parse_header_addresses`.
     """
@@ -314,7 +314,7 @@ def _address_tokens(value: str) -> list[tuple[str, str]]:
 
 
 def _what_is_wrong(tokens: list[tuple[str, str]]) -> str:
-    """Return what a person may mend in a list of addresses that is none."""
+    """Return what to correct in *tokens*, which are not a list of addresses."""
     shape = ''.join(kind for kind, _ in tokens)
     for match in _ITEM.finditer(shape):
         item = match[0]

@@ -1,14 +1,14 @@
 """
 The bytes of a message object, with CRLF line ends.
 
-What a reader of the mail gets is what the program has set.  The generator of :mod:`email` does not hold that in all of
+The reader of the mail gets what the program has set.  The generator of :mod:`email` does not guarantee that in all of
 its versions, and it reads the header by other rules than the message's own, so the tree is written here:
 
 * A header field goes out as :mod:`~.fields` writes it; one that was parsed, byte for byte.
-* A body that not every server takes, with 8-bit octets or with lines of more than 998, is encoded.  Only where a
+* A body that not every server accepts, with 8-bit octets or with lines of more than 998, is encoded.  Only where a
   signature covers it, it stays as it is.
 * The delimiters of a multipart are those that its ``Content-Type`` names.
-* ``Return-Path`` is the business of the server that delivers (RFC 5321 section 4.4), and does not leave.
+* ``Return-Path`` is added by the server that delivers (RFC 5321 section 4.4), and is not sent.
 """
 
 from __future__ import annotations
@@ -95,21 +95,21 @@ class _Composer:
 
         :param fields: its header; by default all of it
         :param is_top: whether it is the whole message
-        :param default_type: what it is where it does not say so
+        :param default_type: its type if it names none
         :param signed_for: see :func:`~.fields.field_bytes`; the body stays as it is, too
         """
         fields = list(part.raw_items()) if fields is None else fields
         if signed_for is None and _get(fields, 'dkim-signature') is not None:
             signed_for = LINE_SHOULD
         own = [*fields]
-        # The body may have a say in the header.
+        # Making the body may change the fields.
         body = self._body(part, fields, content_type(_get(fields, 'content-type'), default_type), signed_for)
         if is_top and fields != own and _get(fields, 'mime-version') is None:
             fields.append(('MIME-Version', '1.0'))
         return b''.join([*(self._field(name, value, signed_for) for name, value in fields), b'\r\n', body])
 
     def _field(self, name: str, value: object, signed_for: int | None) -> bytes:
-        # It was added when the others had been signed.
+        # It was added after the others had been signed.
         is_signature = name.lower() == 'dkim-signature'
         return field_bytes(name, value, utf8=self._utf8, signed_for=None if is_signature else signed_for)
 
@@ -182,7 +182,7 @@ _ENCODINGS = frozenset({'quoted-printable', 'base64', 'x-uuencode', 'uuencode', 
 
 
 def _leaf(part: Message, data: bytes, fields: _Fields, kind: str, signed_for: int | None) -> bytes:
-    """Return the body of a part that has no parts; where it has to be encoded, *fields* say so."""
+    """Return the body of a part that has no parts; if it has to be encoded, that is noted in *fields*."""
     body = normalize_line_ends(data)
     has_lines = not kind.startswith('text/') or _has_lines(charset_of(_get(fields, 'content-type')))
     if signed_for is not None or (has_lines and _can_go(body)):
@@ -197,7 +197,7 @@ def _leaf(part: Message, data: bytes, fields: _Fields, kind: str, signed_for: in
 
 
 def _can_go(body: bytes) -> bool:
-    """Whether every server takes *body*: 7-bit, without NUL, no line too long (RFC 5321 section 4.5.3.1.6)."""
+    """Whether every server accepts *body*: 7-bit, without NUL, no line too long (RFC 5321 section 4.5.3.1.6)."""
     return body.isascii() and b'\0' not in body and max(map(len, body.split(b'\r\n'))) <= LINE_MUST
 
 
@@ -218,7 +218,7 @@ def _content(part: Message, data: bytes, encoding: str) -> bytes:
             f'A part of the message has the Content-Transfer-Encoding {ascii(encoding[:100])}, which is unknown, and a '
             'body that not every server takes. Let EmailMessage.set_content() encode it.'
         )
-    # It is not changed by that: what the library finds wrong with it is put into a list of its own.
+    # A copy with its own list of defects, so that *part* is not changed.
     twin = copy.copy(part)
     twin.defects = []
     twin.set_payload(_ascii_of(data, encoding))
@@ -235,7 +235,7 @@ def _ascii_of(data: bytes, encoding: str) -> str:
 
 
 def _encoded_text(lines: bytes) -> tuple[str, bytes]:
-    """Return the better Content-Transfer-Encoding of *lines*, which end in CRLF, and them in it."""
+    """Return the shorter Content-Transfer-Encoding of *lines*, which end in CRLF, and the encoded lines."""
     quoted, base64 = b2a_qp(lines, istext=True), encodebytes(lines)
     return ('quoted-printable', quoted) if len(quoted) <= len(base64) else ('base64', base64)
 

@@ -2,11 +2,11 @@
 The content of a message: the RFC 5322 bytes as they go out, with CRLF line ends.
 
 :func:`message_bytes` makes bytes of whatever an application hands in, :func:`split_content` finds the header fields in
-them.  What is decided about a message (whom it is for, which fields leave) is decided on these bytes and not on the
+them.  Decisions about a message (its recipients, the fields that are sent) are made on these bytes and not on the
 object they came from, so that what is checked is what is sent.
 
-What a reader of the mail gets is what the program has set.  Bytes are never changed but for their line ends; an object
-is written by :mod:`~.compose`, so that no server, and no reader, has to be clever.
+The reader of the mail gets what the program has set.  Bytes are never changed but for their line ends; an object is
+written by :mod:`~.compose`, in a form that every server and every reader understands.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Field(NamedTuple):
     One field of a header.
 
     :param name: in lower case
-    :param value: what stands behind the colon, without folds and without blanks around it
+    :param value: the text after the colon, without folds and without blanks around it
     :param lines: the whole field as it is, with its line ends
     """
 

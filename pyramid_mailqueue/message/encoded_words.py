@@ -8,7 +8,7 @@ and long words that machines read become encoded words.  What is written here is
 * A word is encoded if it is not ASCII, or if a reader would take it for encoded; any other word goes out as it is.
 * A line is folded before white space, and otherwise may be long (RFC 5322 section 2.1.1).
 * An encoded word is UTF-8, holds whole characters, and has at most 75 of its own; its line has at most 76.
-* White space between two encoded words is not shown (RFC 2047 section 6.2), so that it is inside of one of them.
+* White space between two encoded words is not shown (RFC 2047 section 6.2), so it is put inside one of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LINE_SHOULD, LINE_MUST = 78, 998
 # RFC 2047 section 2.
 _ENCODED_LINE, _ENCODED_WORD = 76, 75
 
-# Less than this is left of a line: the next encoded word begins on a new one.
+# If less than this is left of a line, the next encoded word begins a new one.
 _LEAST_ROOM = 36
 # Characters of an encoded word around its text: "=?utf-8?q?" and "?=".
 _FRAME = 12
@@ -62,7 +62,7 @@ _ANY_WORD = re.compile(r'=\?([^?*\s]+)(?:\*[^?\s]*)?\?([bBqQ])\?([^?]*)\?=')
 
 
 def looks_encoded(text: str) -> bool:
-    """Tell whether a reader may find an encoded word in *text*; some find one that holds blanks, too."""
+    """Whether a reader may find an encoded word in *text*; some find one that holds blanks, too."""
     begin = _BEGIN.search(text)
     return begin is not None and text.find('?=', begin.end()) >= 0
 
@@ -106,12 +106,12 @@ def _run_text(run: _Run) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    """Return *text* with what is no character, and cannot be written anywhere, escaped; UTF-7 can spell it."""
+    """Return *text* with its surrogates escaped, which cannot be written anywhere; UTF-7 can spell them."""
     return text.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _codec(charset: str) -> str | None:
-    """Return the name of the codec of *charset*; None if there is none, or if it cannot be afforded."""
+    """Return the name of the codec of *charset*; None if there is none, or if it is too slow."""
     try:
         name = codecs.lookup(charset).name
     except (LookupError, ValueError):
@@ -139,12 +139,12 @@ _WORD = re.compile(r'([ \t]*)([^ \t]+)')
 _IRREGULAR_BLANKS = re.compile(r'\t|  |\A | \Z')
 # Of a phrase, without what a reader may take for encoded.
 _ATOM = re.compile(r"(?!.*=\?)[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+")
-# More than ASCII, and than the octets that a parser has found and not understood.
+# Anything but ASCII and the octets that a parser has found and not decoded.
 _TEXT = re.compile('[^\x00-\x7f\udc80-\udcff]')
 
 
 def is_text(text: str) -> bool:
-    """Tell whether there is more in *text* than ASCII and the octets that a parser has found."""
+    """Whether there is more in *text* than ASCII and the octets that a parser has found."""
     return _TEXT.search(text) is not None
 
 
@@ -152,7 +152,7 @@ def chunks(units: Iterable[_T], first: int, most: int) -> Iterator[list[_T]]:
     """
     Yield *units* in their order, as many at a time as have at most *most* characters together; *first* at first.
 
-    A chunk ends behind a blank if it has one: some readers show a blank between two encoded words.
+    A chunk ends after a blank if it has one: some readers show a blank between two encoded words.
     """
     chunk: list[_T] = []
     room, behind_blank = first, 0
@@ -198,11 +198,11 @@ class FieldLines:
         self._limit = LINE_SHOULD
 
     def add(self, word: str, blank: str = ' ') -> None:
-        """Add *word* as it is, behind the white space *blank*, before which the line may be folded."""
+        """Add *word* as it is, after the white space *blank*, before which the line may be folded."""
         self._add(blank + word, LINE_SHOULD, LINE_MUST)
 
     def add_encoded(self, text: str, blank: str = ' ') -> None:
-        """Add *text* as encoded words, behind the white space *blank*."""
+        """Add *text* as encoded words, after the white space *blank*."""
         room = min(_ENCODED_LINE - len(self._lines[-1]) - len(blank), _ENCODED_WORD)
         words = [*encoded_words(text)]
         if len(words) > 1 or not self._has_text():

@@ -1,8 +1,8 @@
 """
-The envelope of a message: who sends it, whom it is for, and its content.
+The envelope of a message: its sender, its recipients and its content.
 
-RFC 5321 section 2.3.1: the envelope is not the header.  :meth:`Envelope.from_message` reads one from the header where
-nobody says otherwise (see :mod:`~.outgoing`); from then on the header has no say in it.
+RFC 5321 section 2.3.1: the envelope is not the header.  :meth:`Envelope.from_message` reads it from the header by
+default (see :mod:`~.outgoing`); from then on the header has no influence on it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Envelope:
     """
     Sender, recipients and content of one message, frozen.
 
-    However it came to be, an envelope holds nothing that could break out of an SMTP command: its addresses have passed
+    An envelope never holds anything that could break out of an SMTP command: its addresses have passed
     :func:`~.addresses.check_address`, and each line of its content ends in CRLF.
 
     :param sender: the reverse-path without angle brackets; ``''`` is the null sender (RFC 5321 section 4.5.5)
-    :param recipients: at least one; who is there twice is kept once
+    :param recipients: at least one; duplicates are dropped
     :param content: RFC 5322 bytes, not dot-stuffed
     :raises MessageError: or one of its subclasses, for anything that cannot be sent
     """
@@ -67,7 +67,7 @@ class Envelope:
         :param data: the content is in it, from *start* on; a large one is not copied more often than needed
         """
         envelope = object.__new__(cls)
-        # The same fields as always, without asking the addresses again.
+        # The same fields as always, without checking the addresses again.
         envelope.__dict__.update(sender=sender, recipients=recipients, content=normalize_line_ends(data, start))
         return envelope
 
@@ -100,19 +100,19 @@ class Envelope:
         :param local_hostname: the domain of a new ``Message-ID`` where the sender has none
         :param now: the ``Date`` of a message without one; by default the present time
         :raises AddressError: the header or an argument cannot be read reliably, or there is no sender
-        :raises NoRecipients: there is nobody to send to
+        :raises NoRecipients: there are no recipients
         :raises TooManyRecipients: they have more than :data:`MAX_RECIPIENTS_OCTETS` octets
         :raises MessageTooLarge: the content has more than *max_size* octets
         :raises MessageError: *message* cannot be made into bytes
         """
-        # Whoever delivers what others have sent does not need it, nor the half of email that comes with it.
+        # Delivery does not need it, nor the half of the email package that comes with it.
         from pyramid_mailqueue.message.outgoing import read_message
 
         parts = read_message(message, sender, recipients, default_sender, local_hostname, now)
-        # Not wherever an envelope is made: a queue file of another program may name a few more, and is sent.
+        # Not checked for every envelope: a queue file of another program may name a few more, and is sent.
         _check_fit(parts.recipients)
         envelope = object.__new__(cls)
-        # The same fields as always, without asking the addresses again.
+        # The same fields as always, without checking the addresses again.
         envelope.__dict__.update(parts._asdict())
         if max_size is not None and len(envelope.content) > max_size:
             raise MessageTooLarge(
@@ -125,7 +125,7 @@ class Envelope:
         """
         The ``Message-ID`` with its angle brackets; ``''`` if there is none.
 
-        Where it is not one as in RFC 5322 section 3.6.4 it is told as it stands.  In any case it is one line of ASCII;
+        If it is not one by RFC 5322 section 3.6.4, it is returned as it stands.  In any case it is one line of ASCII;
         other bytes are escaped.
         """
         return message_id_of(self.content)

@@ -7,7 +7,7 @@ a :class:`email.header.Header`, or an object of :mod:`email.headerregistry`.
 * Text that can go out as it is does so, byte for byte.
 * Address fields are written from the mailboxes in them.  When the library folds a long one it may drop the quotes of a
   display name, so that the name ``"boss@site.example, John"`` becomes an address on its own.
-* The parameters of MIME fields are written as RFC 2231 has it where they are not ASCII.
+* The parameters of MIME fields are written by RFC 2231 where they are not ASCII.
 * Everything else is text, see :mod:`~.encoded_words`.
 * A field that would end early, and begin another field or the body, is refused, and so is one with a control in it.
 """
@@ -45,7 +45,7 @@ __all__ = [
     'with_boundary',
 ]
 
-#: So many characters are in the value of a field at most: enough for the recipients of one message.
+#: The value of a field has at most so many characters: enough for the recipients of one message.
 MOST_IN_A_FIELD = 1_000_000
 
 #: The same for text that has to be encoded.
@@ -67,7 +67,7 @@ _ADDRESS_FIELDS = frozenset(
         *('disposition-notification-to', 'errors-to', 'mail-followup-to', 'mail-reply-to', 'return-receipt-to'),
     }
 )
-# They are taken off before the message leaves.
+# They are removed before the message is sent.
 _HIDDEN_FIELDS = frozenset({'bcc', 'resent-bcc'})
 _PARAMETER_FIELDS = frozenset({'content-type', 'content-disposition'})
 
@@ -96,7 +96,7 @@ def field_bytes(name: str, value: object, *, utf8: bool = False, signed_for: int
 
 
 def _as_signed(name: str, value: str | Header, line_length: int, *, utf8: bool) -> bytes:
-    """Return the field as the library writes it: so it was, when it was signed."""
+    """Return the field as the library writes it: as it was when it was signed."""
     policy: Any = compat32.clone(linesep='\r\n')
     if isinstance(value, BaseHeader):
         policy = SMTPUTF8 if utf8 and needs_utf8(name, value) else SMTP
@@ -123,9 +123,9 @@ _OCTETS = frozenset(('us-ascii', 'unknown-8bit'))
 
 def _of_header(name: str, header: Header) -> str | Header:
     """
-    Return *header* as the older API takes it as text, with encoded words; itself, if that would not say the same.
+    Return *header* as text with encoded words, as the older API takes it; itself, if that would change its meaning.
 
-    What was given another character set than ASCII is not to be read as anything but text: not as an address.
+    A piece in another character set than ASCII is only text, never an address.
     """
     pieces = [(octets, None if charset in _OCTETS else charset) for octets, charset in decode_header(header)]
     if not any(charset for _, charset in pieces):
@@ -137,7 +137,7 @@ def _of_header(name: str, header: Header) -> str | Header:
         ' '.join(encoded_words(octets.decode(charset))) if charset else octets.decode('ascii', 'replace')
         for octets, charset in pieces
     )
-    # A whole address list in another character set names nobody then.
+    # A whole address list in another character set holds no address then.
     return text if _named_in(text) else header
 
 
@@ -202,7 +202,7 @@ def _holds_encoded(value: object) -> bool:
 
 # --- address fields ---------------------------------------------------------
 
-# The library has something to say about such a field, but there is only one way to read it.
+# The library reports these for a field that can be read in one way only.
 _HARMLESS_DEFECTS = (NonASCIILocalPartDefect, ObsoleteHeaderDefect)
 
 _ATOMS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
@@ -212,13 +212,13 @@ _MOST_QUOTED = LINE_MUST - 78
 
 
 class _Phrase(str):
-    """A display name of which some has to be encoded."""
+    """A display name that has to be encoded in part or as a whole."""
 
     __slots__ = ()
 
 
 def needs_utf8(name: str, value: object) -> bool:
-    """Tell whether the header has to be written in UTF-8 (RFC 6532): an address cannot hold an encoded word."""
+    """Whether the header has to be written in UTF-8 (RFC 6532): an address cannot hold an encoded word."""
     if name.lower() not in _ADDRESS_FIELDS - _HIDDEN_FIELDS or (isinstance(value, str) and value.isascii()):
         return False
     text = _LINE_END.sub('', str(value))
@@ -266,7 +266,7 @@ def _groups(value: object, text: str) -> list[AddressGroup]:
 
 
 def _with_comments(groups: list[AddressGroup], text: str) -> list[AddressGroup]:
-    """Give a mailbox without a name the comment in *text* that mail once had for it; the library forgets it."""
+    """Name a mailbox without a name by its comment in *text*, as in old mail; the library drops the comment."""
     try:
         names = {address: name for it in parse_address_list(text) for name, address in it.mailboxes}
     except AddressError:
@@ -275,7 +275,7 @@ def _with_comments(groups: list[AddressGroup], text: str) -> list[AddressGroup]:
 
 
 def _is_read(value: Any) -> bool:
-    """Whether the library has read addresses, not taken over the texts of a list."""
+    """Whether the library has parsed addresses, not taken over the strings of a list."""
     return not any(isinstance(it, str) for group in value.groups for it in (group, *group.addresses))
 
 
@@ -285,12 +285,12 @@ def _defects(value: Any) -> Sequence[MessageDefect]:
 
 
 def _tree_text(value: Any) -> str:
-    """Return what the program has set, as far as the library keeps it anywhere: not in the text of the object."""
+    """Return what the program has set, as far as the library keeps it: the text of the object does not have it."""
     return ''.join(map(_token_text, value._parse_tree))  # noqa: SLF001 - it has no other name
 
 
 def _token_text(token: Any) -> str:
-    # The parameters of a MIME field are a token that tells only of those that were understood.
+    # The parameters of a MIME field are a token whose text has only those that were understood.
     return ''.join(map(str, token)) if isinstance(token, list) else str(token)
 
 
@@ -328,7 +328,7 @@ def _phrase(text: str, *, utf8: bool) -> list[str]:
 
 
 def _write_odd_addresses(lines: FieldLines, name: str, value: object, text: str) -> str:
-    """Write an address field as text; it must not come to name anybody whom it did not name before."""
+    """Write an address field as text; it must not name an address that it did not name before."""
     named: set[str] = set()
     decoded_anything = False
     if isinstance(value, AddressHeader) and _is_read(value):
@@ -339,7 +339,7 @@ def _write_odd_addresses(lines: FieldLines, name: str, value: object, text: str)
     written = lines.text()
     if decoded_anything or not _named_in(written.partition(':')[2].strip()) <= named:
         raise AddressError(
-            f'The header field {name} cannot be written so that everybody reads the same addresses in it: '
+            f'The header field {name} cannot be written so that all readers find the same addresses in it: '
             f'{ascii(text[:100])}. Correct it.'
         )
     return written

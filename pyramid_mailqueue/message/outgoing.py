@@ -1,7 +1,7 @@
 """
-What an application hands in, as it goes out: who sends it, whom it is for, and its content.
+Makes an envelope of what an application hands in: its sender, its recipients and its content.
 
-Where nobody says otherwise all of that is read from the header of the message, for the last time.
+By default sender and recipients are read from the header of the message, for the last time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_message(
     )
 
 
-# --- who sends it, and whom it is for ---------------------------------------
+# --- sender and recipients --------------------------------------------------
 
 _NULL_SENDER = frozenset({'', '<>'})
 
@@ -72,9 +72,9 @@ def _find_sender(sender: str | None, fields: list[Field], default_sender: str | 
 
 def _author(sender: str | None, default_sender: str | None, *, is_complete: bool) -> str | None:
     """
-    Return who is to stand in the From of a message without one (RFC 5322 section 3.6); None leaves it alone.
+    Return the From of a message without one (RFC 5322 section 3.6); None leaves it alone.
 
-    :param is_complete: whether it came as bytes, so that whoever names its sender has written all of it
+    :param is_complete: whether it came as bytes, which are left as they are if the caller names the sender
     """
     if sender not in _NULL_SENDER and sender is not None:
         return None if is_complete else sender
@@ -110,8 +110,8 @@ def _latest_resending(fields: list[Field]) -> list[Field]:
     """
     Return the block of ``Resent-`` fields of the latest resending; the empty list if there was none.
 
-    That is the one with the latest ``Resent-Date``.  Where a block has none that can be read it is the topmost one: RFC
-    5322 section 3.6.6 lets who resends a message put a block above those of others.
+    That is the one with the latest ``Resent-Date``.  If a block has none that can be read, it is the topmost one: by
+    RFC 5322 section 3.6.6 a new block is put above the older ones.
     """
     blocks = _resendings(fields)
     dates = [_resent_date(block) for block in blocks]
@@ -122,7 +122,7 @@ def _latest_resending(fields: list[Field]) -> list[Field]:
 
 
 def _resendings(fields: list[Field]) -> list[list[Field]]:
-    """A block has each of its fields once, and ends where any other field stands."""
+    """Return all blocks.  A block has each of its fields once, and ends before any other field."""
     blocks: list[dict[str, Field]] = [{}]
     for entry in fields:
         is_resent = entry.name.startswith('resent-')

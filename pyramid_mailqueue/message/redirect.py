@@ -1,8 +1,8 @@
 """
-The mail of a site that must not write to anybody: whoever it is for, it goes to one address.
+Redirects all mail to one address, for a site that must not send mail to real recipients.
 
-``mailqueue.redirect_all_to`` changes the envelope, so nothing else decides who gets the message; its header stays as it
-is, but for one field that tells whom it would have gone to.
+``mailqueue.redirect_all_to`` changes the envelope, which alone decides where a message goes; its header stays as it is,
+but for a field that names the original recipients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyramid_mailqueue.message.envelope import Envelope
 
 __all__ = ['original_recipients', 'redirected']
 
-#: How many characters an encoded word may have behind the name of the field (RFC 2047 section 2).
+#: How many characters an encoded word may have after the name of the field (RFC 2047 section 2).
 FIRST_WORD = 50
 
 #: Some servers cut off a field that is very long.
@@ -22,7 +22,7 @@ MOST_IN_A_FIELD = 100
 
 
 def redirected(envelope: Envelope, to: str) -> Envelope:
-    """Return *envelope* for the one recipient *to*: itself, if it is for nobody else."""
+    """Return *envelope* for the one recipient *to*: itself, if it has no other recipient."""
     if envelope.recipients == (to,):
         return envelope
     return Envelope(envelope.sender, (to,), original_recipients(envelope.recipients) + envelope.content)

@@ -1,4 +1,4 @@
-"""What a queue and a claim are if they say nothing else: the members of the contracts that most of them do not need."""
+"""Base classes for queues and claims, with defaults for the members of the contracts that most of them do not need."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ['Claim', 'MailQueue', 'completed', 'has_admin']
 
 
 class MailQueue:
-    """A base class for queues; see `IMailQueue`.  What is not here each queue has to have of its own."""
+    """A base class for queues; see `IMailQueue`.  Each queue has to implement what is missing here."""
 
     @property
     def admin(self) -> IQueueAdmin:
         """See `IMailQueue`."""
-        raise ConfigurationError('This queue has no "admin" (see IQueueAdmin): nobody can see or change what is in it.')
+        raise ConfigurationError('This queue has no "admin" (see IQueueAdmin): its messages cannot be read or changed.')
 
     def counts(self) -> Mapping[str, int]:
         """See `IMailQueue`."""
         raise NotImplementedError
 
     def count_waiting(self, most: int) -> int:
-        """See `IMailQueue`.  Counted with all others."""
+        """See `IMailQueue`.  Taken from :meth:`counts`."""
         return self.counts().get('waiting', 0)
 
     def count_misdated(self) -> int:
@@ -33,7 +33,7 @@ class MailQueue:
         return 0
 
     def listening(self, on_news: Callable[[], None]) -> AbstractContextManager[object]:
-        """See `IMailQueue`.  There is no news: who waits for mail looks from time to time."""
+        """See `IMailQueue`.  There is no news: a waiting run polls."""
         return nullcontext()
 
     def hurry(self, seconds: float) -> None:
@@ -67,7 +67,7 @@ class Claim:
 
 
 def has_admin(queue: IMailQueue) -> bool:
-    """Whether a person can see or change what is in *queue*."""
+    """Whether the messages in *queue* can be listed and changed."""
     try:
         return bool(queue.admin)
     except ConfigurationError:
@@ -75,7 +75,7 @@ def has_admin(queue: IMailQueue) -> bool:
 
 
 def completed(queue: Any) -> IMailQueue:
-    """Return *queue*, an object of an application, with what it lacks of :class:`MailQueue`."""
+    """Return *queue*, an object of an application, with the defaults of :class:`MailQueue` for what it lacks."""
     whole: Any = queue if isinstance(queue, MailQueue) else _Completed(queue)
     found: IMailQueue = whole
     return found

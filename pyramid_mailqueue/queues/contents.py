@@ -1,8 +1,8 @@
 """
-What a person is shown of the content of a message: its header, its text, and the names of everything else.
+The content of a message for display: its header, its text, and the names of everything else.
 
-A content may be malformed in any way, on purpose too.  What cannot be taken apart is left to the person, who can
-download it.  Nothing in it is ever shown as HTML.
+A content may be malformed in any way, also on purpose.  One that cannot be parsed can still be downloaded.  Nothing in
+it is ever shown as HTML.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from pyramid_mailqueue.queues.entries import header_lines
 
 __all__ = ['MOST_OCTETS', 'Contents', 'Part', 'body_of', 'pieces_of', 'read_contents']
 
-#: So many octets of a header are shown, and so many characters of a text.
+#: At most this many octets of a header, and characters of a text, are shown.
 MOST_HEADER = 64 * 1024
 MOST_TEXT = 100_000
 
-# They are in so many octets, in any character set.
+# That many characters fit into this many octets, in any character set.
 MOST_TEXT_OCTETS = 4 * MOST_TEXT + 4
 
-#: So many parts are named.
+#: At most this many parts are named.
 MOST_PARTS = 100
 
-#: What is larger is not taken apart: that would need its size in memory several times, and each line many times.
+#: Larger contents are not parsed: that takes their size in memory several times, and that of each line many times.
 MOST_OCTETS = 25 * 1024 * 1024
 
-#: What is not taken apart is given out in pieces of so many octets.
+#: A whole content is read in pieces of this many octets.
 PIECE = 8 * 1024 * 1024
 MOST_LINES = 400_000
 
-#: Each line is compared with the boundary of each part that it is in: so much of that is done, at most.
+#: The parser compares each line with the boundary of each part that it is in: at most this many comparisons.
 MOST_COMPARED = 10_000_000
 
-#: And each part costs the library a twentieth of a millisecond at least.
+#: Each part costs the parser at least 0.05 ms: at most this many delimiters.
 MOST_DELIMITERS = 10_000
 
-# The library needs a time that grows with the square of their length to understand such fields.
+# The time to parse such fields grows with the square of their length.
 _ENDLESS = re.compile(rb'(?im)^content-(?:type|disposition)[ \t]*:(?:[^\r\n]|\r?\n[ \t]){5000}')
 
 
@@ -72,9 +72,9 @@ class Contents:
 
     :param header: pairs of the name of a field and its value, decoded
     :param text: the lines of the text; None if there is no part in plain text
-    :param is_cut: there is more of the text
+    :param is_cut: whether there is more of the text
     :param parts: everything else
-    :param problem: why it could not be taken apart; ``''`` if it could
+    :param problem: why it could not be parsed; ``''`` if it could
     """
 
     header: tuple[tuple[str, str], ...]
@@ -88,7 +88,7 @@ def pieces_of(admin: IQueueAdmin, id: str) -> Iterator[bytes]:
     """
     Return the content of a message, whatever its size, in pieces.
 
-    Raises as `IQueueAdmin.content` does: before the first one, or later.
+    Raises as `IQueueAdmin.content` does: at the call, or between the pieces.
     """
     first = admin.content(id, 0, PIECE)
 
@@ -103,20 +103,20 @@ def pieces_of(admin: IQueueAdmin, id: str) -> Iterator[bytes]:
 
 
 def read_contents(content: bytes) -> Contents:
-    """Return what can be shown of *content*, whatever it is; of a large one :data:`MOST_OCTETS` and one are enough."""
+    """Return *content*, whatever it is, for display; the first :data:`MOST_OCTETS` + 1 octets are enough."""
     header = tuple(map(_field, header_lines(content[:MOST_HEADER])))
     lines = content.count(b'\n')
     boundaries = len(_BOUNDARY.findall(content))
     delimiters = content.count(b'\n--') if boundaries else 0
     is_too_large = len(content) > MOST_OCTETS or lines > MOST_LINES or delimiters > MOST_DELIMITERS
     if is_too_large or lines * boundaries > MOST_COMPARED:
-        return Contents(header, problem='This message is too large to be taken apart here.')
+        return Contents(header, problem='This message is too large to be parsed here.')
     if _ENDLESS.search(content):
-        return Contents(header, problem='This message has parts that nobody can make sense of.')
+        return Contents(header, problem='This message has header fields that are too long to be parsed.')
     try:
         return _taken_apart(header, content)
     except Exception as error:  # noqa: BLE001 - whatever an odd message makes the library raise
-        return Contents(header, problem=f'This message cannot be taken apart ({type(error).__name__}).')
+        return Contents(header, problem=f'This message cannot be parsed ({type(error).__name__}).')
 
 
 def body_of(content: bytes, kind: str) -> str:
@@ -147,11 +147,11 @@ def _taken_apart(header: tuple[tuple[str, str], ...], content: bytes) -> Content
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """Yield what has no parts of its own; a message inside of a message is one."""
+    """Yield the parts that have no parts of their own; a message inside a message counts as one."""
     stack = [message]
     while stack:
         part = stack.pop()
-        # Only of such a one: any other payload would be decoded on the way.
+        # Only for a multipart: any other payload would be decoded on the way.
         inner = part.get_payload() if part.is_multipart() else None
         if isinstance(inner, list) and part.get_content_maintype() == 'multipart':
             stack.extend(each for each in reversed(inner) if isinstance(each, Message))
@@ -171,7 +171,7 @@ def _filename(part: Message) -> str:
     try:
         return decoded(part.get_filename() or '')
     except (TypeError, ValueError):
-        # The library stumbles over what stands there.
+        # A malformed parameter.
         return ''
 
 
@@ -181,7 +181,7 @@ def _decoded(part: Message, octets: bytes, *, is_whole: bool = True) -> str:
         if codec not in SLOW_CODECS:
             return without_surrogates(octets.decode(codec, 'replace'))
     except (LookupError, TypeError, ValueError):
-        # There is no character set, nobody knows it, or the library stumbles over another parameter on its way to it.
+        # The character set is missing or unknown, or a parameter is malformed.
         pass
     try:
         return codecs.utf_8_decode(octets, 'strict', is_whole)[0]

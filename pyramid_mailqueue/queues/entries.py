@@ -1,7 +1,7 @@
 """
-What a person is shown of a queue: its messages, and how many of them there are.
+What ``mq-queue`` and web pages show of a queue: its messages, and how many there are.
 
-Every queue tells of itself in these words, and whoever shows them (``mq-queue``, a web page) needs to know no queue.
+Every queue describes itself with these classes, so the code that shows them is the same for all queues.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ __all__ = [
     'tell_from_header',
 ]
 
-#: What a message can be in.  A message in doubt was prepared by a process that died before it could publish it.
+#: The states of a message.  A message in doubt was prepared by a process that died before it could publish it.
 STATES = ('waiting', 'in progress', 'held', 'dead', 'in doubt', 'corrupt')
 
-#: The states of what is still meant to be delivered.
+#: The states of messages that are still to be delivered.
 UNDELIVERED = ('waiting', 'in progress', 'held')
 
-#: What can be done with a message, by the methods of `IQueueAdmin`, and in which states.
+#: The methods of `IQueueAdmin` that change a message, and the states in which each of them can be called.
 POSSIBLE = MappingProxyType(
     {
         'retry': ('waiting', 'dead'),
@@ -63,7 +63,7 @@ AGE_LIMITS = (5, 10, 20, 40, 80, 160, 320, 640, 1280)
 
 
 class ExactId(str):
-    """An id of which the whole is meant, and not the beginning of another one: for the methods of `IQueueAdmin`."""
+    """A whole id, never taken for the beginning of another one: for the methods of `IQueueAdmin`."""
 
     __slots__ = ()
 
@@ -71,20 +71,20 @@ class ExactId(str):
 @dataclass(frozen=True, slots=True)
 class QueueEntry:
     """
-    One message, as it was when somebody looked.  Times are in seconds since the epoch.
+    One message, as it was when it was read.  Times are in seconds since the epoch.
 
-    Of a message that cannot be read there are only the id, the state and the size; *last_reply* says what is wrong.
+    A message that cannot be read has only an id, a state and a size; *last_reply* says what is wrong.
 
     :param id: its name in the queue
     :param state: one of :data:`STATES`
     :param sender: the reverse-path; ``''`` is the null sender, None is not known
-    :param recipients: whom it is still open for, or who was given up
+    :param recipients: the recipients that are still open, or were given up
     :param retries: how many attempts were made
     :param queued_at: when it came into the queue
     :param due: when it may be tried again, if it waits or is held
     :param last_attempt: when the last attempt was made
-    :param last_reply: what the server said then, or why the message was buried
-    :param subject: decoded; it may hold whatever a sender has written, control characters too
+    :param last_reply: the server's reply, or why the message is a dead letter
+    :param subject: decoded; it may hold anything that the sender wrote, control characters too
     :param message_id: with its angle brackets
     :param size: the octets of the message; of the whole file if that is corrupt
     """
@@ -109,7 +109,7 @@ class QueueEntry:
 
 
 def log_expired(entry: QueueEntry) -> None:
-    """Log that a dead letter is going to be removed; before that, so that none goes without a word."""
+    """Log that a dead letter is about to be removed; called first, so that none is removed without a record."""
     told = {'from': f'<{entry.sender}>', 'to': ','.join(entry.recipients), 'error': entry.last_reply}
     reason = 'a dead letter for longer than mailqueue.keep_dead'
     log_event(queue_log, logging.INFO, status='discarded', id=entry.id, msgid=entry.message_id, **told, reason=reason)
@@ -132,10 +132,10 @@ def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueE
     """
     Yield *entries* in the order of :attr:`QueueEntry.queued_at`.
 
-    A queue finds them cheaply in the order in which they came for the first time.  After a retry or a release a message
-    counts as one that has just come: such a one is kept here until its turn comes, and nothing else is.
+    A queue lists messages cheaply in the order in which they first came.  A retried or released message counts as new:
+    only such messages are kept here until their turn comes.
 
-    :param entries: with the time, in seconds since the epoch, at which each came for the first time; in that order
+    :param entries: each with the time at which it first came, in seconds since the epoch; in that order
     """
     later: list[tuple[float, int, QueueEntry]] = []
     for number, (born, entry) in enumerate(entries):
@@ -149,13 +149,13 @@ def oldest_first(entries: Iterable[tuple[float, QueueEntry]]) -> Iterator[QueueE
 @dataclass(frozen=True, slots=True)
 class Choice:
     """
-    Which messages somebody wants to see; None stands for any.
+    A filter for messages; None matches any.
 
-    :param sender: text in the envelope sender; in angle brackets it is all of it, and ``<>`` is the null sender
-    :param recipient: text in one of the recipients, likewise
+    :param sender: part of the envelope sender; all of it in angle brackets; ``<>`` is the null sender
+    :param recipient: part of one recipient, likewise
     :param older_than: an age in seconds
     :param newer_than: an age in seconds
-    :param message_id: all of the Message-ID, with or without angle brackets
+    :param message_id: the whole Message-ID, with or without angle brackets
     """
 
     sender: str | None = None
@@ -165,7 +165,7 @@ class Choice:
     message_id: str | None = None
 
     def takes(self, entry: QueueEntry, now: float) -> bool:
-        """Whether it is one of these; *now* is in seconds since the epoch."""
+        """Whether *entry* matches; *now* is in seconds since the epoch."""
         age = None if entry.queued_at is None else now - entry.queued_at
         if self.older_than is not None and (age is None or age <= self.older_than):
             return False
@@ -192,7 +192,7 @@ _SUBJECT = re.compile(rb'^subject[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)', re.IG
 
 
 def tell_from_header(content: bytes) -> tuple[str, str]:
-    """Return the subject and the Message-ID of a message, of which *content* is the beginning; ``''`` for neither."""
+    """Return the subject and the Message-ID in *content*, the beginning of a message; ``''`` if missing."""
     content = normalize_line_ends(content)
     return subject_of(content), message_id_of(content)
 
@@ -211,7 +211,7 @@ def _decoded(value: bytes) -> str:
 
 
 def header_lines(content: bytes) -> list[str]:
-    """Return the fields in the header of a message, each in one line: without folds, and not decoded."""
+    """Return the header fields of a message, each unfolded into one line, not decoded."""
     lines: list[str] = []
     head, _, _ = (b'\r\n' + normalize_line_ends(content)).partition(b'\r\n\r\n')
     for line in head.decode('utf-8', 'backslashreplace').split('\r\n')[1:]:
@@ -222,19 +222,19 @@ def header_lines(content: bytes) -> list[str]:
     return lines
 
 
-# --- how many there are -----------------------------------------------------
+# --- counts -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """
-    Some messages, counted.
+    Counts of some messages.
 
-    :param messages: how many they are
-    :param size: how many octets they have
-    :param oldest: when the oldest of them came into the queue, in seconds since the epoch; None if nobody knows
+    :param messages: how many there are
+    :param size: their octets, in total
+    :param oldest: when the oldest of them came into the queue, in seconds since the epoch; None if unknown
     :param by_age: how many are at most as old as each of :data:`AGE_LIMITS` and older than the one before; the last
-        number is of those that are older than all
+        number counts those older than all limits
     """
 
     messages: int = 0
@@ -255,7 +255,7 @@ class Tally:
 @dataclass(frozen=True)
 class QueueStats:
     """
-    Which messages there are.
+    Counts of the messages in a queue.
 
     :param by_state: a tally for each of :data:`STATES`
     :param by_domain: a tally for each domain of a recipient, the largest first; a message for several domains is in
@@ -284,7 +284,7 @@ def tally(entries: Iterable[QueueEntry | Glance], now: float, domains_of: Collec
 
 class DomainCount:
     """
-    Tallies by the domains of recipients, still being made.
+    Tallies by the recipients' domains, while they are being made.
 
     :param now: seconds since the epoch, from which ages are counted
     """

@@ -1,5 +1,5 @@
 """
-Moving messages from one queue to another, each of them in exactly one whenever the process dies.
+Move messages from one queue to another; each is in exactly one of them whenever the process dies.
 
 A batch of messages moves by two-phase commit between the two queues, and the directory, which is one of them, keeps the
 record of the decision::
@@ -7,19 +7,18 @@ record of the decision::
     take     source: the messages of the batch are out of reach, durably      (new/ -> moving/, or state "in doubt")
     stage    target: copies of them, out of reach too, durably
     decide   a file moving/.decided-BATCH, durably
-    end      source: what left is removed; then target: the copies are published; then the decision is forgotten
+    end      source: the originals are removed; then target: the copies are published; then the decision is forgotten
 
-Out of reach means that no worker takes the message, that no orphan rule applies to it, and that nobody can change it.
-What is out of reach carries the name of its batch, its role (:data:`OUT` of this queue, or :data:`IN`), and the state
-that it is to have.
+Out of reach means that no worker claims the message, no orphan rule applies to it, and no command changes it.  It
+carries the name of its batch, its role (:data:`OUT` of this queue, or :data:`IN`), and the state that it is to have.
 
-After a death the next move, in either direction, begins with what is left.  A batch that was decided is ended.  Of one
-that was not, first the copies are removed, then the originals put back.  Both are done by the name of the batch, and
-may be repeated.  Until then such messages are *in doubt*, in both queues; they do not come back by themselves.
+After a crash the next move, in either direction, begins with what is left.  It ends a batch that was decided.  For one
+that was not, it first removes the copies, then puts back the originals.  Both go by the name of the batch, and may be
+repeated.  Until then such messages are *in doubt*, in both queues; they do not come back by themselves.
 
-One move at a time works on a directory, which a lock sees to.  The name of a batch is new each time, so that a
-statement which reaches the database after its process has died cannot mingle with a later batch; what it has written is
-put back or removed as a batch that nobody has decided.
+A lock lets one move at a time work on a directory.  The name of a batch is new each time, so that a statement which
+reaches the database after its process has died cannot mix with a later batch; what it has written is put back or
+removed as an undecided batch.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ __all__ = [
     'batched',
 ]
 
-#: What becomes of a message that is out of reach: it leaves this queue, or it has come from the other one.
+#: The role of a message that is out of reach: it leaves this queue, or it has come from the other one.
 OUT, IN = 'out', 'in'
 
 #: The states whose messages are moved, in this order.
 MOVED = ('waiting', 'held', 'dead')
 
-#: A batch has at most so many messages, and so many octets unless it is a single message.
+#: The most messages in a batch, and the most octets unless it is a single message.
 MOST_MESSAGES = 100
 MOST_OCTETS = 8 * 1024 * 1024
 
@@ -64,16 +63,16 @@ MOST_OCTETS = 8 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Parcel:
     """
-    One message on its way.
+    One message that is being moved.
 
     :param id: its name in the queue that it leaves
     :param state: one of :data:`MOVED`
-    :param born: when it came into a queue for the first time, in seconds since the epoch
+    :param born: when it first came into a queue, in seconds since the epoch
     :param due: when it may be tried again
-    :param header: its envelope, and what happened to it
+    :param header: its envelope and its attempts
     :param content: byte for byte
-    :param stumbles: how often a server broke off in the midst of it, since its last attempt
-    :param deaths: how many deliverers it has outlived since then
+    :param stumbles: how often a server disconnected during it, since its last attempt
+    :param deaths: how many processes crashed while delivering it, since then
     """
 
     id: str
@@ -87,7 +86,7 @@ class Parcel:
 
 
 class DoesNotFit(QueueError):
-    """A queue cannot hold one of these messages.  Others it can."""
+    """One of these messages does not fit into a queue; others may."""
 
 
 class Side(Protocol):
@@ -95,22 +94,22 @@ class Side(Protocol):
     One of the two queues.
 
     Every method may raise QueueError or OSError if the queue cannot be used now, and ConfigurationError if a person has
-    to mend something before it can be.
+    to repair something first.
     """
 
     @property
     def name(self) -> str:
-        """What the queue is called for people."""
+        """The name of the queue, for display."""
 
     def recover(self) -> None:
-        """Take care of what dead processes left, as the next run would have done."""
+        """Recover what dead processes left, as the next run would do."""
 
     def batches(self, state: str) -> Iterator[Sequence[str]]:
-        """Yield the ids of messages in *state*, oldest first, as many together as may be a batch."""
+        """Yield the ids of messages in *state*, oldest first, in batches."""
 
     def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
         """
-        Put messages out of reach, durably, and return them.  What somebody else holds is passed over.
+        Put messages out of reach, durably, and return them.  Messages that others hold are skipped.
 
         :param refuse: called with the id of a message that cannot be moved, and why; it stays as it is
         """
@@ -119,30 +118,30 @@ class Side(Protocol):
         """Write copies, out of reach, durably; return their ids.  Raises `DoesNotFit` too; then nothing is written."""
 
     def remove(self, batch: str, role: str) -> None:
-        """Remove what is in this role, durably."""
+        """Remove the messages of *batch* in this role, durably."""
 
     def publish(self, batch: str, role: str) -> None:
-        """Give what is in this role the state that it is to have, durably."""
+        """Give the messages of *batch* in this role the state that they are to have, durably."""
 
     def unfinished(self) -> set[str]:
-        """Return the batches of this directory of which something is out of reach."""
+        """Return the batches of this directory that have messages out of reach."""
 
     def counts(self) -> Mapping[str, int]:
         """See `IMailQueue`."""
 
 
 class Decisions(Protocol):
-    """Which batches are decided.  Every method may raise QueueError, and OSError."""
+    """The record of decided batches.  Every method may raise QueueError, and OSError."""
 
     @property
     def place(self) -> str:
-        """What the directory that keeps this is called for people."""
+        """The name of the directory that keeps this, for display."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """In the block no other move works on this directory.  Raises QueueError if one does."""
+        """Keep other moves from this directory during the block.  Raises QueueError if one is at work."""
 
     def begin(self) -> None:
-        """Begin to give names to batches."""
+        """Start a new series of batch names."""
 
     def new_batch(self) -> str:
         """Return a name that no batch ever had."""
@@ -160,11 +159,11 @@ class Decisions(Protocol):
 @dataclass
 class Moved:
     """
-    What a move has done.
+    The result of a move.
 
     :param moved: how many messages were moved, by their state
     :param refused: the ids of messages that cannot be moved, and why
-    :param settled: how many batches were left by a move that was broken off, and are settled now
+    :param settled: how many batches of an interrupted move were left, and are settled now
     :param half_way: how many batches are left half-way: their messages are in doubt until the next move
     :param is_complete: False if it was told to stop
     """
@@ -178,11 +177,11 @@ class Moved:
 
 class Move:
     """
-    A move of all messages that nobody is delivering from one queue into another.
+    A move of all messages, but for those being delivered, from one queue into another.
 
     :param source: the queue that they leave
     :param target: the queue that they come into
-    :param decisions: what is kept in the directory of one of them
+    :param decisions: the record in the directory of one of them
     """
 
     def __init__(self, source: Side, target: Side, decisions: Decisions) -> None:
@@ -193,12 +192,12 @@ class Move:
 
     def run(self, is_stopped: Callable[[], bool] = lambda: False, on_batch: Callable[[], None] = lambda: None) -> None:
         """
-        Do it; :attr:`report` tells how far it is.
+        Run the move; :attr:`report` shows its progress.
 
         :param is_stopped: asked before each batch
         :param on_batch: called after each
         :raises QueueError: one of the queues cannot be used now, or another move works on the directory
-        :raises ConfigurationError: a person has to mend something first
+        :raises ConfigurationError: a person has to repair something first
         """
         try:
             with self._decisions.alone():
@@ -230,7 +229,7 @@ class Move:
         try:
             self._move_batch(state, ids)
         except (DoesNotFit, MemoryError):
-            # Nobody knows which of them.
+            # Any of them may be the cause.
             for id_ in ids:
                 self._move_alone(state, id_)
 
@@ -249,7 +248,7 @@ class Move:
             parcels = self.source.take(batch, state, ids, self.report.refused.__setitem__)
             new_ids = self.target.stage(batch, parcels) if parcels else []
         except (DoesNotFit, MemoryError):
-            # A message that is refused is back where it was; if it is not, the move is at its end.
+            # A refused message is put back; if that fails, the move ends.
             self._end(batch, is_decided=False)
             raise
         except BaseException:
@@ -260,7 +259,7 @@ class Move:
         if not parcels:
             self.report.half_way -= 1
             return
-        # Whatever is raised from here on, only the next move can tell how it stands.
+        # If anything is raised from here on, only the next move can tell how it stands.
         self._decisions.decide(batch)
         self._end(batch, is_decided=True)
         self.report.moved[state] += len(parcels)
@@ -268,7 +267,7 @@ class Move:
             log_event(queue_log, logging.INFO, status='moved', id=parcel.id, new_id=new_id, to=self.target.name)
 
     def _end(self, batch: str, *, is_decided: bool) -> None:
-        """What is out of reach goes in one queue before it comes back in the other: nobody can take both."""
+        """Remove from one queue before publishing in the other: a message can never be claimed in both."""
         goes, comes = (OUT, IN) if is_decided else (IN, OUT)
         for side in (self.source, self.target):
             side.remove(batch, goes)

@@ -1,25 +1,24 @@
 """
-How much was sent lately: what ``mailqueue.rate_limit`` is held to, by all processes that send from one queue.
+The record of recent sends: it enforces ``mailqueue.rate_limit`` for all processes that send from one queue.
 
 The file is a ring of times, one for each of the last sends (in seconds since the epoch; minus infinity where there was
-none), behind a header::
+none), after a header::
 
     magic | places in the ring | place of the oldest time | the last take: how many sends | when
 
-A limit of 14 in a second holds if, at each send, the 14th last one before it is a second old.  So a take looks at one
-place of the ring, however long that is, and there is no window that begins anew, at whose edge twice as many could
-pass.
+A limit of 14 per second holds if, at each send, the 14th last one before it is a second old.  So a take reads one place
+of the ring, however long that is, and there is no fixed window at whose edge twice as many could pass.
 
-In what order it is written: a take puts the times of the take *before* it into the ring, and then itself into the
-header, in one write.  Whoever is killed in between has taken nothing, and the next take writes the same again.
+Write order: a take puts the times of the take *before* it into the ring, and then itself into the header, in one write.
+A process killed in between has taken nothing, and the next take writes the same again.
 
-Takes are not synced.  What a killed process has written is there; only a power cut loses what was taken in the half
-minute before it or so, and then a machine has to start first.  The whole file is written and synced when it is
-created, so that later there is room for every take.
+Takes are not synced.  What a killed process has written is kept; only a power cut loses the takes of the last half
+minute or so, and then the machine has to start first.  The whole file is written and synced when it is created, so that
+later there is room for every take.
 
 The file is replaced, by a ``rename``, when it is damaged, when the clock was set back, and when a limit has more sends
-than it has places.  It never gets smaller: processes with different limits, as there are while new settings come into
-use, can share it, and each keeps its own limit with regard to what all of them have sent.
+than it has places.  It never shrinks: processes with different limits (during a change of settings) can share it, and
+each applies its own limit to the sends of all of them.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ _TIME = struct.Struct('<d')
 
 class RateFile:
     """
-    A limit that is kept together by all processes and threads that use the same file.
+    A rate limit shared by all processes and threads that use the same file.
 
-    :param path: where the file is, in a folder that is there; the first take creates it
+    :param path: the file, in an existing folder; the first take creates it
     :param rate: the limit: never more than *count* sends in any *seconds*
     :param clock: seconds since the epoch
     """
@@ -67,7 +66,7 @@ class RateFile:
         call_in_children(self._let_go)
 
     def _let_go(self) -> None:
-        """At first, and in a forked child: the open file is its parent's, and so is the lock on it."""
+        """Start without an open file, also in a forked child: the open file and its lock are the parent's."""
         self._lock = threading.Lock()
         if self._file is not None:
             self._file.abandon()
@@ -75,20 +74,20 @@ class RateFile:
 
     def take(self, count: int = 1) -> float:
         """
-        Take *count* sends now and return 0.0; or take nothing, and return in how many seconds it may be worth asking.
+        Take *count* sends now and return 0.0; or take nothing, and return in how many seconds to ask again.
 
-        It is never worth waiting for longer than the period of the limit.  For more sends than the limit has at all,
-        none must have been taken for a whole period, and then they use up all of it: else a message with so many
-        recipients could never go.  A clock that is set forward is believed.
+        The wait is never longer than the period of the limit.  A take of more sends than the whole limit needs a period
+        without any, and then uses all of it: otherwise a message with so many recipients could never be sent.  A clock
+        that is set forward is believed.
 
-        What counts is the moment of the take, so whoever has taken sends at once.
+        The time of the take counts, so the caller sends at once.
 
-        :param count: how many; providers count each recipient of a message.  Of 0 it tells whether one could be taken
+        :param count: how many; providers count each recipient of a message.  0 asks whether one could be taken
         :raises QueueError: the file cannot be created or used, and nothing was taken
         """
         if count < 0:
             raise ValueError(f'{count} sends cannot be taken')
-        # A lock on a file is the open file's: it keeps out other processes, but not other threads of this one.
+        # A file lock belongs to the open file: it excludes other processes, but not other threads of this one.
         with self._lock:
             try:
                 wait, damage = self._take(count)
@@ -101,8 +100,8 @@ class RateFile:
             finally:
                 self._unlock()
         if damage:
-            # No longer under the lock: a handler may send its records by mail.
-            problem = f'was damaged ({damage}), and is replaced by one that knows of no mail sent so far'
+            # Outside the lock: a log handler may send its records by mail.
+            problem = f'was damaged ({damage}), and is replaced by one without the sends so far'
             log_event(queue_log, logging.WARNING, status='trouble', file=self.path, problem=problem)
         return wait
 
@@ -111,17 +110,17 @@ class RateFile:
         file, size = self._locked_file()
         # Read under the lock, so that the times in the ring are in order.
         now = self._clock()
-        # The send that must be a period old, so that there is room for so many others.
+        # The send that must be a period old to leave room for so many others.
         number = self.rate.count - min(count or 1, self.rate.count) + 1
         ring, damage = None, ''
-        # An empty file is a new one: whoever created it did not come to lock it first.
+        # An empty file is new: nothing has been written since it was created.
         if size:
             try:
                 ring = _Ring.read(file, size)
             except _DamagedError as error:
                 damage = str(error)
         when = self._time_of(ring, number, now)
-        # Not ">": in a damaged file it may be not a number.
+        # Not ">": in a damaged file it may be NaN.
         if ring is None or not when <= now:
             ring = self._replace(ring, now)
             when = ring.time(number)
@@ -134,22 +133,22 @@ class RateFile:
 
     def _time_of(self, ring: _Ring | None, number: int, now: float) -> float:
         """
-        Return when the *number*-th last send was; a time after *now* if that cannot be told of this ring.
+        Return the time of the *number*-th last send; a time after *now* if this ring cannot tell.
 
-        It cannot be if the clock was set back.  What is in the future has to become *now* in the file, and once: if it
-        were only taken for *now* at each take, it would never grow older.
+        It cannot if the clock was set back.  Times in the future are replaced by *now* once, in the file: replaced anew
+        at each take, they would never grow older.
         """
         if ring is None or ring.places < self.rate.count or not ring.time(1) <= now:
             return math.inf
         return ring.time(number)
 
     def _replace(self, ring: _Ring | None, now: float) -> _Ring:
-        """Put a new file in the place of the locked one, and hold that; *ring* is what is to be kept."""
-        # In this order min() makes *now* also of what is not a number, in a damaged file.
+        """Replace the locked file by a new one, and hold that; *ring* has the times to keep."""
+        # In this order min() turns NaN, in a damaged file, into *now*, too.
         times = sorted(min(now, when) for when in (ring.times() if ring else ()))
         times[:0] = [-math.inf] * (self.rate.count - len(times))
         draft = f'{self.path}.new'
-        # Left by one who was killed here: who else would write it waits for our lock.
+        # Left by a process killed here: any other writer waits for our lock.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
         file = self._holder.create(
@@ -160,7 +159,7 @@ class RateFile:
         except OSError:
             file.close()
             raise
-        # Whoever gets the lock on the old file now sees that it has lost its name.
+        # A process that locks the old file now sees that it has lost its name.
         self._close()
         self._file = file
         return _Ring(file, len(times), 0, 1, times[-1])
@@ -168,7 +167,7 @@ class RateFile:
     # -- the lock
 
     def _locked_file(self) -> tuple[LockedFile, int]:
-        """Wait for the lock on the file that has the name; return the file and its size in bytes."""
+        """Wait for the lock on the file at :attr:`path`; return the file and its size in bytes."""
         while True:
             if self._file is None:
                 self._file = LockedFile(self.path, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
@@ -197,14 +196,14 @@ class RateFile:
 
 
 class _DamagedError(Exception):
-    """The file is none that this module has written; the text says how that shows."""
+    """The file was not written by this module; the text says how that shows."""
 
 
 class _Ring:
     """
     The ring in a locked file.
 
-    :param places: how many times there are in it
+    :param places: how many times it holds
     :param oldest: the place of the oldest one, which is the next to be written
     :param last_count: how many sends the last take took; their places are not written yet
     :param last_time: when that was
@@ -231,7 +230,7 @@ class _Ring:
         return cls(file, places, oldest, last_count, last_time)
 
     def time(self, number: int) -> float:
-        """Return when the *number*-th last send was, of which 1 is the last.  Raises OSError."""
+        """Return the time of the *number*-th last send; 1 is the last.  Raises OSError."""
         if number <= self._last_count:
             return self._last_time
         return self._read((self._oldest - number) % self.places, 1)[0]

@@ -1,4 +1,4 @@
-"""The mail of one transaction while it is in memory only: where the stagings of most queues begin."""
+"""The mail of one transaction while it is in memory only: a base class for stagings."""
 
 from __future__ import annotations
 

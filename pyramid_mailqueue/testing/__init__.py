@@ -1,5 +1,5 @@
 """
-What tests need, those of this package and those of an application.
+Helpers for the tests of this package and of an application.
 
 In the tests of an application::
 
@@ -7,9 +7,9 @@ In the tests of an application::
     ...
     (mail,) = captured_mail(app)                    # what was committed
 
-is the real mailer over a queue in memory, so that everything is refused that it refuses otherwise; see
-:mod:`~.testing.outbox`.  :class:`ScriptedSMTPServer` is a real SMTP server on a real socket that says what a test
-wants it to say, when the test wants it.  For pytest there is a fixture in :mod:`~.testing.fixtures`.
+is the real mailer over a queue in memory, so that it refuses what it refuses in production; see
+:mod:`~.testing.outbox`.  :class:`ScriptedSMTPServer` is a real SMTP server on a real socket that says what a test wants
+it to say, when the test wants it.  For pytest there is a fixture in :mod:`~.testing.fixtures`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     'make_mailer',
 ]
 
-# Before the mailer of pyramid_mailqueue is made, which leaves one alone that is there.
+# Before pyramid_mailqueue makes its mailer, which it does only if there is none.
 _BEFORE_THE_LAST = 999
 
 
@@ -69,7 +69,7 @@ def includeme(config: Any) -> None:
     """
     Set up a mailer that keeps its mail in memory, in the place of that of :func:`pyramid_mailqueue.includeme`.
 
-    It needs no settings; those that there are have to be right.  Nothing is written, and nothing talks to a server.
+    It needs no settings; those present have to be valid.  Nothing is written, and nothing talks to a server.
     """
 
     def register() -> None:

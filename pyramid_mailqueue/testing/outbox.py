@@ -1,15 +1,15 @@
 """
 The mail that an application has sent in a test.
 
-Nothing is pretended but the end: a :class:`CapturingMailer` is the mailer that the application has in production, with
-its envelopes, its data manager and its queue's two phases.  Only the queue is in memory, and whatever is tried is
-taken.  The outbox sees what goes through the queue::
+Only the end is simulated: a :class:`CapturingMailer` is the mailer that the application has in production, with its
+envelopes, its data manager and its queue's two phases.  But the queue is in memory, and every attempt succeeds.  The
+outbox sees what goes through the queue::
 
     send() --> pending --commit--> the outbox itself
                   |
                   +----abort, or a savepoint that is rolled back--> discarded
 
-Mail is tried before the commit returns, also if ``mailqueue.delivery = background``: a test need not wait for anybody.
+Mail is tried before the commit returns, also if ``mailqueue.delivery = background``: a test need not wait.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CapturedMail:
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """Everybody who would get the message, ``Bcc`` too."""
+        """All recipients of the message, ``Bcc`` too."""
         return self.envelope.recipients
 
     @property

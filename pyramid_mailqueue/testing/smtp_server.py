@@ -70,7 +70,7 @@ class ReceivedMessage:
     A message that a server accepted.
 
     :param sender: what stood between the angle brackets of MAIL
-    :param recipients: those who were accepted
+    :param recipients: those that were accepted
     :param content: without the dots that SMTP adds
     :param parameters: what stood behind the sender, e.g. ``('SIZE=1000',)``
     """
@@ -186,7 +186,7 @@ class ScriptedSMTPServer:
         if self._closing.is_set():
             return
         self._closing.set()
-        # Not every system wakes accept() when its socket is closed; all do for a visitor.
+        # Not every system wakes accept() when its socket is closed; all do for a connection.
         socket.create_connection((self.host, self.port)).close()
         self._threads[0].join()
         self._listener.close()
@@ -202,7 +202,7 @@ class ScriptedSMTPServer:
         self.wait_for(lambda: all(session.is_over for session in self.sessions))
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 10) -> None:
-        """Return when *condition* holds, which is asked after each event; fail after *timeout* seconds."""
+        """Return when *condition* holds, which is checked after each event; fail after *timeout* seconds."""
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
                 raise AssertionError(f'not so within {timeout} seconds; the sessions were {self.sessions}')
@@ -238,7 +238,7 @@ class ScriptedSMTPServer:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Change what is recorded, and wake who waits for that."""
+        """Change what is recorded, and wake the threads in :meth:`wait_for`."""
         with self._changed:
             yield
             self._changed.notify_all()

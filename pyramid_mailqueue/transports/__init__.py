@@ -1,1 +1,1 @@
-"""Who can be offered a message."""
+"""The transports: where messages go."""

@@ -1,4 +1,4 @@
-"""A mail server for development: it accepts everything, and keeps it where a person can read it."""
+"""A transport for development: it accepts every message, and keeps it in a file to read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DebugInbox:
     """
     See `ITransport`.  Each message becomes a file that mail programs open (``.eml``); nothing leaves this machine.
 
-    The envelope, which is not in the message, is written on top of it.  Its owner can read the file, and nobody else.
+    The envelope, which is not in the message, is written on top of it.  Only its owner can read the file.
 
     :param path: the folder to write to; if it is missing it is created with the first message, for its owner only
     """

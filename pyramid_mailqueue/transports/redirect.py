@@ -1,4 +1,4 @@
-"""What ``mailqueue.redirect_all_to`` makes of a transport: one that has one recipient, whoever a message is for."""
+"""The transport for ``mailqueue.redirect_all_to``: it sends every message to one address."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyramid_mailqueue.results import Offer, SendResult
 
 __all__ = ['RedirectingTransport', 'redirecting']
 
-#: What a transport may have or not, and sends nothing.
+#: Optional members of a transport that send nothing.
 _PASSED_ON = frozenset({'abort', 'abort_opening', 'bury', 'leads_to', 'make_room', 'reload'})
 
 
@@ -41,9 +41,9 @@ def redirecting(transport: Any, to: str) -> ITransport:
 @implementer(ITransport)
 class RedirectingTransport:
     """
-    See `ITransport`.  Each recipient has the reply that the server gave for the one.
+    See `ITransport`.  Each recipient has the reply that the server gave for the one address.
 
-    Its name says that it redirects, so that no log tells of mail which somebody has never got.
+    Its name says that it redirects, so that no log claims a delivery to the original recipients.
     """
 
     def __init__(self, transport: Any, to: str) -> None:
@@ -52,7 +52,7 @@ class RedirectingTransport:
         self.name = self._named(getattr(transport, 'name', None) or type(transport).__name__)
 
     def __getattr__(self, name: str) -> Any:
-        # Nothing that is not known here: it might be one more way to send.
+        # Only the known ones: another might be one more way to send.
         if name not in _PASSED_ON:
             raise AttributeError(name)
         return getattr(self._transport, name)

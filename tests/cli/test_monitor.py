@@ -53,7 +53,7 @@ def test_a_message_that_ends_processes_again_and_again_is_a_warning_with_its_id(
     verdict = judge({'waiting': 1}, None, None, None, crashing=['x|y'])
 
     assert verdict.status == WARNING
-    assert verdict.text.startswith('MAILQUEUE WARNING - delivery dies of x?y again and again | oldest=')
+    assert verdict.text.startswith('MAILQUEUE WARNING - delivery of x?y crashes repeatedly | oldest=')
 
 
 def test_the_performance_data_have_every_number_with_its_limit():

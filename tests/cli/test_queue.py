@@ -534,7 +534,7 @@ def test_of_all_dead_letters_what_cannot_be_retried_is_told(mq_queue, put, queue
         status, out, err = mq_queue('retry', '--dead')
 
     assert (status, out) == (1, '1 message due now\n')
-    assert err == f'mq-queue: {busy} cannot be retried: somebody else is about it right now. Try again in a moment.\n'
+    assert err == f'mq-queue: {busy} cannot be retried: it is in use right now. Try again in a moment.\n'
     assert queue.admin.find(fine).state == 'waiting'
 
 

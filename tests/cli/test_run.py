@@ -1510,8 +1510,7 @@ def test_who_watches_goes_on_in_the_former_log_until_there_can_be_a_new_one(
     assert sum(int(count) for count in re.findall('([0-9]) sent', out)) == 3
     reason = {'a folder': 'Is a directory', 'a pipe': 'it is a pipe'}.get(kind, 'No such file or directory')
     assert err == (
-        f'mq-run: {log} cannot be opened anew ({reason}); logging goes on in the former file\n'
-        f'mq-run: {log} is opened anew again\n'
+        f'mq-run: {log} cannot be reopened ({reason}); logging continues in the old file\nmq-run: {log} is open again\n'
     )
 
 
@@ -1530,7 +1529,7 @@ def test_a_reload_whose_log_cannot_be_opened_ends_nothing(watch, app_ini, put, s
     status, _, err = ended(process)
 
     assert (status, err.count('\n')) == (0, 1)
-    assert err.endswith('; logging goes on in the former file\n')
+    assert err.endswith('; logging continues in the old file\n')
 
 
 def test_a_disk_without_room_for_a_log_is_told_in_one_line_and_in_another_when_there_is(

@@ -113,7 +113,7 @@ def test_the_message_goes_the_way_of_the_application_and_nothing_stays_behind(mq
         f'mq-send-test: from <shop@site.example> to <ada@x.example>, by smtp (127.0.0.1, port {server.port})'
     )
     assert last == (
-        f'mq-send-test: sent. smtp:127.0.0.1:{server.port} has taken {message["Message-ID"]} '
+        f'mq-send-test: sent. smtp:127.0.0.1:{server.port} has accepted {message["Message-ID"]} '
         'and said: 250 2.0.0 accepted'
     )
 
@@ -351,7 +351,7 @@ FAILURES = {
     'the recipient is refused': ({'RCPT': '550 5.7.1 relay denied'}, 69, '550 5.7.1 relay denied', 'does not pass on'),
     'the recipient is deferred': ({'RCPT': '450 4.2.0 later'}, 75, '450 4.2.0 later', 'Does <ada@x.example> exist?'),
     'the sender is refused': ({'MAIL': '553 5.1.8 not you'}, 69, '553 5.1.8 not you', 'Try another one with --from'),
-    'the content is refused': ({'.': '554 5.7.1 spam'}, 69, '554 5.7.1 spam', 'filter of spam'),
+    'the content is refused': ({'.': '554 5.7.1 spam'}, 69, '554 5.7.1 spam', 'spam filter'),
     'data is deferred': ({'DATA': '451 4.3.0 full'}, 75, '451 4.3.0 full', 'full disk'),
     'the greeting is a no': ({'connect': Close('554 5.7.1 go away')}, 69, '554 5.7.1 go away', 'block list'),
     'the greeting is a later': ({'connect': Close('421 4.3.2 busy')}, 75, '421 4.3.2 busy', 'block list'),

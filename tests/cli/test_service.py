@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_opened_is_told_of_and_stops_nothing(tmp_path, att
     reopen_log_files()
 
     assert capsys.readouterr().err == (
-        f'mq-run: {lost} cannot be opened anew (No such file or directory); logging goes on in the former file\n'
+        f'mq-run: {lost} cannot be reopened (No such file or directory); logging continues in the old file\n'
     )
     assert kept.read_text() == ''
     logger.error('one')
@@ -272,7 +272,7 @@ def test_a_defect_in_a_handler_of_others_stops_nothing(tmp_path, attach, capsys)
 
     reopen_log_files()
 
-    assert 'broken.log cannot be opened anew (unknown encoding: klingon)' in capsys.readouterr().err
+    assert 'broken.log cannot be reopened (unknown encoding: klingon)' in capsys.readouterr().err
     assert path.exists()
 
 

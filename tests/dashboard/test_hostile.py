@@ -171,7 +171,7 @@ def test_html_is_never_shown():
     ids=['nested', 'lines'],
 )
 def test_what_would_take_long_to_take_apart_is_not_taken_apart(content):
-    assert read_contents(content).problem == 'This message is too large to be taken apart here.'
+    assert read_contents(content).problem == 'This message is too large to be parsed here.'
 
 
 @pytest.mark.parametrize('codec', ['punycode', 'IDNA', 'idna*en'])

@@ -247,7 +247,7 @@ def test_a_damaged_file_is_counted_where_it_is_listed(operator, queue, monkeypat
     page = operator.get('/mailqueue')
 
     if many:
-        assert 'damaged ones that nobody has tried' in text_of(page.html)
+        assert 'damaged ones that were never tried' in text_of(page.html)
         page = page.click('Count them')
     assert [page.html.find(id=f'count-{state}').get_text() for state in ('waiting', 'corrupt')] == ['2', '1']
     assert ids_on(operator.get('/mailqueue/messages?state=corrupt')) == ['damaged']
@@ -258,7 +258,7 @@ def test_a_damaged_file_is_counted_where_it_is_listed(operator, queue, monkeypat
 def test_a_page_behind_the_end_says_so(operator, queue):
     put(queue, 1)
 
-    assert 'The queue is empty, behind the first 700' in operator.get('/mailqueue/messages?from=700')
+    assert 'The queue is empty, after the first 700' in operator.get('/mailqueue/messages?from=700')
     assert len(ids_on(operator.get('/mailqueue/messages?from=-1'))) == 1
 
 

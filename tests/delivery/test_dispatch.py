@@ -87,7 +87,7 @@ def claims(queue, envelope):
 def told_left(count):
     """What the log says of *count* messages that are left to mq-run."""
     return (
-        f'Messages left in the queue for mq-run, because this process stops to deliver: {count}. In a script set '
+        f'Messages left in the queue for mq-run, because this process stops delivering: {count}. In a script set '
         'mailqueue.delivery = inline, which delivers them before the commit returns.'
     )
 
@@ -257,7 +257,7 @@ def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
     background.dispatch(claims(1))
     until(lambda: queue.state == {})
 
-    assert caplog.messages == ['The database is away. Mail that was put off waits in it, until it is back.']
+    assert caplog.messages == ['The database is away. Postponed mail waits in it, until it is back.']
     assert len({*asked[:4]}) == 1
 
 

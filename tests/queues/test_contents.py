@@ -156,5 +156,5 @@ def test_a_message_with_very_many_parts_is_not_taken_apart():
     part = b'--x\r\n\r\n\r\n'
     contents = read_contents(b'Content-Type: multipart/mixed; boundary=x\r\n\r\n' + part * 100_000 + b'--x--\r\n')
 
-    assert contents.problem == 'This message is too large to be taken apart here.'
+    assert contents.problem == 'This message is too large to be parsed here.'
     assert contents.header == (('Content-Type', 'multipart/mixed; boundary=x'),)

@@ -831,7 +831,7 @@ def test_what_was_buried_is_reported_although_no_more_files_can_be_opened(queue,
         recovery = queue.recover(time.time())
 
     assert recovery.buried == (Path(opened[0]).name.partition(',')[0],)
-    assert told(level='ERROR', status='trouble', file=queue.place('cur'), problem='cannot be looked through to its end')
+    assert told(level='ERROR', status='trouble', file=queue.place('cur'), problem='cannot be read to its end')
     assert len(queue.recover(time.time()).buried) == 1
 
 
@@ -1442,7 +1442,7 @@ def test_deaths_that_cannot_be_forgotten_are_told_of_and_what_was_kept_is_kept(q
     with intercepted(Fault('EIO', 2, can_fail=lambda call: call.name == 'rename')):
         taken.keep(('b@x.example',))
 
-    assert told(level='ERROR', status='trouble', problem='keeps the count of the deaths before')
+    assert told(level='ERROR', status='trouble', problem='keeps its old count of deaths')
     assert taken.deaths == 3
     taken.release()
     assert names(queue, 'new') == ['x,deaths=3']
@@ -1459,7 +1459,7 @@ def test_a_burial_whose_reason_cannot_be_written_keeps_the_file_as_it_is(queue, 
     (dead,) = names(queue, 'dead')
     assert at(queue, 'dead', dead).read_bytes() == HEADER
     assert [entry.id for entry in queue.admin.entries(['dead'])] == [dead]
-    assert told(level='ERROR', status='trouble', problem='is given up, which cannot be written into it')
+    assert told(level='ERROR', status='trouble', problem='is given up, and the reason cannot be written into it')
 
 
 def test_a_burial_that_fails_is_not_reported_as_one(queue, told):

@@ -671,7 +671,7 @@ CAN = {
 }
 WORDS = {
     'waiting': 'it is waiting.',
-    'in progress': 'its delivery was broken off; the next mq-run takes it up.',
+    'in progress': 'its delivery was interrupted; the next mq-run resumes it.',
     'held': 'it is held; unhold it first.',
     'dead': 'it is a dead letter; it can be retried, or deleted.',
     'in doubt': 'it is in doubt; release it, or delete it.',
@@ -727,7 +727,7 @@ def test_what_is_being_committed_is_never_touched(queue):
 def test_two_people_do_not_disturb_each_other(queue, admin):
     name = dead(queue)
 
-    with queue_file_held(queue, 'dead', name), pytest.raises(WrongState, match='somebody else is about it right now'):
+    with queue_file_held(queue, 'dead', name), pytest.raises(WrongState, match='it is in use right now'):
         admin.retry(name)
 
     assert admin.retry(name).state == 'waiting'

@@ -660,9 +660,7 @@ def test_a_damaged_file_is_replaced_with_a_warning(limiter, make, path, caplog, 
     (record,) = caplog.records
     assert (record.name, record.levelno) == ('mailqueue.queue_log', logging.WARNING)
     assert record.mailqueue['file'] == str(path)
-    assert record.mailqueue['problem'] == (
-        f'was damaged ({told}), and is replaced by one that knows of no mail sent so far'
-    )
+    assert record.mailqueue['problem'] == (f'was damaged ({told}), and is replaced by one without the sends so far')
     assert make().take() == 10
 
 

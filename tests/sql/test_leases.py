@@ -544,5 +544,5 @@ def test_a_message_that_somebody_else_has_cannot_be_read(url, make_queue, envelo
 
     assert [record.levelname for record in caplog.records] == ['WARNING']
     assert f'status=lost id={name}' in caplog.text
-    with pytest.raises(QueueError, match='somebody else has it'):
+    with pytest.raises(QueueError, match='another process has it'):
         assert lost.envelope

@@ -351,7 +351,7 @@ def test_a_disk_that_fails_is_status_75_and_what_was_done_is_told(mq_queue, plac
     monkeypatch.undo()
     _, out, _ = mq_queue('move', '--to-sql')
     assert out.startswith(
-        'What a move that was broken off had left half-way is in one of the queues again.\n1 message '
+        'Messages that an interrupted move had left half-way are in one of the queues again.\n1 message '
     )
     assert len(place.kept('sql')) == 2
 

@@ -77,7 +77,7 @@ def test_after_the_connection_is_lost_it_is_made_again(url, make_queue, envelope
 
     # Each time, and each in one line.
     told = [record.getMessage() for record in caplog.records]
-    assert ['it is looked for all the same' in line for line in told] == [True, True]
+    assert ['it is found by polling' in line for line in told] == [True, True]
     assert not any('\n' in line for line in told)
 
 
@@ -108,5 +108,5 @@ def test_mail_that_cannot_be_told_of_is_in_the_queue_all_the_same(url, make_queu
 
     queue.put(envelope)
 
-    assert 'Nobody is told of new mail' in caplog.text
+    assert 'There is no notification of new mail' in caplog.text
     assert queue.counts()['waiting'] == 1

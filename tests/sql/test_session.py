@@ -385,7 +385,7 @@ def test_where_the_queue_cannot_be_asked_mail_is_not_refused(
             mailer.send(message('one'), session=session)
 
     assert states(url) == ['waiting', 'waiting']
-    (told,) = [record for record in caplog.records if 'nobody knows whether the session' in record.getMessage()]
+    (told,) = [record for record in caplog.records if 'it is unknown whether the session' in record.getMessage()]
     assert told.levelname == 'WARNING'
     mailer.close()
 

@@ -674,7 +674,7 @@ def test_an_answer_before_the_question_is_trouble():
     dialogue.sent(len(chunk) - 1)
     dialogue.receive_data(OK + OK)
 
-    with pytest.raises(ServerTrouble, match='that nobody asked for: 354 go'):
+    with pytest.raises(ServerTrouble, match='an unsolicited reply: 354 go'):
         dialogue.receive_data(GO)
     assert transaction.replies == {}
 
@@ -683,13 +683,13 @@ def test_an_answer_before_the_question_is_trouble():
 def test_a_reply_between_two_messages_is_trouble(reply):
     dialogue = Dialogue(PIPELINING)
 
-    with pytest.raises(ServerTrouble, match='that nobody asked for'):
+    with pytest.raises(ServerTrouble, match='an unsolicited reply'):
         dialogue.receive_data(reply)
 
 
 def test_an_acceptance_before_the_end_of_the_content_is_not_believed():
     dialogue, transaction = started(recipients=[A])
-    with pytest.raises(ServerTrouble, match='that nobody asked for: 250 ok'):
+    with pytest.raises(ServerTrouble, match='an unsolicited reply: 250 ok'):
         dialogue.receive_data(OK + OK + GO + OK)
 
     assert transaction.replies == {}

@@ -1,16 +1,17 @@
 """
-What a person may see and do in a :class:`~.maildir.MaildirQueue`.
+Lists, inspects and changes the messages of a :class:`~.maildir.MaildirQueue`.
 
-Whoever looks at a message holds nothing: a file in the queue is never changed in place, so what was opened can be read
-to its end.  Whoever changes one holds its file meanwhile, as those who deliver do; what they hold is left alone.
+Looking at a message takes no lock (but for a moment in ``prepared/`` and ``moving/``): a file in the queue is never
+changed in place, so an open one can be read to its end.  A change holds the file meanwhile, as delivery does; files
+that are held elsewhere are left alone.
 
 Each change is one ``rename`` or ``unlink``, and is durable before the method returns::
 
     new  --hold--> held --unhold--> new     as it was, with its due time
     dead, prepared --retry, release--> new  after a new version was renamed over the file, where it was
 
-A crash between the two steps of the last line leaves a dead letter that is a dead letter still, and a message in doubt
-that is still in doubt: there is one file of it at all times.
+After a crash between the two steps of the last line a dead letter is still a dead letter, and a message in doubt is
+still in doubt: there is one file of it at all times.
 """
 
 from __future__ import annotations
@@ -58,22 +59,22 @@ STATE_OF = {
     'corrupt': 'corrupt',
 }
 
-#: So much of a message is read to find its subject; and so much of a file where nothing but its header is asked for.
+#: How many octets of a message are read to find its subject; and how many of a file if only its header is needed.
 PEEK = 64 * 1024
 GLANCE = 4096
 
-#: So many names are kept in memory at most while messages are listed; then the folders are read again.  The first rows
-#: of a list come after fewer of them.
+#: At most this many names are kept in memory while messages are listed; then the folders are read again.  The first
+#: rows of a list come after fewer of them.
 SORTED_AT_ONCE = 200_000
 SORTED_FIRST = 1000
 
-#: The oldest message is among so many, unless most of them have had a new start.
+#: The oldest message is among this many, unless most of them were retried.
 OLDEST_FEW = 100
 
-#: How often a message is looked for that moves on, to another folder, whenever it is found.
+#: How often to look for a message that moves to another folder whenever it is found.
 TRIES = 5
 
-#: A message that is tried once more keeps its name, to which each burial adds a little; a longer one gets a new name.
+#: A retried message keeps its name, to which each burial adds a little; one longer than this many octets is replaced.
 LONGEST_NAME = 150
 
 _BORN = re.compile(r'([0-9]{1,12})\.')
@@ -88,7 +89,7 @@ _OTHER_STATE = {
     'prepared': 'it is in doubt; release it, or delete it',
     MOVING: 'it is half-way to or from a database; "mq-queue app.ini move --to-..." settles that',
     'new': 'it is waiting',
-    'cur': 'its delivery was broken off; the next mq-run takes it up',
+    'cur': 'its delivery was interrupted; the next mq-run resumes it',
     'held': 'it is held; unhold it first',
     'dead': 'it is a dead letter; it can be retried, or deleted',
     'corrupt': 'its file is damaged; it can only be looked at, or deleted',
@@ -101,7 +102,7 @@ class MaildirAdmin:
 
     def __init__(self, folders: MaildirFolders) -> None:
         self._folders = folders
-        # The names of files by their ids, where those differ, as they were when all files were last looked through.
+        # The names of files by their ids, where those differ, as of the last scan of all files.
         self._names: dict[str, str] = {}
 
     # -- what there is
@@ -121,7 +122,7 @@ class MaildirAdmin:
         return oldest_first(looks())
 
     def _damaged(self) -> list[tuple[float, str, str]]:
-        """As :meth:`_oldest_first`, which would sort all names to find a few."""
+        """As :meth:`_oldest_first`, which would sort all names to find the few that are damaged."""
         files = ((folder, file) for folder in STATE_OF for file in self._folders.files(folder))
         damaged = (
             (folder, file) for folder, file in files if folder == 'corrupt' or self._is_damaged(folder, file.name)
@@ -137,7 +138,7 @@ class MaildirAdmin:
         """See `IQueueAdmin`."""
         oldest, since = ('', ''), math.inf
         for born, name, folder in self._oldest_first(states, at_once=OLDEST_FEW):
-            # A name is from the second in which its message came, or, after a retry, from an earlier time.
+            # A name has the second in which its message came, or, after a retry, an earlier time.
             if born > since + 1:
                 break
             glance = self._glance(folder, name)
@@ -157,8 +158,8 @@ class MaildirAdmin:
         return [name.id for name in itertools.islice(found, most)]
 
     def _oldest_first(self, states: Collection[str], at_once: int = SORTED_FIRST) -> Iterator[tuple[float, str, str]]:
-        """Where there may be messages in these states: the time in their name, their name, and their folder."""
-        # What is damaged is found wherever it is.
+        """Yield the time in the name, the name and the folder of files that may be in these states."""
+        # Damaged files may be in any folder.
         folders = [folder for folder, state in STATE_OF.items() if state in states or 'corrupt' in states]
         last = (-math.inf, '')
         while found := heapq.nsmallest(at_once, self._after(last, folders)):
@@ -166,7 +167,7 @@ class MaildirAdmin:
             if len(found) < at_once:
                 return
             last = found[-1][:2]
-            # Each time all names are read once more.
+            # Each round reads all names again.
             at_once = min(10 * at_once, SORTED_AT_ONCE)
 
     def _after(self, last: tuple[float, str], folders: Collection[str]) -> Iterator[tuple[float, str, str]]:
@@ -177,16 +178,16 @@ class MaildirAdmin:
                     yield born, file.name, folder
 
     def _born(self, folder: str, file: os.DirEntry[str]) -> float | None:
-        """When a message came into the queue for the first time: that stands in its name.  None if it is gone."""
+        """Return when a message first came into the queue, from its name.  None if it is gone."""
         match = _BORN.match(file.name)
         if match:
             return int(match[1])
-        # A name that somebody else has given.
+        # A name from another program.
         entry = self._look(folder, file.name)
         return entry.queued_at if entry and entry.queued_at is not None else modified_time(file)
 
     def _look(self, folder: str, name: str) -> QueueEntry | None:
-        """Return what there is to see of a file; None if it is gone, or not to be seen yet."""
+        """Return the entry of a file; None if it is gone, or not visible yet."""
         if folder in ('prepared', MOVING) and self._is_held(folder, name):
             return None
         try:
@@ -198,7 +199,7 @@ class MaildirAdmin:
             return QueueEntry(name, STATE_OF[folder], last_reply=f'This file cannot be read: {why(error)}.')
 
     def _glance(self, folder: str, name: str) -> Glance | None:
-        """The same, as far as that is counted: a small part of the file is read."""
+        """Return only what is counted of it: a small part of the file is read."""
         if folder in ('prepared', MOVING) and self._is_held(folder, name):
             return None
         try:
@@ -224,7 +225,7 @@ class MaildirAdmin:
             os.close(fd)
 
     def _open(self, folder: str, name: str) -> int:
-        # Whatever stands there now: nothing outside of the queue is read, and nothing is waited for.
+        # Whatever is there now: nothing outside of the queue is read, and nothing is waited for.
         return os.open(self._folders.place(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def _is_held(self, folder: str, name: str) -> bool:
@@ -257,7 +258,7 @@ class MaildirAdmin:
         raise _gone(id)
 
     def _tries(self, id: str) -> Iterator[tuple[str, str]]:
-        """Where the message is, and where it is then if it is there no more."""
+        """Yield where the message is, and again where it is then, if it has moved on."""
         for _ in range(TRIES):
             yield self._locate(id)
 
@@ -276,7 +277,7 @@ class MaildirAdmin:
         return next(iter(found.values()))
 
     def _look_for(self, beginning: str) -> dict[str, tuple[str, str]]:
-        """Return the folders and the names of files by their ids; those of all others are noted, where they differ."""
+        """Return the folders and names of matching files by their ids; note all names that differ from their ids."""
         found = {}
         self._names.clear()
         for folder in STATE_OF:
@@ -338,7 +339,7 @@ class MaildirAdmin:
                 continue
             file = self._folders.take('new', entry.name)
             if file is None:
-                # Somebody has it in hand just now, so it was due.
+                # It is held elsewhere just now, so it was due.
                 continue
             try:
                 os.utime(file.fd, (now, now))
@@ -356,7 +357,7 @@ class MaildirAdmin:
         for file in self._folders.files('dead'):
             if len(expired) == most:
                 break
-            # Nothing is opened that may not be old enough: the name is from before its death.
+            # Files that cannot be old enough are not opened: the name is older than the dead letter.
             if (born_of(file.name) or 0) < before and (modified_time(file) or math.inf) < before:
                 expired += self._expire(file.name, before)
         return expired
@@ -380,7 +381,7 @@ class MaildirAdmin:
 
     @contextlib.contextmanager
     def _taken(self, id: str, done: str, folders: Collection[str]) -> Iterator[_Taken]:
-        """Hold a message that is in one of *folders*, to do something with it: *done* is the word for that."""
+        """Hold a message that is in one of *folders*, to change it; *done* names the change."""
         taken = self._take(id, done)
         try:
             if taken.folder not in folders:
@@ -402,13 +403,13 @@ class MaildirAdmin:
             if file is not None:
                 return _Taken(self._folders, folder, file, done)
             if self._is_file(folder, name):
-                busy = _BUSY.get(folder, 'somebody else is about it right now')
+                busy = _BUSY.get(folder, 'it is in use right now')
                 raise WrongState(f'{_id_of(name)} cannot be {done}: {busy}. Try again in a moment.')
         raise _gone(id)
 
 
 class _Taken:
-    """A message that is held while a person changes it; *done* says how.  Every method may raise OSError."""
+    """A message that is held while it is changed; *done* names the change.  Every method may raise OSError."""
 
     def __init__(self, folders: MaildirFolders, folder: str, file: LockedFile, done: str) -> None:
         self._folders = folders
@@ -425,9 +426,9 @@ class _Taken:
 
     def renew(self) -> None:
         """
-        Give it a new start: as old as a message that comes into the queue now, due, and without attempts.
+        Renew it as if it came into the queue now: due, and without attempts.
 
-        The last reply stays, for whoever looks.  Raises QueueFileError if it cannot be read.
+        The last reply is kept.  Raises QueueFileError if the message cannot be read.
         """
         now = self._folders.clock()
         header, start = parse_header(self.file.head(MAX_HEADER_OCTETS))
@@ -463,7 +464,7 @@ class _Taken:
     def _name_in_next_folder(self) -> str:
         name = FileName.parse(self.file.name)
         if self.folder == 'cur':
-            # As mq-run would have done it.
+            # As mq-run would do it.
             return str(name._replace(deaths=name.deaths + 1))
         if self.folder == 'dead' and (len(os.fsencode(self.file.name)) > LONGEST_NAME or self._is_alive()):
             return self._folders.new_name()
@@ -480,11 +481,11 @@ def _id_of(name: str) -> str:
 
 
 def _entry(folder: str, name: str, fd: int) -> QueueEntry:
-    """Return what a message in this place would be shown as.  Raises OSError."""
+    """Return the entry of a message in this place.  Raises OSError."""
     name, state, status = _id_of(name), STATE_OF[folder], os.fstat(fd)
     head = os.pread(fd, GLANCE + PEEK, 0)
     if len(head) > PEEK and is_queue_file(head) is None:
-        # A longer header is a rare thing.
+        # Longer headers are rare.
         head = os.pread(fd, MAX_HEADER_OCTETS + PEEK, 0)
     try:
         header, start = parse_header(head)

@@ -24,13 +24,13 @@ from pyramid_mailqueue.results import Burial, Settlement
 
 __all__ = ['MAX_DEATHS', 'FileName', 'MaildirClaim']
 
-#: A message whose deliverer died this often is given up: it may well be what kills them.
+#: A message whose delivery crashed its process this often is given up: it may well be the cause.
 MAX_DEATHS = 5
 
-#: How many seconds a message rests whose outcome could not be written: some recipients may have it already.
+#: The back-off, in seconds, of a message whose outcome could not be written: some recipients may have it already.
 UNSETTLED_REST = 300
 
-#: And one that could not be delivered for want of memory.
+#: The same, if it could not be delivered for lack of memory.
 ABANDONED_REST = 300
 
 
@@ -39,15 +39,15 @@ class MaildirClaim(Claim):
     """
     See `IClaim`.
 
-    Made for a file that is held: in ``new/`` until it is begun, and then in ``cur/``.  Or for one in ``new/`` that was
-    closed, because too many are open (see :func:`~.maildir.trouble.may_stay_open`): it is taken when it is begun.
+    The file is held: in ``new/`` until :meth:`begin`, and then in ``cur/``.  Or it is in ``new/`` and closed, because
+    too many are open (see :func:`~.maildir.trouble.may_stay_open`): then :meth:`begin` takes it.
     """
 
     def __init__(self, folders: MaildirFolders, file: LockedFile) -> None:
         self._folders = folders
         self._file = file
         self._has_to_take = file.closed
-        # With the place in the file at which the content begins.
+        # With the offset of the content in the file.
         self._parsed: tuple[QueueHeader, int] | None = None
         self._envelope: Envelope | None = None
         self._name = FileName.parse(file.name)
@@ -57,7 +57,7 @@ class MaildirClaim(Claim):
         return f'<MaildirClaim {self._file.name}>'
 
     def begin(self) -> bool:
-        """See `IClaim`.  In ``new/`` a file is what it was when its process dies, and in ``cur/`` an orphan."""
+        """See `IClaim`.  After a crash a file in ``new/`` waits as before, and one in ``cur/`` is an orphan."""
         if self._has_to_take:
             self._take()
         if self._file.closed:
@@ -73,7 +73,7 @@ class MaildirClaim(Claim):
         return True
 
     def _take(self) -> None:
-        """Hold the file, unless somebody else was faster, and has it or has put it off."""
+        """Hold the file, unless another process holds or has postponed it meanwhile."""
         self._has_to_take = False
         try:
             file = self._folders.take('new', self._file.name)
@@ -126,7 +126,7 @@ class MaildirClaim(Claim):
             head = self._file.head(MAX_HEADER_OCTETS)
             self._parsed = header, start = parse_header(head)
             if len(head) == self._file.size:
-                # That was all of it; the content of a larger one is read when it is asked for.
+                # That was all of it; the content of a larger one is read on demand.
                 self._envelope = Envelope.of_checked(header.sender, header.recipients, head, start)
         return self._parsed
 
@@ -171,14 +171,14 @@ class MaildirClaim(Claim):
         self._forget_deaths()
 
     def _forget_deaths(self) -> None:
-        """Somebody has the message: it is not what kills its deliverers."""
+        """A recipient has the message: it is not the cause of the crashes."""
         if not self.deaths:
             return
         name = self._name._replace(deaths=0)
         try:
             self._file.move(self._folders.place('cur', str(name)))
         except OSError as error:
-            log_trouble('keeps the count of the deaths before', self._file.path, error)
+            log_trouble('keeps its old count of deaths', self._file.path, error)
             return
         self._name = name
 
@@ -198,14 +198,14 @@ class MaildirClaim(Claim):
         """
         Bury an orphan.  False if that failed (logged).
 
-        Where its reason cannot be written into it (a full disk) it is buried as it is: it has killed others.
+        If the reason cannot be written into it (a full disk) it is buried as it is: it must not crash more processes.
         """
         reason = f'given up: the process that delivered it died, {MAX_DEATHS} times'
         try:
             self._settle(Settlement(counted=False, burials=(Burial(self._header.recipients, reason),)))
         except (OSError, QueueError, MemoryError) as error:
-            log_trouble('is given up, which cannot be written into it', self._file.path, error)
-            # If it was written, and that is all that could be done, this takes its place.
+            log_trouble('is given up, and the reason cannot be written into it', self._file.path, error)
+            # If a dead letter was written before the failure, this takes its place.
             return self._moved('dead', self._burial_path(self.recipients))
         finally:
             self._file.close()
@@ -247,7 +247,7 @@ class MaildirClaim(Claim):
             self._postpone(settlement)
             self._folders.is_in_doubt = True
             return QueueError(
-                f'What became of the message {self.id} cannot be written, so no more mail is delivered for now: '
+                f'The outcome of the message {self.id} cannot be written, so no more mail is delivered for now: '
                 f'{self._file.path}: {why(error)}'
             )
         finally:
@@ -269,7 +269,7 @@ class MaildirClaim(Claim):
                 self._folders.removed(self._file.folder, self._file)
         elif self._is_changed_by(settlement):
             self._rewrite(settlement)
-            # Its deliverer has lived, so the deaths before do not count any more.
+            # The process has survived, so earlier deaths do not count any more.
             self._back_to_new(self.id)
         else:
             self._back_to_new(str(self._name._replace(stumbles=self._name.stumbles + settlement.stumbled)))
@@ -289,7 +289,7 @@ class MaildirClaim(Claim):
         return self._folders.place('dead', f'{self.id}.{names[:8]}')
 
     def _rewrite(self, settlement: Settlement) -> None:
-        """Put the next version of the message in the place of this one, held from its first moment on."""
+        """Replace the message by its next version, held from its first moment on."""
         header = self._next_header(settlement.waiting, settlement, settlement.last_reply)
         due = self._file.modified if settlement.due is None else settlement.due
         file = self._write(self._file.path, header, due)
@@ -297,7 +297,7 @@ class MaildirClaim(Claim):
         self._file = file
 
     def _write(self, path: str, header: QueueHeader, due: float | None = None) -> LockedFile:
-        """Write another version of the message; a content that nobody has asked for is not read for that."""
+        """Write another version of the message, without loading a content that was not read yet."""
         if self._envelope is not None:
             return self._folders.write(path, header, self._envelope.content, due)
         return self._folders.rewrite(path, header, self._file, self._parse()[1], due)
@@ -312,7 +312,7 @@ class MaildirClaim(Claim):
         )
 
     def _postpone(self, settlement: Settlement) -> None:
-        """The next version cannot be written (a full disk); keep the old one, which needs no room, and its order."""
+        """Postpone the old version, which needs no disk space, if the next one cannot be written (a full disk)."""
         self._rest_until(self._folders.clock() + UNSETTLED_REST if settlement.due is None else settlement.due)
         self._back_to_new(self._file.name)
 
@@ -331,9 +331,9 @@ class FileName(NamedTuple):
     The name of a file, ``ID[,stumbles=N][,deaths=N]``.
 
     :param id: the name of the message
-    :param stumbles: how often a server broke off in the midst of it
-    :param deaths: how many deliverers it has outlived; both are counted since its last attempt, and deaths since it was
-        accepted for some of its recipients
+    :param stumbles: how often a server disconnected during it
+    :param deaths: how many processes crashed while delivering it; both are counted since its last attempt, and deaths
+        since it was accepted for some of its recipients
     """
 
     id: str
@@ -342,7 +342,7 @@ class FileName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> FileName:
-        """Read the name of a file; any text is one."""
+        """Parse the name of a file; any text is valid."""
         if ',' not in name:
             return cls(name)
         match = _FILE_NAME.fullmatch(name)
@@ -354,7 +354,7 @@ class FileName(NamedTuple):
         """
         How often something went wrong that may be the message's fault or not.
 
-        Counted together: what goes wrong once more comes behind what has fared as badly, whichever way.
+        Disconnects and crashes count alike: the more of them, the later a message comes.
         """
         return self.stumbles + self.deaths
 
@@ -364,6 +364,6 @@ class FileName(NamedTuple):
 
 
 def unused(path: str) -> str:
-    """Return *path*, with a number if there is something already: what was put aside must not be overwritten."""
+    """Return *path*, with a number if it exists already: files that were put aside must not be overwritten."""
     numbered = (f'{path}.{number}' for number in itertools.count(1))
     return next(candidate for candidate in itertools.chain((path,), numbered) if not os.path.lexists(candidate))

@@ -1,7 +1,7 @@
 """
-The folders of a queue directory, and what is done to the files in them.
+The folders of a queue directory, and the operations on the files in them.
 
-What the folders mean, and when a file goes from one to another, is told in :mod:`~.maildir`.
+:mod:`~.maildir.queue` says what the folders mean, and when a file goes from one to another.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pyramid_mailqueue.queues.maildir.trouble import FOR_ALL, FOR_ALL_LOOKS, cur
 
 __all__ = ['FOLDERS', 'MOVING', 'MaildirFolders', 'born_of', 'modified_time']
 
-#: Settled claims are made durable together: with this many changes, or with the first one that comes this many seconds
-#: after the others began.
+#: Settled claims are made durable in batches: with this many changes, or with the first one that comes this many
+#: seconds after the batch began.
 SYNC_EVERY = 100
 SYNC_SECONDS = 0.5
 
-#: In ``prepared/`` the file ``NAME+7`` is held by whoever holds ``NAME``, the first message of its transaction, which
-#: comes there before all others and leaves after them.
+#: In ``prepared/`` the lock of ``NAME``, the first message of its transaction, holds the file ``NAME+7``, too.
+#: ``NAME`` comes there before all others and leaves after them.
 FOLLOWER = '+'
 
-#: The room on the disk of a removed file that is larger than this, in octets, is not kept until then.
+#: A removed file that is larger than this, in octets, is not kept open until then: its disk space is freed at once.
 LARGE = 64 * 1024
 
 
@@ -47,9 +47,9 @@ class MaildirFolders:
 
     :param path: the queue directory
     :param clock: seconds since the epoch
-    :param access: ``'create'`` creates what is missing; ``'use'`` needs a queue, and creates the folders that one of
-        mailqueue-runner has not; ``'look'`` needs a queue, and no right to write
-    :raises QueueError: the directory cannot be created or used, is no queue, or is somebody else's
+    :param access: ``'create'`` creates what is missing; ``'use'`` needs a queue, and creates the folders that a queue
+        of mailqueue-runner lacks; ``'look'`` needs a queue, and no right to write
+    :raises QueueError: the directory cannot be created or used, is no queue, or is that of another program
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MaildirFolders:
         self._holder = Holder()
         self._absent = {MOVING}
         self._open_folders(access)
-        # Whether the last change of ours has failed.
+        # Whether the last change failed.
         self.is_in_doubt = False
         self._forget_changes()
         call_in_children(self._forget_changes)
@@ -97,7 +97,7 @@ class MaildirFolders:
         return f'{self.path}/{folder}/{name}' if name else f'{self.path}/{folder}'
 
     def files(self, folder: str) -> Iterator[os.DirEntry[str]]:
-        """The regular files of a folder; what starts with a dot is none of ours.  Raises QueueError."""
+        """Yield the regular files of a folder, but for names that start with a dot.  Raises QueueError."""
         try:
             with os.scandir(self.place(folder)) as entries:
                 for entry in entries:
@@ -110,9 +110,9 @@ class MaildirFolders:
 
     def take(self, folder: str, name: str) -> LockedFile | None:
         """
-        Hold one file; None if it is gone, is held by somebody else, or cannot be opened (that is logged).
+        Hold one file; None if it is gone, is held elsewhere, or cannot be opened (logged).
 
-        Raises QueueError if none can be opened.
+        Raises QueueError if no file can be opened.
         """
         try:
             return self.hold(folder, name)
@@ -123,7 +123,7 @@ class MaildirFolders:
             return None
 
     def hold(self, folder: str, name: str) -> LockedFile | None:
-        """Hold one file; None if it is gone or is held by somebody else.  Raises OSError if it cannot be opened."""
+        """Hold one file; None if it is gone or is held elsewhere.  Raises OSError if it cannot be opened."""
         first, is_follower, _ = name.rpartition(FOLLOWER)
         if is_follower and folder == 'prepared' and self._holder.is_held(self.place(folder, first)):
             return None
@@ -150,7 +150,7 @@ class MaildirFolders:
     def rewrite(
         self, path: str, header: QueueHeader, source: LockedFile, start: int, due: float | None = None
     ) -> LockedFile:
-        """The same, with the content that begins at *start* in *source*.  It takes no memory, however large that is."""
+        """As :meth:`write`, with the content that begins at *start* in *source*; takes no memory, whatever its size."""
         temporary = self.place('tmp', self.new_name())
         return self._put_at(
             path, self._holder.create(temporary, [serialize_header(header)], due, rest_of=(source, start))
@@ -161,7 +161,7 @@ class MaildirFolders:
             file.move(path)
         except BaseException:
             file.find()
-            # What is in its place already is the only version that there is.
+            # A file that is in its place already is the only version.
             if file.folder == 'tmp':
                 self.drop(file)
             file.close()
@@ -173,11 +173,11 @@ class MaildirFolders:
 
     def new_name(self, born: float | None = None) -> str:
         """
-        Return a name as a maildir has them (https://cr.yp.to/proto/maildir.html), sorted by time.
+        Return a file name of a maildir (https://cr.yp.to/proto/maildir.html); names sort by time.
 
-        The random part keeps forked children, and machines that share a name, apart.
+        The random part distinguishes forked children, and machines that share a name.
 
-        :param born: when the message came into a queue for the first time, in seconds since the epoch; None is now
+        :param born: when the message first came into a queue, in seconds since the epoch; None is now
         """
         seconds, microseconds = divmod(
             int(self.clock() * 1_000_000) if born is None else round(born * 1_000_000), 1_000_000
@@ -187,7 +187,7 @@ class MaildirFolders:
 
     @contextlib.contextmanager
     def dropped_on_error(self, file: LockedFile) -> Iterator[None]:
-        """Nothing is left behind of *file* if what is done with it fails."""
+        """Remove *file* if the block raises."""
         try:
             yield
         except BaseException:
@@ -195,7 +195,7 @@ class MaildirFolders:
             raise
 
     def drop(self, file: LockedFile) -> bool:
-        """Remove a file and let go of it.  Never raises: False if it cannot be removed, which is logged."""
+        """Remove a file and close it.  Never raises: False if it cannot be removed (logged)."""
         try:
             file.remove()
         except OSError as error:
@@ -206,8 +206,8 @@ class MaildirFolders:
         return True
 
     def check_changes(self) -> None:
-        """Raise QueueError if nothing can be removed from ``cur/``: what is sent would be sent again and again."""
-        # Not one of ours, so that nobody delivers it where it stays.
+        """Raise QueueError if nothing can be removed from ``cur/``: sent messages would be sent again and again."""
+        # A name with a dot, which is never delivered if it stays.
         path = self.place('cur', '.removable')
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -218,7 +218,7 @@ class MaildirFolders:
         self.is_in_doubt = False
 
     def refusal(self, error: OSError) -> QueueError:
-        """The "no" of this queue, for a person."""
+        """Return the error for a message that this queue cannot take."""
         return QueueError(f'The queue {self.path} cannot take the message: {why(error)}')
 
     def changed(self, folder: str) -> None:
@@ -226,7 +226,7 @@ class MaildirFolders:
         self._changes.note(folder)
 
     def removed(self, folder: str, file: LockedFile) -> None:
-        """Let go of a file that was removed from a folder, and make that durable, with the next batch."""
+        """Release a file that was removed from a folder; the removal is made durable with the next batch."""
         try:
             is_small = file.size <= LARGE
         except OSError:
@@ -239,22 +239,22 @@ class MaildirFolders:
         return None
 
     def _forget_changes(self) -> None:
-        """At first, and in a forked child: what its parent has yet to make durable is the parent's business."""
+        """Start without changes, also in a forked child: the parent makes its own changes durable."""
         self._changes = _UnsyncedChanges(self.path)
 
 
 class _UnsyncedChanges:
     """
-    The folders that were changed since they were last made durable, and files that were removed from them.
+    The folders that were changed since the last sync, and files that were removed from them.
 
-    A batch that is full is ended by a thread of its own.  The file system takes its time to free what was in a file,
-    and does that when the last one who has it open closes it.
+    A full batch is synced by a thread of its own, which also closes the removed files: the file system frees their
+    space when the last open descriptor is closed, which takes time.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        # Held by who makes a batch durable, or has it done: who has filled the next one meanwhile has to wait.
+        # Held while a batch is synced or handed to the thread: the caller that fills the next one has to wait.
         self._syncing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._troubles: deque[tuple[str, OSError]] = deque()
@@ -287,7 +287,7 @@ class _UnsyncedChanges:
                 thread.start()
                 self._thread = thread
             except RuntimeError:
-                # There can be no more threads.
+                # No more threads can be started.
                 self._end(folders, files)
             except BaseException:
                 self._folders |= folders
@@ -306,7 +306,7 @@ class _UnsyncedChanges:
         self._tell()
 
     def _tell(self) -> None:
-        """Called when nothing is held: who hears of it may deliver mail."""
+        """Called without a lock: a log handler may send mail."""
         while self._troubles:
             path, error = self._troubles.popleft()
             log_trouble('holds changes that a power cut may undo', path, error)
@@ -335,7 +335,7 @@ class _UnsyncedChanges:
 def _create_folder(path: str) -> bool:
     """Return whether the folder had to be created.  Raises OSError, also if it is there and cannot be used."""
     if not os.path.isdir(path):
-        # Two processes may start at once; and a umask may have taken away more than what 0700 leaves out.
+        # Two processes may start at once; and a umask may remove more rights than 0700 does.
         os.makedirs(path, 0o700, exist_ok=True)
         os.chmod(path, 0o700)
         return True
@@ -345,7 +345,7 @@ def _create_folder(path: str) -> bool:
 
 def modified_time(entry: os.DirEntry[str]) -> float | None:
     """
-    Return the time of modification of a file; None if it is gone, or cannot be looked at (that is logged).
+    Return the time of modification of a file; None if it is gone, or cannot be looked at (logged).
 
     Raises QueueError if nothing in its folder can be looked at.
     """
@@ -364,7 +364,7 @@ _BORN = re.compile(r'([0-9]{1,12})\.(?:M([0-9]{1,6})(?![0-9]))?')
 
 
 def born_of(name: str) -> float | None:
-    """Return when a message came into a queue for the first time, as its name tells; None if it does not."""
+    """Return when a message first came into a queue, from its name; None if the name does not tell."""
     match = _BORN.match(name)
     return int(match[1]) + int(match[2] or 0) / 1_000_000 if match else None
 

@@ -1,10 +1,10 @@
 """
-Is this directory a queue?  What is looked at before anything is made in it, or moved.
+Is this directory a queue?  Checked before anything is created in it, or moved.
 
-A directory with what mailqueue-runner makes (``tmp/``, ``new/`` and ``cur/``) is a queue.  But it may as well be that
-of zope.sendmail, of repoze.sendmail or of pyramid_mailer, or somebody's mailbox: all of these are maildirs, and a run
-would move every message in them to ``corrupt/``.  So until there is a folder of ours beside these three, a few of the
-files in them are looked at, and what else is there.  However much that is, it takes a handful of system calls.
+A directory with the folders of mailqueue-runner (``tmp/``, ``new/`` and ``cur/``) is a queue.  But it may also be a
+queue of zope.sendmail, repoze.sendmail or pyramid_mailer, or a mailbox: all of these are maildirs, and a run would move
+every message in them to ``corrupt/``.  So unless a folder of this package is beside these three, a few of the files in
+them are checked, and what else is there: with a handful of system calls, however much that is.
 
 Nothing is changed here.
 """
@@ -26,7 +26,7 @@ __all__ = ['FOLDERS', 'MOVING', 'NoQueue', 'check_access', 'lack_of_queue']
 
 FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
 
-#: What is half-way to or from another queue (see :mod:`~.moving`); there is no such folder before the first move.
+#: The messages half-way to or from another queue (see :mod:`~.moving`); the first move creates this folder.
 MOVING = 'moving'
 
 #: The folders of every maildir.
@@ -35,21 +35,21 @@ _OF_MAILDIR = frozenset({'tmp', 'new', 'cur'})
 #: What else this package keeps in the directory.
 _BESIDE = frozenset({MOVING, 'inbox', 'rate', 'rate.new'})
 
-#: Nobody else has so many folders of these names.
+#: No other program has this many folders of these names.
 ENOUGH_FOLDERS = len(_OF_MAILDIR) + 1
 
-#: So many files of a folder are looked at, and so much of each, in octets.
+#: How many files of a folder are read, and how much of each, in octets.
 SOME_FILES = 10
 HEAD = 64 * 1024
 
-#: So many names of what is in the way are collected, and one less shown.
+#: How many names of foreign files are collected; one less is shown.
 SOME_NAMES = 4
 
 _OWN_DIRECTORY = 'A queue needs a directory of its own: name another one, which need not be there yet.'
 
 
 class NoQueue(QueueError):
-    """There is no queue yet, where one has to be; *lack* says what there is instead."""
+    """There is no queue yet where one has to be; *lack* says why."""
 
     def __init__(self, path: str, lack: str) -> None:
         super().__init__(f'There is no queue in {path}: {lack}.')
@@ -60,7 +60,7 @@ def lack_of_queue(path: str) -> str:
     """
     Return why there is no queue at *path* yet, or ``''`` if there is one.
 
-    :raises QueueError: something else is there, of which no queue is made; or it cannot be looked at
+    :raises QueueError: something else is there, which must not become a queue; or it cannot be read
     """
     try:
         status = os.stat(path)
@@ -82,7 +82,7 @@ def _unusable(path: str) -> str:
 
 
 def check_access(path: str, mode: int) -> None:
-    """Raise PermissionError, with the names of both users, unless this one may do what *mode* says (`os.access`)."""
+    """Raise PermissionError, naming both users, unless this one has the rights of *mode* (`os.access`)."""
     if os.access(path, mode):
         return
     rights = 'read and write' if mode & os.W_OK else 'read'
@@ -104,7 +104,7 @@ def _lack_of_queue(path: str) -> str:
 
 
 def _has_messages(path: str, folders: frozenset[str]) -> bool:
-    """Whether messages of a queue are among the first files in these folders.  Raises QueueError for other ones."""
+    """Whether messages of a queue are among the first files in these folders.  Raises QueueError for other files."""
     found, other = False, ''
     for file in itertools.chain.from_iterable(_first_files(f'{path}/{folder}') for folder in folders - {'corrupt'}):
         head = _head(file)
@@ -134,7 +134,7 @@ def _inside(path: str, file: str) -> str:
 
 
 def _head(path: str) -> bytes:
-    """What cannot be read, or is gone by now, tells as little as an empty file."""
+    """Return the first octets of a file; none if it cannot be read, or is gone."""
     try:
         with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as fp:
             return fp.read(HEAD)
@@ -143,7 +143,7 @@ def _head(path: str) -> bytes:
 
 
 def _others(path: str) -> Iterator[str]:
-    """The names of what no queue has in its directory."""
+    """Yield the names that no queue has in its directory."""
     with os.scandir(path) as entries:
         for entry in entries:
             is_ours = entry.name in _BESIDE or (entry.name in FOLDERS and entry.is_dir())

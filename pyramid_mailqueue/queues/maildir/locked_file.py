@@ -1,8 +1,8 @@
 """
-Message files, and who holds them.
+Message files, and the locks that hold them.
 
 To hold a message is to have its file open with an exclusive ``flock``.  The kernel drops the lock when the holder dies,
-however it dies: a file that nobody has locked is nobody's, and there are no ages, pid files or timeouts to believe in.
+however it dies: an unlocked file is free, and there are no ages, pid files or timeouts to rely on.
 
 Two rules make this safe, and both live here:
 
@@ -11,8 +11,8 @@ Two rules make this safe, and both live here:
   between the two calls its former holder may have removed it, moved it on, or replaced it by a new version.
 
 A lock belongs to the *open file*, which a forked child shares.  So a child closes what it inherited, without unlocking
-it; and a parent says ``LOCK_UN`` before it closes, so that a child which has not come to that yet cannot keep the
-message locked.
+it; and a parent says ``LOCK_UN`` before it closes, so that a child which has not closed it yet cannot keep the message
+locked.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class LockedFile:
     """
     An open, locked file at a known place; every change of its state is one ``rename``.
 
-    A file that its user forgets is let go of too, so that the message is an orphan, and not locked for as long as the
+    A file without any reference is closed too, so that the message is an orphan, and not locked for as long as the
     process lives.
 
     :param path: where the file is now
     :param fd: its descriptor, which holds the lock
     """
 
-    # An interruption may leave it at that.
+    # For ``__del__``, if ``__init__`` was interrupted.
     fd = -1
 
     def __init__(self, path: str, fd: int) -> None:
@@ -58,12 +58,12 @@ class LockedFile:
         self.fd = fd
         # Where it may be instead, if a move was interrupted (Ctrl-C) before its end was noted.
         self._goal: str | None = None
-        # Looked at when it was taken: nobody else changes it from then on.
+        # Read when the file was locked: no other process changes it from then on.
         self._stat: os.stat_result | None = None
 
     @property
     def closed(self) -> bool:
-        """True once the file is let go of, here or by :meth:`abandon`."""
+        """True once the file is closed, by :meth:`close` or :meth:`abandon`."""
         return self.fd < 0
 
     @property
@@ -83,7 +83,7 @@ class LockedFile:
 
     def lock(self) -> bool:
         """
-        Lock a file that was opened by its name; False if somebody else has it, or if the name means another file now.
+        Lock a file that was opened by its name; False if it is locked elsewhere, or if the name means another file now.
 
         :raises OSError: there are no locks on this file system
         """
@@ -98,7 +98,7 @@ class LockedFile:
 
     @property
     def size(self) -> int:
-        """How much is in the file, in octets.  Raises OSError."""
+        """The size of the file, in octets.  Raises OSError."""
         return (self._stat or os.fstat(self.fd)).st_size
 
     def head(self, most: int) -> bytes:
@@ -106,17 +106,17 @@ class LockedFile:
         return self._read(0, min(self.size, most))
 
     def read(self, start: int = 0) -> bytes:
-        """Return what is in the file from *start* on.  Raises OSError, and MemoryError."""
+        """Return the content of the file from *start* on.  Raises OSError, and MemoryError."""
         size = self.size - start
         if size > CHUNK and size > os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):
-            # Not every system says so itself before it has killed somebody.
+            # Some systems kill a process instead of refusing the memory.
             raise MemoryError(f'{size} octets are more than the memory of this machine')
         return self._read(start, size)
 
     def _read(self, start: int, size: int) -> bytes:
         content = os.pread(self.fd, size, start)
         if MOST_AT_ONCE <= len(content) < size:
-            # One call gives no more.
+            # One call returns no more.
             content = b''.join((content, self._read(start + len(content), size - len(content))))
         if len(content) < size:
             raise OSError(errno.EIO, f'only {len(content)} of {size} octets can be read')
@@ -131,7 +131,7 @@ class LockedFile:
         self._goal = None
 
     def find(self) -> None:
-        """See where the file is, if a move was interrupted: nobody else moves it."""
+        """See where the file is, if a move was interrupted: no other process moves it."""
         goal, self._goal = self._goal, None
         if goal is not None and not os.path.lexists(self.path):
             self.path = goal
@@ -146,7 +146,7 @@ class LockedFile:
         return True
 
     def close(self) -> None:
-        """Let go of the file where it is.  A second call does nothing."""
+        """Unlock and close the file where it is.  A second call does nothing."""
         if self.closed:
             return
         with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ class LockedFile:
         if self.closed:
             return
         fd, self.fd = self.fd, -1
-        # There is nothing to be lost: what was written is synced.
+        # Nothing can be lost: what was written is synced.
         with contextlib.suppress(OSError):
             os.close(fd)
 
@@ -166,7 +166,7 @@ class LockedFile:
 
 
 class Holder:
-    """Opens files and holds them for this process; a forked child of it lets go of them."""
+    """Opens files and holds them for this process; a forked child closes them."""
 
     def __init__(self) -> None:
         self._held: weakref.WeakSet[LockedFile] = weakref.WeakSet()
@@ -183,15 +183,15 @@ class Holder:
         """
         Write a new file durably and hold it; the caller renames it to where it becomes visible.
 
-        :param path: a new name in the folder for files that nobody looks at
+        :param path: a new name that no other process looks at
         :param pieces: what to write
         :param modified: the time of modification to give it, in seconds since the epoch; None is now
-        :param rest_of: a file, and where in it begins what is to follow, however much that is
+        :param rest_of: a file, and the offset in it from which the rest is copied, however much that is
         :raises OSError: nothing is left behind
         """
         file = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            # A umask may have taken away more than what 0600 leaves out.
+            # A umask may remove more rights than 0600 does.
             os.fchmod(file.fd, 0o600)
             fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write_all(file.fd, pieces)
@@ -209,7 +209,7 @@ class Holder:
 
     def take(self, path: str) -> LockedFile | None:
         """
-        Hold the file at *path*.  None if it is gone, if somebody else holds it, or if it is not a regular file.
+        Hold the file at *path*.  None if it is gone, held elsewhere, or not a regular file.
 
         :raises OSError: it is there, and cannot be opened
         """
@@ -231,13 +231,13 @@ class Holder:
         return file
 
     def is_held(self, path: str) -> bool:
-        """Whether somebody holds the file at *path*, and has not let go of it yet.  Raises OSError."""
+        """Whether the file at *path* is held.  Raises OSError."""
         try:
             file = self._open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         try:
-            # Shared: those who only ask do not take each other for its holder.
+            # Shared: two callers that only ask do not take each other for its holder.
             fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -246,7 +246,7 @@ class Holder:
         return False
 
     def take_over(self, file: LockedFile) -> LockedFile:
-        """Return another one that holds what *file* has held, which is closed by that."""
+        """Return a new object that holds what *file* held; *file* is closed by that."""
         fd, file.fd = file.fd, -1
         return self._hold(LockedFile(file.path, fd))
 
@@ -262,7 +262,7 @@ class Holder:
 
 
 def abandon_all(files: Iterable[LockedFile]) -> None:
-    """Abandon files at once: those whose descriptors follow each other with one system call."""
+    """Abandon files, those with consecutive descriptors with one system call."""
     descriptors = []
     for file in files:
         if not file.closed:
@@ -287,7 +287,7 @@ def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
 
 
 def _append(fd: int, source: LockedFile, start: int) -> None:
-    """Copy what is in *source* from *start* on.  That takes no memory, and no room for what is not there (a hole)."""
+    """Copy the content of *source* from *start* on.  Takes no memory, and no disk space for holes."""
     size, shift = source.size, os.fstat(fd).st_size - start
     while start < size:
         try:

@@ -3,14 +3,14 @@ The directory in a move (:mod:`~.moving`): its messages, and its record of what 
 
 ::
 
-    queue_dir/moving/                               is made by the first move
+    queue_dir/moving/                               is created by the first move
         NAME,moving=BATCH.out.STATE                 a message that leaves; STATE is the folder to which it would go back
         NAME,moving=BATCH.in.STATE                  a copy that comes; STATE is the folder to which it will go
         .decided-BATCH                              the decision
         .lock                                       held by the one move that is at work
-        .record                                     who this directory is, and the database of its last move
+        .record                                     the id of this directory, and the database of its last move
 
-A message in ``moving/`` is held by the move that is at work; what nobody holds is in doubt.
+A message in ``moving/`` is held by the move that is at work; what is not held is in doubt.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from pyramid_mailqueue.queues.sql.engine import is_same_database
 
 __all__ = ['DirectoryRecord', 'MaildirSide']
 
-#: Where messages are that can be moved.
+#: The folders of messages that can be moved.
 _FOLDERS = {'waiting': 'new', 'held': 'held', 'dead': 'dead'}
 
-#: What the system says of one file, and not of the directory.
+#: Errors that concern one file, and not the directory.
 _ABOUT_ONE_FILE = frozenset({EACCES, ENAMETOOLONG, EPERM})
 
-#: How long somebody else may hold what only an observer holds, in seconds.
+#: How long to wait for a file that an observer holds, in seconds.
 PATIENCE = 5
 
 
@@ -53,7 +53,7 @@ _MARKED = re.compile(r'(.+),moving=([0-9a-f.]+)\.(in|out)\.(new|held|dead)', re.
 
 
 class _Mark(NamedTuple):
-    """What the name of a file in ``moving/`` tells."""
+    """The parts of the name of a file in ``moving/``."""
 
     name: str
     batch: str
@@ -62,7 +62,7 @@ class _Mark(NamedTuple):
 
     @classmethod
     def parse(cls, file_name: str) -> _Mark | None:
-        """None for what no move has put there."""
+        """Parse the name; None if no move has given it."""
         match = _MARKED.fullmatch(file_name)
         return cls(*match.groups()) if match else None
 
@@ -80,7 +80,7 @@ class MaildirSide:
         self._held: dict[str, LockedFile] = {}
 
     def close(self) -> None:
-        """Let go of what is left half-way: it is in doubt from now on."""
+        """Close the files that are left half-way: they are in doubt from now on."""
         for name in [*self._held]:
             self._let_go(name)
 
@@ -100,7 +100,7 @@ class MaildirSide:
         return batched((name, self._size(folder, name)) for name in self._names(folder))
 
     def _names(self, folder: str) -> Iterator[str]:
-        """The folder changes meanwhile, so a part of it is read at a time."""
+        """Yield the names, a part at a time: the folder changes meanwhile."""
         last = ''
         while found := heapq.nsmallest(SUPPLY, (it.name for it in self._queue.files(folder) if it.name > last)):
             yield from found
@@ -127,7 +127,7 @@ class MaildirSide:
             else:
                 parcels += [parcel] if parcel is not None else []
         if parcels:
-            # Where a power cut finds a message is decided before anybody relies on it.
+            # Synced before the other queue relies on it: a power cut must not undo it.
             for folder in (MOVING, _FOLDERS[state]):
                 sync_folder(self._queue.place(folder))
         return parcels
@@ -194,13 +194,13 @@ class MaildirSide:
         return sorted(mark for file in self._queue.files(MOVING) if (mark := _Mark.parse(file.name)) is not None)
 
     def _hold(self, name: str) -> LockedFile:
-        """Hold a file in ``moving/``, if this move does not hold it already; whoever looks at it holds it a moment."""
+        """Hold a file in ``moving/``, if this move does not hold it already; an observer may hold it for a moment."""
         file = self._held.pop(name, None)
         end = time.monotonic() + PATIENCE
         while file is None or file.closed:
             file = self._queue.hold(MOVING, name)
             if file is None and time.monotonic() > end:
-                raise QueueError(f'{self._queue.place(MOVING, name)} is held by somebody else. Try again in a moment.')
+                raise QueueError(f'{self._queue.place(MOVING, name)} is in use right now. Try again in a moment.')
             if file is None:
                 time.sleep(0.01)
         return file
@@ -238,7 +238,7 @@ class DirectoryRecord:
 
     :param queue: the queue in the directory
     :param database: the URL of the database, without its password
-    :param schema: in which schema of it the tables are
+    :param schema: the schema that its tables are in
     """
 
     def __init__(self, queue: MaildirQueue, database: str, schema: str = '') -> None:
@@ -248,7 +248,7 @@ class DirectoryRecord:
         self._schema = schema
         self._numbers = itertools.count(1)
         self._holder = Holder()
-        #: Who this directory is, to the database; and the last move that gave names to batches.
+        #: The id of this directory in the database; and that of the last move that named batches.
         self.directory, self.run = '', ''
 
     @contextlib.contextmanager
@@ -273,7 +273,7 @@ class DirectoryRecord:
                 record = json.load(fp)
             self.directory, self.run, database = record['directory'], record['run'], record['database']
             is_ours = is_same_database(database, self._database)
-            # Former versions did not note it.
+            # Older versions did not record it.
             schema = record.get('schema', self._schema)
         except FileNotFoundError:
             self._name_directory()
@@ -322,7 +322,7 @@ class DirectoryRecord:
         return {name.removeprefix(beginning) for name in names if name.startswith(beginning)}
 
     def forget(self, batch: str) -> None:
-        """See `Decisions`.  If a power cut brings it back, it says something of a batch of which nothing is left."""
+        """See `Decisions`.  If a power cut brings it back, nothing is left of its batch."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._decision(batch))
 

@@ -1,12 +1,12 @@
 """
-The queue that is a directory: durable with what every machine has, readable with ``ls`` and ``less``.
+The queue in a directory: durable with what every machine has, readable with ``ls`` and ``less``.
 
 ::
 
     queue_dir/            0700; files 0600
-        tmp/              being written; nobody has voted yes for it
-        prepared/         voted yes, waiting for publish or discard; in doubt if nobody holds its lock.  NAME+7 has that
-                          of NAME, the first message of the same transaction
+        tmp/              being written; not voted for yet
+        prepared/         voted yes, waiting for publish or discard; in doubt if its lock is free.  NAME+7 has that of
+                          NAME, the first message of the same transaction
         new/              waiting; the file's mtime is its due time
         cur/              claimed: the holder has it open and locked
         held/             not to be delivered until a person says so; the file's mtime is still its due time
@@ -23,13 +23,13 @@ How a message goes through it; each arrow is one ``rename``, and the file is loc
     a  MaildirStaging.prepare: the "yes" of the first phase
     b  MaildirStaging.publish: the transaction has committed.  If this process will try the message it stays locked; and
        what mq-run does with a message in doubt if told to send it
-    c  MaildirClaim.begin: the process takes the message in hand; MaildirQueue.claim_due; MaildirQueue.claim
-    d  MaildirClaim.settle: nobody is open any more.  The one change that is an ``unlink``
-    e  MaildirClaim.settle: somebody is still open (a new version was renamed over the file first);
-       MaildirClaim.release: as it was; MaildirQueue.recover: its deliverer died, which is counted in its name
+    c  MaildirClaim.begin: the process begins to deliver the message; MaildirQueue.claim_due; MaildirQueue.claim
+    d  MaildirClaim.settle: no recipient is open any more.  The one change that is an ``unlink``
+    e  MaildirClaim.settle: a recipient is still open (a new version was renamed over the file first);
+       MaildirClaim.release: as it was; MaildirQueue.recover: its process crashed, which is counted in its name
 
-A dead letter is a new file, and is written for the recipients that are given up before d or e happens.  A file in
-``cur/`` that cannot be parsed moves to ``corrupt/``.  What a person does is told in :mod:`~.maildir.admin`.
+A dead letter is a new file, written for the recipients that are given up, before d or e happens.  A file in ``cur/``
+that cannot be parsed moves to ``corrupt/``.  For the changes of a person see :mod:`~.maildir.admin`.
 
 What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``new/`` before
 the commit returns (b), ``dead/`` before the message changes.  While a queue is drained d and e are made durable in
@@ -62,14 +62,14 @@ from pyramid_mailqueue.results import Recovery
 
 __all__ = ['MaildirQueue', 'MaildirStaging']
 
-#: What nobody has locked in ``tmp/`` for this many seconds was never voted for.
+#: An unlocked file in ``tmp/`` that is older than this many seconds was never voted for.
 STALE_AFTER = 36 * 3600
 
-#: So many names are kept in memory at most while a queue is drained; then the folder is read again.
+#: At most this many names are kept in memory while a queue is drained; then the folder is read again.
 SUPPLY = 10_000
 
 
-#: Up to so many files are looked into when messages are counted.
+#: Up to this many files are opened when messages are counted.
 LOOKED_INTO = 2_000
 
 
@@ -80,11 +80,11 @@ class MaildirQueue(MaildirFolders, MailQueue):
 
     :param path: the queue directory
     :param in_doubt: what :meth:`recover` does with messages in doubt: ``'hold'``, ``'send'`` or ``'discard'``
-    :param horizon: no due time can be further away than this many seconds; one that is comes from a clock that jumped,
-        and is taken for due
+    :param horizon: the longest wait for a due time, in seconds; a later one comes from a clock that jumped, and counts
+        as due
     :param clock: seconds since the epoch
     :param access: ``'create'``, ``'use'`` or ``'look'`` (see `.MaildirFolders`)
-    :raises QueueError: the directory cannot be created or used, is no queue, or is somebody else's
+    :raises QueueError: the directory cannot be created or used, is no queue, or is that of another program
     """
 
     def __init__(
@@ -157,11 +157,11 @@ class MaildirQueue(MaildirFolders, MailQueue):
 
     def _due_after(self, last: tuple[int, float, str], now: float) -> list[tuple[int, float, str]]:
         """
-        What is due in ``new/`` and comes after *last*, as setbacks, due time and name; one ``stat`` for each message.
+        Return what is due in ``new/`` after *last*, as setbacks, due time and name; one ``stat`` for each message.
 
-        What a server has stumbled over must not keep the others from it, run after run; and what has outlived a
-        deliverer was as likely as not only in hand when that was killed, and is not to be in hand the next time too.
-        So both come last.
+        A message during which a server disconnects must not block the others, run after run; and one whose process
+        crashed may have been in progress by chance, and should not be in progress the next time, too.  So both come
+        last.
         """
 
         def due() -> Iterator[tuple[int, float, str]]:
@@ -184,7 +184,7 @@ class MaildirQueue(MaildirFolders, MailQueue):
         if file is None:
             return None
         try:
-            # Since the folder was read, somebody else may have tried this one and put it back for later.
+            # Since the folder was read, another process may have tried this one and put it back for later.
             if not self._is_due(file.modified, now):
                 file.close()
                 return None
@@ -210,12 +210,12 @@ class MaildirQueue(MaildirFolders, MailQueue):
         return Recovery(orphans, buried, in_doubt, sent, discarded, swept, self._find_half_way())
 
     def _taken(self, folder: str, entries: Iterable[os.DirEntry[str]]) -> Iterator[LockedFile]:
-        """Take what nobody holds.  Where no more can be opened the rest is left: what was done before is to be told."""
+        """Take the files that are not held.  If no more can be opened the rest is left, and what was done is told."""
         for entry in list(entries):
             try:
                 file = self.take(folder, entry.name)
             except QueueError as error:
-                problem = 'cannot be looked through to its end'
+                problem = 'cannot be read to its end'
                 log_event(
                     queue_log, logging.ERROR, status='trouble', file=self.place(folder), problem=problem, error=error
                 )
@@ -224,7 +224,7 @@ class MaildirQueue(MaildirFolders, MailQueue):
                 yield file
 
     def _recover_orphans(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Whoever claimed these is dead, or the kernel would not have given us their locks."""
+        """The processes that claimed these files are dead, or the kernel would not have given us their locks."""
         orphans, buried = [], []
         for file in self._taken('cur', self.files('cur')):
             claim = MaildirClaim(self, file)
@@ -277,13 +277,13 @@ class MaildirQueue(MaildirFolders, MailQueue):
     @property
     def admin(self) -> IQueueAdmin:
         """See `IMailQueue`."""
-        # Who delivers does not load what only people need.
+        # Delivery does not import what only people need.
         from pyramid_mailqueue.queues.maildir.admin import MaildirAdmin
 
         return MaildirAdmin(self)
 
     def counts(self) -> dict[str, int]:
-        """See `IMailQueue`.  Where there are few, it is seen which of them are damaged; else that shows in its time."""
+        """See `IMailQueue`.  Damaged ones outside of ``corrupt/`` are found only if there are few messages."""
         counts = self._count_files()
         if sum(counts.values()) > LOOKED_INTO:
             return counts
@@ -334,7 +334,7 @@ class MaildirStaging(StagedMail):
         # The files of these, in their order, from prepare() to publish() or discard().
         self._files: list[LockedFile] = []
         self._is_alone = False
-        # From the first file that was made real on, nothing may be discarded.
+        # Once the first file is published, nothing may be discarded.
         self._is_real = False
 
     def prepare(self, alone: bool = False) -> None:
@@ -349,7 +349,7 @@ class MaildirStaging(StagedMail):
                 if len(self._files) > 1:
                     _keep_or_close(self._files[-1])
             queue.prepare(self._files)
-            # A "yes" must outlive a power cut where other resources commit on the strength of it.
+            # A "yes" must survive a power cut where other resources commit because of it.
             if not alone:
                 sync_folder(queue.place('prepared'))
         except BaseException as error:
@@ -375,7 +375,7 @@ class MaildirStaging(StagedMail):
                 _keep_or_close(file)
                 claims.append(MaildirClaim(self._queue, file))
             else:
-                # Without a lock it is anybody's; what could not be published mq-run reports as in doubt.
+                # Without a lock any process may claim it; what could not be published mq-run reports as in doubt.
                 claims.append(None)
                 file.close()
         self._forget()
@@ -383,7 +383,7 @@ class MaildirStaging(StagedMail):
 
     @property
     def _are_ours(self) -> bool:
-        """A forked child has closed the first one, too: they are its parent's."""
+        """Whether this process holds the files: a forked child has closed the first one, too."""
         return bool(self._files) and not self._files[0].closed
 
     def _is_published(self, file: LockedFile) -> bool:
@@ -420,13 +420,13 @@ class MaildirStaging(StagedMail):
         for file in reversed(files):
             file.close()
         for file in files:
-            reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
+            reason = 'its transaction began to commit and did not finish; a person must decide'
             log_event(queue_log, logging.CRITICAL, status='in_doubt', id=file.name, reason=reason)
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
         if self._is_real:
-            # An interruption has kept it from its end.
+            # publish() was interrupted: finish it.
             self.publish()
             return []
         dropped = [envelope for envelope, _ in self._added]
@@ -440,7 +440,7 @@ class MaildirStaging(StagedMail):
             file = self._files[-1]
             if self._are_ours:
                 dropped.append(self._queue.drop(file))
-            # Not before that: if this is interrupted, the next call goes on with it.
+            # Only now: if this is interrupted, the next call goes on with it.
             self._files.pop()
         if not dropped:
             return

@@ -11,9 +11,8 @@ The queue file: six header lines for the queue, then the message, byte for byte 
     X-Queue-Meta-End: end
 
 Each line ends in CRLF and none is folded; mailqueue-runner reads and writes the same lines.  It also reads addresses
-that are written as RFC 2047 words, so those are read, and never written.  This module knows the format only, and how to
-tell it from that of other queues: where files are, who may open them and when they reach the disk is the business of
-the queue.
+that are written as RFC 2047 words, so those are read, and never written.  This module handles the format only, and how
+to tell it from that of other queues; the queue decides where files are, who may open them and when they are synced.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ MAX_HEADER_OCTETS = 1024 * 1024
 # What the other lines of a header can need, now or after later attempts.
 ROOM_FOR_OTHER_LINES = 1024
 MAX_REPLY_CHARACTERS = 300
-# How much is read at first by who wants nothing but the header.
+# How much is read first if only the header is needed.
 READ_AHEAD = 4096
 
 # A larger number of attempts is taken for this one, which fits into every column of a database.
@@ -52,10 +51,10 @@ MAX_RETRIES = 2_000_000_000
 _FIELDS = frozenset({'Return-path', 'Envelope-to', 'X-Queue-Date', 'X-Last-Attempt', 'X-Retries'})
 _END = b'X-Queue-Meta-End: end'
 
-# What one ordinary address does not hold.
+# Characters that one ordinary address does not have.
 _OF_SEVERAL = re.compile('[",=? \t]')
 
-# What we write of a message that was not tried yet: the shortest way for what is read most.
+# The header, as written here, of a message that was not tried yet: a fast path for the most frequent case.
 _FRESH = re.compile(
     rb'Return-path: (<[!-~]*>)\r\nEnvelope-to: ([!-~]+)\r\nX-Queue-Date: ([!-~][ -~]+[!-~])\r\n'
     rb'X-Queue-Meta-End: end\r\n'
@@ -67,11 +66,11 @@ class QueueHeader(NamedTuple):
     What the queue knows of a message.
 
     :param sender: the reverse-path; ``''`` is the null sender
-    :param recipients: whom the message is still open for
+    :param recipients: the recipients that are still open
     :param queued_at: when it came into the queue, in seconds since the epoch; the file keeps whole seconds
     :param attempts: how many attempts were made
-    :param last_attempt: when the last one was made, or when the message was buried without any
-    :param last_reply: what the server said then, or why the message was buried; kept only with *last_attempt*
+    :param last_attempt: when the last one was made, or when the message became a dead letter without any
+    :param last_reply: the server's reply, or why the message is a dead letter; kept only with *last_attempt*
     """
 
     sender: str
@@ -106,7 +105,7 @@ def serialize_header(header: QueueHeader) -> bytes:
 
 
 def _format_date(seconds: float) -> str:
-    # Who has nothing to write does without.
+    # Imported here: only writing needs it.
     from email.utils import format_datetime
 
     return format_datetime(datetime.fromtimestamp(int(seconds), timezone.utc))
@@ -124,14 +123,14 @@ def _clean_comment(text: str) -> str:
 
 # --- whose file it is -------------------------------------------------------
 
-# zope.sendmail writes it first; repoze.sendmail, which pyramid_mailer queues with, behind the fields of the message.
+# zope.sendmail writes it first; repoze.sendmail, which pyramid_mailer uses, after the fields of the message.
 _OF_ZOPE = re.compile(rb'X-Zope-(?:From|To):', re.IGNORECASE)
 _OF_REPOZE = re.compile(rb'^X-Actually-(?:From|To):', re.IGNORECASE | re.MULTILINE)
 _BLANK_LINE = re.compile(rb'^\r?\n', re.MULTILINE)
 
 
 def is_queue_file(head: bytes) -> bool | None:
-    """Tell of the beginning of a file whether it is a queue file; None if it is cut off before that shows."""
+    """Whether a file with this beginning is a queue file; None if it is cut off before that shows."""
     try:
         _read_fields(head)
     except _CutOffError:
@@ -142,7 +141,7 @@ def is_queue_file(head: bytes) -> bool | None:
 
 
 def writer_of(head: bytes) -> str | None:
-    """Return which other program has queued the message in a file with this beginning; None if no known one."""
+    """Return which other program has written a file with this beginning; None if none is known."""
     if _OF_ZOPE.match(head):
         return 'zope.sendmail'
     blank = _BLANK_LINE.search(head)
@@ -152,7 +151,7 @@ def writer_of(head: bytes) -> str | None:
 
 
 class _CutOffError(QueueFileError):
-    """The end of the header is missing, and what there is of it is as it should be."""
+    """The end of the header is missing, and the rest of it is valid."""
 
 
 # --- reading ----------------------------------------------------------------
@@ -168,7 +167,7 @@ def read_header(fp: BinaryIO) -> QueueHeader:
     """
     Read the lines of the queue from *fp* and leave it at the first byte of the message.
 
-    Raises :class:`~.exceptions.QueueFileError` for anything that neither we nor mailqueue-runner write.
+    Raises :class:`~.exceptions.QueueFileError` for anything that neither this package nor mailqueue-runner writes.
     """
     begin = fp.tell()
     # Most headers are short, and most messages are longer.
@@ -238,7 +237,7 @@ def _split_line(line: bytes) -> tuple[str, str]:
     except UnicodeDecodeError as exc:
         raise QueueFileError(f'The line {_shown(line)} is not UTF-8.') from exc
     if name not in _FIELDS:
-        raise QueueFileError(f'The line {_shown(line)} does not belong into the header of a queue file.')
+        raise QueueFileError(f'The line {_shown(line)} does not belong in the header of a queue file.')
     return name, value.strip(' \t')
 
 
@@ -266,16 +265,16 @@ def _parse_recipients(value: str) -> tuple[str, ...]:
     addresses = split_addresses(_decoded('Envelope-to', value))
     recipients = tuple(dict.fromkeys([_checked('Envelope-to', address) for address in addresses]))
     if not recipients:
-        raise QueueFileError('Envelope-to is empty: there is nobody to send to.')
+        raise QueueFileError('Envelope-to is empty: there is no recipient.')
     return recipients
 
 
-# Nothing but words: no address and no list of addresses looks so, because the last domain would end in "?=".
+# Nothing but encoded words: no address or list of addresses looks like this, because the last domain would end in "?=".
 _WORDS = re.compile(r'=\?[!->@-~]+\?[bq]\?[ ->@-~]*\?=(?:[ \t]*=\?[!->@-~]+\?[bq]\?[ ->@-~]*\?=)*', re.IGNORECASE)
 
 
 def _decoded(name: str, value: str) -> str:
-    """Decode RFC 2047 words.  Where anything else stands beside them they are a part of an address."""
+    """Decode RFC 2047 words.  Beside anything else they are a part of an address."""
     if not _WORDS.fullmatch(value):
         return value
     # Seldom needed.
@@ -307,7 +306,7 @@ _RETRIES = re.compile(r'[0-9]+')
 def _parse_date(name: str, value: str) -> float:
     seconds = value[-8:-6]
     if seconds.isascii() and seconds.isdigit() and seconds < '60':
-        # What was queued together has the same minute.
+        # Messages that were queued together share the minute.
         return min(_parse_whole_date(name, f'{value[:-8]}00{value[-6:]}') + int(seconds), LATEST)
     return _parse_whole_date(name, value)
 

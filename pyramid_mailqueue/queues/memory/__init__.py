@@ -1,4 +1,4 @@
-"""The queue of tests, which ends with its process."""
+"""The queue in memory, for tests; it ends with its process."""
 
 from pyramid_mailqueue.queues.memory.queue import MemoryQueue
 

@@ -1,4 +1,4 @@
-"""What a person may see and do in a :class:`~.memory.MemoryQueue`."""
+"""Lists, inspects and changes the messages of a :class:`~.memory.MemoryQueue`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MemoryAdmin:
         return _entry(min(found, key=lambda message: message.queued_at)) if found else None
 
     def crashing(self, deaths: int, most: int) -> list[str]:
-        """See `IQueueAdmin`.  Whoever dies here takes the queue along."""
+        """See `IQueueAdmin`.  A crash ends the queue, too."""
         return []
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
@@ -115,7 +115,7 @@ class MemoryAdmin:
     def _change(
         self, id: str, done: str, states: Collection[str], change: Callable[[MemoryMessage], MemoryMessage]
     ) -> QueueEntry:
-        """Change a message that is in one of *states*; *done* is the word for that."""
+        """Change a message that is in one of *states*; *done* names the change."""
         with self._messages.lock:
             message = change(self._take(id, done, states))
             self._messages.by_id[message.id] = message

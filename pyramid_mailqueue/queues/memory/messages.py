@@ -20,14 +20,13 @@ __all__ = ['MemoryMessage', 'MemoryMessages']
 @dataclass(frozen=True, slots=True)
 class MemoryMessage:
     """
-    One message, as it is now; a change makes another one, of the same id.
+    One message, as it is now; a change makes a new object with the same id.
 
     :param id: its name in the queue
-    :param born: counts the messages in the order in which they came for the first time; a dead letter has that of its
-        message
+    :param born: its number in the order in which messages first came; a dead letter has that of its message
     :param state: one of :data:`~.entries.STATES`
     :param due: when it may be tried again
-    :param stumbles: how often the server broke off in the midst of it, since its last attempt
+    :param stumbles: how often the server disconnected during it, since its last attempt
     """
 
     id: str
@@ -42,7 +41,7 @@ class MemoryMessage:
     last_reply: str = ''
 
     def renewed(self, now: float) -> MemoryMessage:
-        """Return it with a new start: as old as one that comes into the queue now, due, and without attempts."""
+        """Return it waiting as if it came into the queue now: due, and without attempts."""
         return dataclasses.replace(self, state='waiting', queued_at=now, due=now, attempts=0, stumbles=0)
 
 
@@ -50,7 +49,7 @@ class MemoryMessages:
     """
     All messages, by their ids.
 
-    Whoever changes one holds :attr:`lock` from the moment he looks at it.
+    A change holds :attr:`lock` from the first look at the message on.
 
     :param clock: seconds since the epoch
     """
@@ -66,7 +65,7 @@ class MemoryMessages:
         self.lock = threading.RLock()
 
     def enter(self, envelope: Envelope, state: str) -> MemoryMessage:
-        """Take in a new message, due now."""
+        """Add a new message, due now."""
         with self.lock:
             number, now = next(self._numbers), self.clock()
             message = MemoryMessage(f'{number:06}', number, state, envelope, queued_at=now, due=now)
@@ -83,7 +82,7 @@ class MemoryMessages:
             self.by_id[unused] = dataclasses.replace(message, id=unused, state='dead')
 
     def in_order(self) -> list[MemoryMessage]:
-        """Return all messages, in the order in which they came for the first time."""
+        """Return all messages, in the order in which they first came."""
         with self.lock:
             return sorted(self.by_id.values(), key=lambda message: (message.born, message.id))
 

@@ -1,8 +1,8 @@
 """
-The queue that is in memory: for tests, and for nothing that has to outlive its process.
+The queue in memory: for tests, and for nothing that has to outlive its process.
 
-It keeps every promise of `IMailQueue` but the durable one.  Nobody outside of the process can see its messages, and
-they are gone when it ends; so there are no orphans, and nothing is damaged.
+It keeps every promise of `IMailQueue` but durability.  Its messages are visible to its process only, and gone when that
+ends; so there are no orphans and no damaged messages.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MemoryQueue(MailQueue):
     # -- out of the queue
 
     def claim_due(self, now: float) -> Iterator[MemoryClaim]:
-        """See `IMailQueue`.  What a server has stumbled over comes last."""
+        """See `IMailQueue`.  Messages during which a server disconnected come last."""
         for message in sorted(self._due(now), key=lambda message: (message.stumbles, message.due, message.born)):
             claim = self._claim(message.id, now)
             if claim is not None:
@@ -85,7 +85,7 @@ class MemoryQueue(MailQueue):
     # -- what was left
 
     def recover(self, now: float) -> Recovery:
-        """See `IMailQueue`.  Whoever claims a message here dies with the queue, so there are no orphans."""
+        """See `IMailQueue`.  A claim ends with the queue, so there are no orphans."""
         with self._messages.lock:
             doubtful = [message for message in self._messages.in_order() if message.state == 'in doubt']
             names = tuple(message.id for message in doubtful)
@@ -114,7 +114,7 @@ class MemoryQueue(MailQueue):
         return {state: states.count(state) for state in STATES}
 
     def count_misdated(self) -> int:
-        """See `IMailQueue`.  It has one clock."""
+        """See `IMailQueue`.  There is only one clock."""
         return 0
 
     def count_waiting(self, most: int) -> int:
@@ -157,11 +157,11 @@ class MemoryStaging(StagedMail):
             self._added = []
         for envelope, _ in self._taken():
             name = self._messages.enter(envelope, 'in doubt').id
-            reason = 'its transaction has begun to commit, and did not come to an end; a person must decide'
+            reason = 'its transaction began to commit and did not finish; a person must decide'
             log_event(queue_log, logging.CRITICAL, status='in_doubt', id=name, reason=reason)
 
     def _taken(self) -> list[tuple[Envelope, bool]]:
-        """What there is to decide about, once."""
+        """Return what was added, once."""
         added, self._added, self._is_prepared = self._added, [], False
         return added
 
@@ -243,12 +243,12 @@ class MemoryClaim(Claim):
             changed,
             state='waiting',
             due=changed.due if settlement.due is None else settlement.due,
-            # An attempt that came to an end says that it is not the message at which the server stumbles.
+            # A completed attempt shows that the message is not the cause of the disconnects.
             stumbles=0 if settlement.counted else changed.stumbles + settlement.stumbled,
         )
 
     def _next(self, recipients: tuple[str, ...], settlement: Settlement, last_reply: str) -> MemoryMessage:
-        """What the message is after the attempt, for some of its recipients."""
+        """Return the message after the attempt, for some of its recipients."""
         message = self._message
         return replace(
             message,

@@ -1,4 +1,4 @@
-"""What a person may see and do in a :class:`~.sql.SQLQueue`; each change is one statement."""
+"""Lists, inspects and changes the messages of a :class:`~.sql.SQLQueue`; each change is one statement."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ from pyramid_mailqueue.queues.sql.tables import (
 
 __all__ = ['SQLAdmin']
 
-#: So many messages are read at once; and so many where little is read of each.
+#: How many messages are read at once; and how many if little is read of each.
 PAGE, MANY = 500, 5000
 
-#: The oldest is likely to be among so many that came first.
+#: The oldest is likely to be among this many that came first.
 FEW = 100
 
-#: So many ids with the same beginning are named.
+#: At most this many ids with the same beginning are named.
 SOME = 5
 
 _COLUMNS = (
@@ -81,7 +81,7 @@ _COLUMNS = (
     MESSAGES.c.queued_at,
     MESSAGES.c.due,
     MESSAGES.c.last_attempt,
-    # Whatever is in them is shown, without being converted.
+    # Any value in them is shown, without being converted.
     *(
         cast(column, Text).label(column.key)
         for column in (
@@ -123,7 +123,7 @@ class SQLAdmin:
         yield from oldest_first((_born(entry.id), entry) for entry in found)
 
     def _pages(self, statement: Select[Any], states: Collection[str], size: int) -> Iterator[Row[Any]]:
-        """Yield rows in the order of their ids, read so many at once: no connection is kept while a person reads."""
+        """Yield rows in the order of their ids, read *size* at once: no connection is kept while a person reads."""
         statement = statement.where(_is_in(states), IS_SEEN).order_by(MESSAGES.c.id).limit(size)
         rows = self._rows(statement)
         yield from rows
@@ -144,9 +144,9 @@ class SQLAdmin:
         known = [entry for entry in first if entry.queued_at is not None]
         oldest = min(known, key=lambda entry: entry.queued_at or 0, default=None)
         if len(first) < FEW or (oldest is not None and _born(first[-1].id) > (oldest.queued_at or 0)):
-            # Their order is that in which they came for the first time; nobody is in the queue for longer than that.
+            # They sort by the time at which they first came; none is in the queue for longer than that.
             return oldest
-        # After a retry a message counts from later on.
+        # A retried message counts from later on.
         by_time = statement.where(has_time(MESSAGES.c.queued_at)).order_by(MESSAGES.c.queued_at, MESSAGES.c.id)
         return next(map(_entry, self._rows(by_time.limit(1))), None)
 
@@ -157,7 +157,7 @@ class SQLAdmin:
         return [row.id for row in self._rows(found)]
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
-        """See `IQueueAdmin`.  The database counts but for the domains, for which addresses have to be read."""
+        """See `IQueueAdmin`.  The database counts, except for the domains, for which addresses have to be read."""
         self._leases.flush()
         now = self._clock()
         by_state = dict.fromkeys(STATES, Tally())
@@ -166,7 +166,7 @@ class SQLAdmin:
             by_state[state] += _tally(row[1:])
         domains = DomainCount(now)
         for row in self._pages(select(*_ADDRESSES), domains_of, MANY):
-            # What is damaged has none.
+            # A damaged row has none.
             with suppress(ValueError):
                 domains.add(recipients_of(row.recipients), _time(row.queued_at), row.size)
         return QueueStats(by_state, domains.tallies())
@@ -200,7 +200,7 @@ class SQLAdmin:
             return str(id)
         if not id.isprintable():
             raise _nobody(id)
-        # The empty one is the beginning of all, and means the one that is empty.
+        # The empty id is the beginning of all, and means only itself.
         begins_so = and_(MESSAGES.c.id >= id, MESSAGES.c.id < id + '\U0010ffff') if id else MESSAGES.c.id == id
         found = [
             row.id for row in self._rows(select(MESSAGES.c.id).where(begins_so).order_by(MESSAGES.c.id).limit(SOME + 1))
@@ -261,12 +261,12 @@ class SQLAdmin:
         found = self._rows(select(*_COLUMNS).where(*is_over).order_by(MESSAGES.c.id).limit(most), STATEMENT_SECONDS)
         for entry in map(_entry, found):
             log_expired(entry)
-        # Since then somebody may have retried it.
+        # It may have been retried since then.
         expired = delete(MESSAGES).where(*is_over, MESSAGES.c.id.in_([row.id for row in found]))
         return [row.id for row in self._rows(expired.returning(MESSAGES.c.id), STATEMENT_SECONDS)] if found else []
 
     def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
-        """Change a message for which *condition* holds; *done* is the word for that."""
+        """Change a message for which *condition* holds; *done* names the change."""
         return self._changed(id, done, update(MESSAGES).where(condition).values(**values))
 
     def _changed(self, id: str, done: str, statement: Any) -> QueueEntry:
@@ -283,12 +283,12 @@ class SQLAdmin:
         return WrongState(f'{entry.id} cannot be {done}: {_OTHER_STATE[entry.state]}.')
 
 
-#: What waits, or would if anybody had seen that its deliverer died.
+#: What waits, or will wait after the next recovery, because its lease has run out.
 _WAITING = or_(state_is('waiting'), and_(state_is('in progress'), has_run_out()))
 
 
 def _is_in(states: Collection[str]) -> ColumnElement[bool]:
-    """The rows in these states; what is in none that there is is *corrupt*."""
+    """The rows in these states; a row with an unknown state is *corrupt*."""
     if not states:
         return false()
     if set(states) == set(STATES):
@@ -296,7 +296,7 @@ def _is_in(states: Collection[str]) -> ColumnElement[bool]:
     return or_(state_is(*states), IS_UNKNOWN) if 'corrupt' in states else state_is(*states)
 
 
-# What has to be known of a message for its domains.
+# The columns that are needed to count domains.
 _ADDRESSES: tuple[Any, ...] = (
     MESSAGES.c.id,
     RECIPIENTS,
@@ -334,7 +334,7 @@ def _tally(figures: Sequence[Any]) -> Tally:
 
 
 def _entry(row: Row[Any]) -> QueueEntry:
-    """What is damaged is not known, and does not keep the rest from being seen."""
+    """Return the entry of a row; damaged values are left out, and the rest is shown."""
     state, last_reply = row.state, row.last_reply
     try:
         recipients = recipients_of(row.recipients)
@@ -363,7 +363,7 @@ def _time(value: Any) -> float | None:
 
 
 def _born(id: str) -> float:
-    """When a message came for the first time, as its id tells; an id of somebody else's making tells nothing."""
+    """Return when a message first came, from its id; minus infinity for an id of another program."""
     try:
         return int(id[:13], 16) / 1_000_000
     except ValueError:
@@ -376,9 +376,9 @@ def _nobody(id: str) -> NoSuchMessage:
 
 def _read_blob(connection: Connection, *, id: str, start: int, most: int) -> bytes | None:
     """
-    Return a part of a content as it is in a file of SQLite, whose own functions would have all of it in memory.
+    Return a part of a content in a file of SQLite, whose own functions would load all of it.
 
-    None if it is nowhere, or cannot be read so: before Python 3.11, and what is neither a blob nor a text.
+    None if there is none, or it cannot be read so: before Python 3.11, or if it is neither a blob nor a text.
     """
     driver: Any = connection.connection.driver_connection
     open_blob = getattr(driver, 'blobopen', None)

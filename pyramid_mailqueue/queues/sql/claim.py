@@ -1,4 +1,4 @@
-"""One message of a :class:`~.sql.SQLQueue`, taken for delivery, and how a new one comes into its table."""
+"""One message of a :class:`~.sql.SQLQueue`, claimed for delivery, and the INSERT of a new one."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ __all__ = [
 
 class ClaimedRow(NamedTuple):
     """
-    What is known of a row that was claimed; the names are those of :class:`~.sql.tables.MESSAGES`.
+    The columns of a row that was claimed; the names are those of :class:`~.sql.tables.MESSAGES`.
 
-    Nothing of it was checked: it is what somebody has written into the row.
+    Nothing of it was checked: it is what the row has.
 
     :param claim: the token that is in the row for as long as the claim holds
     :param recipients: for :func:`~.sql.tables.recipients_of`; None where the envelope is known
@@ -76,17 +76,17 @@ class SQLClaim(Claim):
     """
     See `IClaim`.
 
-    It holds for as long as its lease does, which *leases* prolongs.  A process that was paused for longer may have lost
-    it to another one: whoever is about to send asks :meth:`is_valid`.
+    It holds for as long as its lease does, which *leases* renews.  A process that was paused for longer may have lost
+    it to another one: :meth:`is_valid` is asked before sending.
 
     :param deadline: until when the lease holds at least, by the timer of *leases*
-    :param contents: reads the content when somebody asks for it
-    :param envelope: where it is known already, in the place of *contents*
-    :param is_confirmed: whether the row was seen.  That of a transaction that has just committed was not: it may have
-        gone with a savepoint
+    :param contents: reads the content on demand
+    :param envelope: if it is known already, instead of *contents*
+    :param is_confirmed: whether the row was seen.  After the commit of a transaction it was not: it may have been
+        rolled back with a savepoint
     :param has_begun: see :meth:`begin`
     :ivar is_open: a row may wait for the end of this claim
-    :ivar is_forgotten: nobody has it any more
+    :ivar is_forgotten: its owner has lost it
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class SQLClaim(Claim):
 
     @property
     def envelope(self) -> Envelope:
-        """See `IClaim`.  The content is read from the database when somebody asks for it."""
+        """See `IClaim`.  The content is read from the database on demand."""
         if self._envelope is None:
             self._envelope = self._read()
         return self._envelope
@@ -156,7 +156,7 @@ class SQLClaim(Claim):
             content = self._contents.take(self)
         except KeyError:
             self._leases.lose([self])
-            raise QueueError('somebody else has it') from None
+            raise QueueError('another process has it') from None
         with self._put_aside_if_damaged():
             _check(self._row)
             return Envelope(self._row.sender, self._recipients(), content)
@@ -197,7 +197,7 @@ class SQLClaim(Claim):
         try:
             is_ours = self._leases.database.run(lambda connection: update_recipients(connection, self, recipients))
         except MailqueueError as error:
-            reason = 'who has the message cannot be written; it waits as it was, and may be delivered again'
+            reason = 'its open recipients cannot be written; it waits as it was, and may be delivered again'
             log_event(queue_log, logging.CRITICAL, status='unsettled', id=self.id, error=error, reason=reason)
             return
         self._envelope = replace(self.envelope, recipients=recipients)
@@ -205,11 +205,11 @@ class SQLClaim(Claim):
             self._leases.lose([self])
 
     def settle(self, settlement: Settlement) -> QueueError | None:
-        """See `IClaim`.  What is done is deleted a little later, with others (see :mod:`~.sql.leases`)."""
+        """See `IClaim`.  A done message is deleted a little later, with others (see :mod:`~.sql.leases`)."""
         return self._leases.settle(self, settlement)
 
     def abandon(self) -> None:
-        """See `IClaim`.  Nothing is written: whoever finds that its lease has run out counts a death."""
+        """See `IClaim`.  Nothing is written: the lease runs out, and the death that was counted for it stays."""
         self._leases.forget(self)
 
     def release(self) -> None:
@@ -218,9 +218,9 @@ class SQLClaim(Claim):
 
 
 def _check(row: ClaimedRow) -> None:
-    """Its name, and what a retry is reckoned with.  Raises TypeError or ValueError."""
+    """Check the id, and the values that a retry is computed from.  Raises TypeError or ValueError."""
     if not row.id:
-        # That is what a message is called which is in no queue.
+        # The empty id is that of a message in no queue.
         raise ValueError('its id is empty')
     if not is_time(row.queued_at):
         raise ValueError(f'its queued_at is no time: {row.queued_at!r}')
@@ -232,16 +232,16 @@ class Contents:
     """
     The contents of messages that were claimed together.
 
-    They are read when one of them is asked for, all of the small ones at once: one question for each message would cost
-    more than its delivery.
+    They are read when one of them is needed, all of the small ones at once: a query for each message would cost more
+    than its delivery.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        # Whoever has forgotten one of them does not find it here.
+        # A claim without any other reference leaves this set.
         self._unread: WeakSet[SQLClaim] = WeakSet()
-        # Whatever is in the column: of a damaged row nothing.
+        # By the tokens; any value may be in the column.
         self._read: dict[str, Any] = {}
 
     def note(self, claims: Iterable[SQLClaim]) -> None:
@@ -273,7 +273,7 @@ def _reading(dialect: str) -> Executable:
 @dataclass(frozen=True)
 class NewMessage:
     """
-    A message that is on its way into the table.
+    A message to be put into the table.
 
     :param statement: inserts it, given *values*
     :param values: its row
@@ -290,7 +290,7 @@ class NewMessage:
 
     @classmethod
     def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool, has_begun: bool = False) -> NewMessage:
-        """Return a message that is due now, claimed by this process, and perhaps begun, or not."""
+        """Return a message that is due now; *claimed* by this process, and begun (*has_begun*), or not."""
         now, deadline = leases.clock(), leases.timer() + leases.lease
         name = f'{int(now * 1_000_000):013x}{secrets.token_hex(5)}'
         values = {
@@ -315,7 +315,7 @@ class NewMessage:
 
 
 def separated(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Take a large content out of the row of a message; return its own row then, for :func:`insert_large`."""
+    """Take a large content out of the row of a message; return its own row, if so, for :func:`insert_large`."""
     if len(values['content']) <= INLINE:
         return None
     content, values['content'] = values['content'], None
@@ -333,13 +333,12 @@ def insert_large() -> Insert:
 @lru_cache(maxsize=4)
 def _inserting(lease: float | None) -> Insert:
     """
-    Return a statement that inserts what it is given, and the end of a lease of so many seconds.
+    Return a statement that inserts a row, with the end of a lease of this many seconds.
 
-    It is about the mapped class: who listens to a session takes no notice of one about the table.  Always the same
-    statement is a third faster than a new one with values in it, and so is ``raw``, which says that values go by names
-    of columns.
+    It names the mapped class: listeners of a session ignore a statement that names the table.  Reusing one statement is
+    a third faster than a new one with values in it, and so is ``raw``, which says that values go by names of columns.
     """
-    # With the first message: whoever only delivers does not need it.
+    # Imported with the first message: delivery does not need it.
     from pyramid_mailqueue.queues.sql.schema import Message
 
     statement = insert(Message).execution_options(autoflush=False, dml_strategy='raw')
@@ -348,9 +347,9 @@ def _inserting(lease: float | None) -> Insert:
 
 def claiming(statement: Update) -> Update:
     """
-    Let *statement*, which says which rows are meant, claim them, and return what becomes a :class:`ClaimedRow`.
+    Make *statement*, which selects the rows, claim them and return the columns of a :class:`ClaimedRow`.
 
-    It is put together once, and executed with the values of :func:`claim_values`.
+    It is built once, and executed with the values of :func:`claim_values`.
     """
     lease = database_time() + bindparam('seconds', type_=Float(53))
     values = {
@@ -376,5 +375,5 @@ def _this_process() -> str:
 
 
 def _new_token() -> str:
-    """The beginning of tokens that nobody had before; the id of a message is the rest."""
+    """Return the beginning of new tokens; the id of a message is the rest."""
     return f'{secrets.token_hex(8)}.'

@@ -2,8 +2,8 @@
 The connections of a queue to its database, at most two for each process, and what is done when one fails.
 
 Every statement is a transaction of its own, but for the few that belong together (:meth:`Database.transact`).  On
-SQLite such a one begins with the right to write: a transaction that has only read until then is refused it when
-somebody else has written meanwhile.  Whatever is done has a deadline (:mod:`~.sql.deadlines`).
+SQLite these begin with the right to write: a transaction that has only read until then is refused it if another process
+has written meanwhile.  All work has a deadline (:mod:`~.sql.deadlines`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ T = TypeVar('T')
 
 log = logging.getLogger('mailqueue.delivery')
 
-#: How soon a turn that nobody has any more is seen by who waits for it, in seconds.
+#: How often a waiting thread looks for turns that were lost, in seconds.
 GLANCE = 0.5
 
 
@@ -83,7 +83,7 @@ class DatabaseAway(QueueError):
 
 
 class _TriedOut(Exception):
-    """What was tried out is to be rolled back."""
+    """Rolls back what was tried out."""
 
 
 class Database:
@@ -132,12 +132,12 @@ class Database:
     def engine(self) -> Engine:
         """The engine, with connections of this process."""
         if self._pid != os.getpid():
-            # Not every server that forks tells Python of it.
+            # Some servers fork without telling Python.
             self._forget_connections()
         return self._engine
 
     def close(self) -> None:
-        """Close the connections that nobody uses.  The database may be used again."""
+        """Close the idle connections.  The database may be used again."""
         self.engine.dispose()
         self.deadlines.hurry(math.inf)
         self.deadlines.close()
@@ -145,9 +145,9 @@ class Database:
     @contextmanager
     def connection(self, seconds: float = STATEMENT_SECONDS) -> Iterator[Connection]:
         """
-        Lend a connection for so many seconds, to those who wait in their order.
+        Lend a connection for this many seconds, to waiting threads in their order.
 
-        Raises SQLAlchemyError, or ConfigurationError; or TimeoutError in the place of them, when its time is over.
+        Raises SQLAlchemyError, or ConfigurationError; or TimeoutError instead of these, when the time is over.
         """
         engine = self.engine
         with self._turns.one(), self.deadlines.within(seconds) as watched, self._connect(engine) as connection:
@@ -159,7 +159,7 @@ class Database:
                 yield connection
             finally:
                 if watched.has_passed:
-                    # Whatever was cancelled, it is not to be the next one's statement.
+                    # A late cancellation must not hit the next user's statement.
                     with suppress(SQLAlchemyError):
                         connection.invalidate()
 
@@ -170,9 +170,9 @@ class Database:
             connection.exec_driver_sql(f'PRAGMA busy_timeout = {int(seconds * 1000)}')
 
     def _open(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """What is said to the database before anybody has the connection is watched, too."""
+        """Connect; what SQLAlchemy sends before it lends the connection is watched, too."""
         if self.deadlines.left < math.inf and 'connect_timeout' in options:
-            # libpq takes 1 for 2, and 0 for ever.
+            # libpq takes 1 for 2, and 0 for no limit.
             options['connect_timeout'] = max(2, min(int(options['connect_timeout']), int(self.deadlines.left)))
         connection = dialect.connect(*arguments, **options)
         self.deadlines.note(connection)
@@ -182,10 +182,8 @@ class Database:
         try:
             return engine.connect()
         except PoolExhausted:
-            # Whoever has its turn finds a connection there, but if an interruption has taken one from the pool.
-            log.error(
-                'The connections to %s were lost by what has interrupted a thread; there are new ones.', self.name
-            )
+            # A thread that has its turn finds a connection, unless an interruption has taken one from the pool.
+            log.error('The connections to %s were lost when a thread was interrupted; there are new ones.', self.name)
             engine.dispose()
             return engine.connect()
 
@@ -198,17 +196,17 @@ class Database:
             self.deadlines.abandon()
             options = ', '.join(sorted(engine.url.query)) or 'none'
             raise self._lasting_mistake(
-                f'the driver can do nothing with it, or with an option in it ({options}): {type(error).__name__}: '
+                f'the driver does not accept it, or an option in it ({options}): {type(error).__name__}: '
                 f'{first_line(error)}'
             ) from error
 
     def run(self, work: Callable[[Connection], T], seconds: float = STATEMENT_SECONDS) -> T:
         """
-        Return what *work* returns, whose statements are transactions of their own, within so many seconds.
+        Run *work*, whose statements are transactions of their own, within this many seconds; return its result.
 
-        Once *work* is done again, which has to be such that this does no harm: over another connection if this one
-        turns out to be closed (a server that was restarted), or leads to a server that takes no changes (a standby); or
-        because others were in its way (a deadlock).
+        *work* is repeated once, so that must do no harm: over another connection if this one turns out to be closed (a
+        server that was restarted), or leads to a server that takes no changes (a standby); or after a conflict with
+        others (a deadlock).
 
         Raises QueueError, DatabaseAway, or ConfigurationError for what does not pass by itself; and MemoryError for
         what is too large for this process, or for the server.
@@ -258,7 +256,7 @@ class Database:
             self.transact(try_out)
 
     def create_tables(self) -> None:
-        """Create those that are missing.  Raises as :meth:`run` does."""
+        """Create the missing tables.  Raises as :meth:`run` does."""
         try:
             with self.connection(LOOK_SECONDS) as connection:
                 self._check_server(connection)
@@ -273,10 +271,10 @@ class Database:
         return ddl(self._engine.url)
 
     def in_transaction(self, connection: Connection, work: Callable[[Connection], T]) -> T:
-        """Return what *work* returns, whose statements are one transaction.  Raises SQLAlchemyError."""
+        """Run *work*, whose statements are one transaction; return its result.  Raises SQLAlchemyError."""
         begin = 'BEGIN IMMEDIATE' if self.dialect == 'sqlite' else 'BEGIN ISOLATION LEVEL READ COMMITTED'
         try:
-            # Here already, or an interruption would leave it begun.
+            # Inside the block, or an interruption would leave it begun.
             connection.exec_driver_sql(begin)
             result = work(connection)
             connection.exec_driver_sql('COMMIT')
@@ -287,11 +285,11 @@ class Database:
         return result
 
     def check(self) -> None:
-        """Raise ConfigurationError if the tables are not there, or are others; DatabaseAway if nobody knows."""
+        """Raise ConfigurationError if the tables are not there, or are others; DatabaseAway if that is unknown."""
         self.run(lambda _: None)
 
     def _check_file(self) -> None:
-        """SQLite would make an empty one in the place of one that is not there."""
+        """Check that the file is there: SQLite would create an empty one."""
         if self._file is not None and not self._file.exists():
             raise self._no_tables(
                 f'cannot be used: there is no file {self._file}. Correct the URL, or create the database with the '
@@ -308,8 +306,8 @@ class Database:
         encoding = connection.exec_driver_sql('SHOW server_encoding').scalar()
         if encoding != 'UTF8':
             raise self._mistake(
-                f'has the encoding {encoding}, in which there is not every character that mail and the replies of mail '
-                "servers have. Use a database that was created with: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
+                f'has the encoding {encoding}, which lacks characters that mail and the replies of mail servers '
+                "have. Use a database that was created with: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
                 'template0'
             )
         if current_schema(connection) is None:
@@ -336,8 +334,8 @@ class Database:
             )
         if version == NOT_NOTED:
             raise self._no_tables(
-                'has tables for the queue, but mailqueue_schema, where their version should be, is empty. Let it be '
-                'written with: mq-queue app.ini init'
+                'has tables for the queue, but mailqueue_schema, where their version should be, is empty. Write it '
+                'with: mq-queue app.ini init'
             )
         if version != VERSION:
             raise self._mistake(
@@ -379,13 +377,13 @@ class Database:
     def _is_mistake(self, error: SQLAlchemyError) -> bool:
         if is_forbidden(error):
             return True
-        # Later on the database was good for a queue once, and what is under way may be so again.
+        # After the check the database was good for a queue once, and may be so again.
         return not self._is_checked and (
             is_of_statement(error) or is_said_of_mistakes(error) or is_code_of_mistake(self._code(error))
         )
 
     def _code(self, error: SQLAlchemyError) -> str | None:
-        """Whoever tries again and again hears the same words, and asks once."""
+        """Return the code of a refusal; repeated attempts with the same text ask once."""
         words = said(error)
         if words != self._refused[0]:
             self._refused = (words, code_of_refusal(error))
@@ -393,7 +391,7 @@ class Database:
 
 
 def _is_closed(file: Path, error: SQLAlchemyError) -> bool:
-    """Whether SQLite cannot write because this user may not: into the file, or a journal beside it."""
+    """Whether SQLite cannot write because this user may not: the file, or a journal beside it."""
     if 'readonly database' in said(error):
         return True
     if 'unable to open database file' not in said(error) or not file.exists():
@@ -402,7 +400,7 @@ def _is_closed(file: Path, error: SQLAlchemyError) -> bool:
 
 
 class _Turn:
-    """What one thread has, or waits for."""
+    """The turn that one thread has, or waits for."""
 
     def __init__(self) -> None:
         # Not an Event, which an interruption in set() locks for ever.
@@ -412,7 +410,7 @@ class _Turn:
 
 class _Turns:
     """
-    Lets so many threads do something at the same time, and those who wait in their order.
+    Lets this many threads do something at the same time, the waiting ones in their order.
 
     Without an order, threads that deliver could keep the heartbeat from its turn until its leases have run out.
 
@@ -437,14 +435,14 @@ class _Turns:
             yield
         finally:
             with self._lock:
-                # Or nobody gives it to this one any more.
+                # Or it is not given to this one any more.
                 self._taken.discard(turn)
                 with suppress(ValueError):
                     self._waiting.remove(weakref.ref(turn))
             self._give()
 
     def _give(self) -> None:
-        """Let those begin whose turn it is."""
+        """Give the free turns to waiting threads, in their order."""
         with self._lock:
             while self._waiting and len(self._taken) < self._number:
                 turn = self._waiting.popleft()()

@@ -1,10 +1,10 @@
 """
-How long a statement of the queue may take: a database that accepts and does not answer must keep no process.
+Time limits for the statements of the queue: a database that does not answer must not block a process.
 
-A statement that has had its time is cancelled; if that does not help (the server is stopped, the network swallows
-everything) the connection under it is shut down.  A thread does that, and not a setting of the session: behind a
-pooler ``statement_timeout`` would hold for the statements of the application too, and it does not hold while a commit
-waits for a standby.  SQLite waits for nothing but locks, and has a limit of its own for that.
+A statement over its limit is cancelled; if that does not help (the server is stopped, the network drops everything) its
+connection is shut down.  A thread does that, and not a setting of the session: behind a pooler ``statement_timeout``
+would apply to the statements of the application too, and it does not apply while a commit waits for a standby.  SQLite
+waits for nothing but locks, and has a limit of its own for that.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from sqlalchemy.exc import SQLAlchemyError
 
 __all__ = ['CONTENT_SECONDS', 'LONG_SECONDS', 'LOOK_SECONDS', 'NEWS_SECONDS', 'STATEMENT_SECONDS', 'Deadlines']
 
-#: How long a statement may take that is about a few messages.
+#: How long a statement about a few messages may take.
 STATEMENT_SECONDS = 15
 
-#: The same, where contents come with it.
+#: The same, with contents.
 CONTENT_SECONDS = 120
 
-#: The same, if it looks at the whole table.
+#: The same, if it reads the whole table.
 LOOK_SECONDS = 60
 
 #: The same, if it changes the whole table, or moves contents.
 LONG_SECONDS = 600
 
-#: The same, if nothing but news depends on it.
+#: The same, for notifications.
 NEWS_SECONDS = 5
 
-#: How long it waits for a cancelled statement to end before it shuts the connection down, in seconds.
+#: How long a cancelled statement may take to end before its connection is shut down, in seconds.
 GRACE_SECONDS = 1
 
-#: A statement that fails after so many seconds has waited for something; the next ones are not to wait one by one.
+#: A statement that fails after this many seconds has waited for something; the next ones must not wait one by one.
 SLOW_SECONDS = 2
 
 #: How long after that no statement is begun, in seconds.
@@ -56,7 +56,7 @@ class _Watched:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.has_passed = False
-        # Of the driver; None while the connection is being made.
+        # The connection of the driver; None while it is being made.
         self.raw: Any = None
 
 
@@ -72,14 +72,14 @@ class Deadlines:
         self.start_anew()
 
     def start_anew(self) -> None:
-        """In a forked child: what the parent waits for is its own."""
-        # Held by its own name: an interruption may keep a Condition from letting go of it.
+        """Start without work, also in a forked child: the work under way is the parent's."""
+        # Held under its own name: an interruption may keep a Condition from releasing it.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._watched: set[_Watched] = set()
         # The work of each thread.
         self._current: dict[int, _Watched] = {}
-        # A second way to each connection: who closes the first one does not wait for this thread.
+        # A second descriptor for each connection: closing the first one does not wait for this thread.
         self._sockets: weakref.WeakKeyDictionary[Any, socket.socket] = weakref.WeakKeyDictionary()
         self._thread: threading.Thread | None = None
         self._wakes_at = math.inf
@@ -87,7 +87,7 @@ class Deadlines:
         self._silent_until = -math.inf
 
     def hurry(self, seconds: float) -> None:
-        """Let all that is under way, and all that is begun later, end in so many seconds; ``inf`` is the usual."""
+        """End all work, under way or begun later, within this many seconds; ``inf`` is the default."""
         with self._lock:
             self._end = time.monotonic() + seconds
             self._silent_until = -math.inf
@@ -99,7 +99,7 @@ class Deadlines:
         return max(0.0, self._end - time.monotonic())
 
     def close(self) -> None:
-        """Let the thread end; the next work starts another one."""
+        """End the thread; the next work starts another one."""
         with self._lock:
             self._thread = None
             self._changed.notify_all()
@@ -107,9 +107,9 @@ class Deadlines:
     @contextmanager
     def within(self, seconds: float) -> Iterator[_Watched]:
         """
-        Watch what this thread does on one connection, which may take so many seconds.
+        Watch the work of this thread on one connection, which may take this many seconds.
 
-        Raises TimeoutError: in the place of what is raised when the time is over, or at once if there is none.
+        Raises TimeoutError: instead of what the work raises when its time is over, or at once if there is no time.
         """
         began = time.monotonic()
         watched = _Watched(began + seconds)
@@ -136,7 +136,7 @@ class Deadlines:
         with self._lock:
             if now < self._silent_until or now >= self._end:
                 raise TimeoutError
-            # An interruption may have left the last one here.
+            # An interruption may have left the previous work here.
             if (left := self._current.get(threading.get_ident())) is not None:
                 self._watched.discard(left)
             self._watched.add(watched)
@@ -145,28 +145,28 @@ class Deadlines:
                 self._see_to_thread(watched)
 
     def note(self, raw: Any) -> None:
-        """Take note of a new connection of the driver, which the work of this thread uses."""
-        # Too many open files: then it can be cancelled only.
+        """Note a new connection of the driver, which the work of this thread uses."""
+        # Too many open files: then the work can only be cancelled.
         with suppress(OSError), self._lock:
             self._sockets[raw] = opened = socket.fromfd(raw.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-            # One with which SQLAlchemy can do nothing is not closed, but dropped.
+            # A connection that SQLAlchemy cannot use is dropped without being closed.
             weakref.finalize(raw, opened.close).atexit = False
         if (watched := self._current.get(threading.get_ident())) is not None:
             self.attach(watched, raw)
 
     def forget(self, raw: Any, *_: Any) -> None:
-        """A connection is about to be closed."""
+        """Forget a connection that is about to be closed."""
         with self._lock:
             opened = self._sockets.pop(raw, None)
             if opened is not None:
                 opened.close()
 
     def attach(self, watched: _Watched, raw: Any) -> None:
-        """Tell which connection a work uses.  Raises TimeoutError if its time is over."""
+        """Note which connection a piece of work uses.  Raises TimeoutError if its time is over."""
         with self._lock:
             if watched.has_passed:
                 raise TimeoutError
-            # The same: nobody else works on this connection.
+            # An interruption, again: no other work uses this connection.
             self._watched -= {it for it in self._watched if it.raw is raw and it is not watched}
             watched.raw = raw
 
@@ -176,13 +176,13 @@ class Deadlines:
             raise TimeoutError
 
     def abandon(self) -> None:
-        """Close the connection that this thread has just made: SQLAlchemy, which can do nothing with it, does not."""
+        """Close the connection that this thread has just made: SQLAlchemy cannot use it, and does not close it."""
         raw = self._current[threading.get_ident()].raw
         if raw is not None:
             raw.close()
 
     def lift(self) -> None:
-        """Let the work of this thread take as long as it takes."""
+        """Lift the time limit of the work of this thread."""
         with self._lock:
             self._watched.discard(self._current[threading.get_ident()])
 
@@ -192,7 +192,7 @@ class Deadlines:
         if self._thread is None or not self._thread.is_alive():
             arguments = weakref.ref(self), self._changed
             thread = threading.Thread(target=_watch, args=arguments, name='mailqueue-deadlines', daemon=True)
-            # Too many threads, or the interpreter is about to end: then it takes as long as it takes.
+            # Too many threads, or the interpreter is about to end: then there is no limit.
             with suppress(RuntimeError):
                 thread.start()
                 self._thread = thread
@@ -200,7 +200,7 @@ class Deadlines:
             self._changed.notify_all()
 
     def look(self) -> float | None:
-        """End what is over; return in how many seconds to look again, None if nobody has to.  Called with the lock."""
+        """End overdue work; return in how many seconds to look again, None to end the thread.  Called with the lock."""
         if self._thread is not threading.current_thread():
             return None
         now = time.monotonic()
@@ -214,7 +214,7 @@ class Deadlines:
     def _cut(self, watched: _Watched, now: float) -> None:
         if watched.has_passed:
             watched.deadline = math.inf
-            # Under the lock: nobody closes it meanwhile.
+            # Under the lock: it is not closed meanwhile.
             if (opened := self._sockets.get(watched.raw)) is not None:
                 with suppress(OSError):
                     opened.shutdown(socket.SHUT_RDWR)
@@ -222,7 +222,7 @@ class Deadlines:
         watched.has_passed = True
         watched.deadline = now + GRACE_SECONDS
         if watched.raw is not None:
-            # It asks the server, which may not answer.
+            # In a thread: it asks the server, which may not answer.
             canceller = threading.Thread(target=_cancel, args=(watched.raw,), name='mailqueue-cancel', daemon=True)
             with suppress(RuntimeError):
                 canceller.start()
@@ -239,9 +239,9 @@ def _cancel(raw: Any) -> None:
     """
     Ask the server to end a statement.  Where that cannot be done, its connection is shut down a little later.
 
-    psycopg2, and psycopg with libpq before version 17, would let no other thread run until the server has answered.
+    psycopg2, and psycopg with libpq before version 17, would block all other threads until the server has answered.
     """
-    # Whatever the driver says, it was only an attempt.
+    # Errors of the driver do not matter: it was only an attempt.
     with suppress(Exception):
         from psycopg import Connection, capabilities
 

@@ -1,4 +1,4 @@
-"""From the URL of a database to an engine of SQLAlchemy that is fit for a queue."""
+"""Makes an engine of SQLAlchemy for a queue from the URL of a database."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = [
     'without_passwords',
 ]
 
-#: The option of a statement whose result is to come as bytes, where the driver can: contents would come as digits.
+#: The option of a statement whose result is fetched as bytes, if the driver can: contents would come as digits.
 AS_BYTES = 'mailqueue_as_bytes'
 
 #: How many connections one process has, at most.
 CONNECTIONS = 2
 
-#: How long somebody waits for a lock of SQLite, in seconds.
+#: How long a statement waits for a lock of SQLite, in seconds.
 SQLITE_PATIENCE = 15
 
-#: What a database has to be at least, by its dialect: as SQLAlchemy tells it, and as people do.
+#: The oldest version of a database that will do, by its dialect: for comparison, and for display.
 OLDEST = {'postgresql': ((12,), 'PostgreSQL 12'), 'sqlite': ((3, 35), 'SQLite 3.35')}
 
 _SEVERAL_HOSTS = 'of several hosts each is a parameter: ?host=db1.example:5432&host=db2.example:5432'
 
-# Where a URL does not say.
+# For a URL without a port.
 _PORTS = {'postgresql': 5432}
 
-# What a host that is gone without a farewell may cost, or a lock of SQLite: in seconds, but for tcp_user_timeout.
+# Time limits for a host that vanished, or a lock of SQLite: in seconds, but tcp_user_timeout in milliseconds.
 _CONNECT: Mapping[str, Mapping[str, Any]] = {
     'postgresql': {'connect_timeout': 10, 'keepalives_idle': 30, 'keepalives_interval': 10, 'tcp_user_timeout': 60_000},
     'sqlite': {'timeout': SQLITE_PATIENCE},
@@ -68,20 +68,20 @@ def make_engine(written: str | URL) -> Engine:
         raise ValueError(f'several hosts with ports cannot be in one parameter: {_SEVERAL_HOSTS}')
     options = dict(_CONNECT[dialect])
     if url.get_driver_name() == 'psycopg':
-        # A statement that the server has prepared on one connection is not there on another one, which a pooler between
-        # may give us; and it may be planned for a table that was empty then.
+        # A statement that was prepared on one connection is missing on another one, which a pooler may give us; and its
+        # plan may be for a table that was empty then.
         options['prepare_threshold'] = None
-    # What the URL says goes first.
+    # The options in the URL take precedence.
     options = {key: value for key, value in options.items() if key not in url.query}
     if dialect == 'postgresql':
-        # But for this: whatever the environment or the URL says, texts are to be such.
+        # Except for this: texts are UTF-8, whatever the environment or the URL says.
         options['client_encoding'] = 'utf8'
     engine = create_engine(
         url,
         poolclass=QueuePool,
         pool_size=CONNECTIONS,
         max_overflow=0,
-        # There is one for everybody who has a turn (see :mod:`~.sql.database`), so nobody ever has to wait here.
+        # There is one for each thread that has a turn (see :mod:`~.sql.database`), so no thread waits here.
         pool_timeout=1,
         isolation_level='AUTOCOMMIT',
         connect_args=options,
@@ -93,10 +93,10 @@ def make_engine(written: str | URL) -> Engine:
     return engine
 
 
-#: Shorter ones, such as numbers, stand in texts for something else.
+#: Shorter ones, such as numbers, mean something else in texts.
 SHORTEST_SECRET = 4
 
-# Of libpq, of its drivers, and of SQLite.
+# Options without secrets: of libpq, of its drivers, and of SQLite.
 _HARMLESS = frozenset({
     'application_name', 'cache', 'channel_binding', 'client_encoding', 'connect_timeout', 'dbname', 'gssencmode',
     'fallback_application_name', 'host', 'hostaddr', 'immutable', 'keepalives', 'keepalives_count', 'keepalives_idle',
@@ -106,17 +106,17 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
-# What is behind the first one would be taken for a host, a port, a database or an option, and told as such.
+# The part after the first @ would be taken for a host, a port, a database or an option, and shown as such.
 _PASSWORD_WITH_AT = re.compile(r'[^:/]+://[^:/@]*:[^@]*@(?:[^?]*|[^?]*\?[^=&]*)@')
 
 
 def shown(url: URL) -> str:
-    """Return *url* for people, without its passwords, and without options that may hold one."""
+    """Return *url* for display, without its passwords, and without options that may hold one."""
     return url.difference_update_query([*_secrets(url)]).render_as_string(hide_password=True)
 
 
 def without_passwords(text: str, url: URL) -> str:
-    """Return *text*, in which somebody may have quoted from *url*, without its passwords."""
+    """Return *text*, which may quote from *url*, without the passwords of that."""
     options = [
         value
         for key, values in _secrets(url).items()
@@ -125,7 +125,7 @@ def without_passwords(text: str, url: URL) -> str:
     ]
     for secret in filter(None, [url.password, *options]):
         text = re.sub(rf'(?<!\w){re.escape(secret)}(?!\w)', '***', text)
-    # In what is a string of parameters, or a URL, of its own.
+    # In strings of parameters, and in URLs, inside the text.
     text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|\S+)", r'\1***', text)
     return re.sub(r'(?<=://)([^\s:/@]*):[^\s@]*@', r'\1:***@', text)
 
@@ -149,16 +149,16 @@ def is_same_database(one: str, other: str) -> bool:
 
 def _identity(url: URL) -> Mapping[str, object]:
     """
-    Return what tells one database from another, in the URL and in the parameters of libpq that go before it.
+    Return what identifies a database, in the URL and in the parameters of libpq that override it.
 
-    Whoever logs in, with which driver, and how, may change.
+    The user, the driver and the other options may change.
     """
     query = url.normalized_query
     return {
         'dialect': url.get_backend_name(),
         'host': query.get('host', (url.host,)),
         'port': query.get('port', (str(url.port or _PORTS.get(url.get_backend_name())),)),
-        # PostgreSQL takes the name of the user where there is no other.
+        # PostgreSQL defaults to the name of the user.
         'dbname': query.get('dbname', (url.database or query.get('user', (url.username,))[0],)),
         **{key: query[key] for key in ('hostaddr', 'service') if key in query},
     }
@@ -183,19 +183,19 @@ def _ask_for_bytes(_connection: Any, cursor: Any, _statement: str, _values: Any,
 
 
 def _read_committed(connection: Any, _record: Any) -> None:
-    """A claim passes over what others have changed meanwhile; with more isolation it would fail because of that."""
+    """A claim skips rows that others have changed meanwhile; with more isolation it would fail because of them."""
     with connection.cursor() as cursor:
         cursor.execute('SHOW default_transaction_isolation')
         if cursor.fetchone()[0] != 'read committed':
-            # Not where it is so anyway: behind a pooler the connection is everybody's.
+            # Only if needed: behind a pooler the connection is shared.
             cursor.execute('SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED')
     connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    """A text that is not UTF-8 is shown as such, and does not keep the others of its statement from being read."""
+    """Read text that is not UTF-8 with escapes: it must not fail the other rows of its statement."""
     connection.text_factory = _as_text
-    # The content of a message goes with it.
+    # The content of a message is deleted with it.
     connection.execute('PRAGMA foreign_keys = ON')
 
 
@@ -204,7 +204,7 @@ def _as_text(octets: bytes) -> str:
 
 
 def _parsed(url: str | URL) -> URL:
-    """Raises ArgumentError, or ValueError, which has nothing of the password."""
+    """Raises ArgumentError, or ValueError, whose text has nothing of the password."""
     if isinstance(url, str) and _PASSWORD_WITH_AT.match(url):
         raise ValueError('it has more than one @; in a password it is written %40')
     try:

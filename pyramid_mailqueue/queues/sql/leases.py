@@ -1,26 +1,24 @@
 """
-What this process holds of a queue in a database.
+The claims that this process holds in a queue in a database.
 
-A claim is a lease: it ends by itself when its process dies, and nobody has to find that out.  For as long as the
-process lives, a thread of it (the heartbeat) prolongs the leases at a third of their length, and writes what became of
-messages:
+A claim is a lease: it ends by itself when its process dies, without any detection.  For as long as the process lives,
+a thread of it (the heartbeat) renews the leases at a third of their length, and writes the outcomes of messages:
 
 * Messages that are done are deleted together: a deletion begins :data:`RESTS` times as long after the last one as that
-  took, and :data:`LINGER` seconds after it at most.  So each is deleted at once where there is little to do, and where
-  there is much a deletion has many.  When there are :data:`BATCH` whoever delivers writes them before it goes on, so
-  they are all that a death of the process can send twice; while the database is away, what was claimed before is added
-  to them.
-* Any other end is written by who settles it, before :meth:`Leases.settle` returns.
-* What cannot be written now, because the database is away or whatever else happens, is noted until it is written.
-  Until then no message is begun: it would be sent, and its outcome would not be written either.  So the first end of a
+  took, and :data:`LINGER` seconds after it at most.  So each is deleted at once if there is little to do, and a
+  deletion has many if there is much.  When there are :data:`BATCH`, delivery writes them before it goes on, so they are
+  all that a crash of the process can send twice; while the database is away, messages claimed before are added to them.
+* Any other end is written before :meth:`Leases.settle` returns.
+* What cannot be written now, because the database is away or for another reason, is noted until it is written.  Until
+  then no message is begun: it would be sent, and its outcome would not be written either.  So the first end of a
   process is written before the next message.
 
-A claim belongs to whoever delivers it: what is noted here does not keep it alive.  One that nobody has any more,
-because an interruption has taken it from its owner in the midst of something, is given back (:meth:`Leases.let_go`).
+A claim belongs to the code that delivers it: the references here are weak.  A claim that its owner has lost to an
+interruption is released (:meth:`Leases.let_go`).
 
 A process that was paused (SIGSTOP, a machine that was suspended) for longer than a lease may have lost its claims
-without having seen it.  So whoever is about to send asks :meth:`Leases.make_sure`, which looks at a clock, and where
-little is left of the lease asks the database.
+unnoticed.  So before anything is sent :meth:`Leases.make_sure` looks at a clock, and asks the database if little is
+left of the lease.
 """
 
 from __future__ import annotations
@@ -57,18 +55,18 @@ __all__ = ['BATCH', 'LINGER', 'Leases', 'elapsed']
 
 log = Log('mailqueue.delivery')
 
-#: How many messages that are done are not deleted, at most.
+#: How many done messages may wait for their deletion, at most.
 BATCH = 10
 
-#: How long after the beginning of one deletion the next one begins: at most, in seconds, and in times of how long that
-#: one took.  Where the process or the database is busy that is longer.
+#: How long after the beginning of one deletion the next one begins: at most, in seconds, and as a multiple of the time
+#: that one took.  Longer if the process or the database is busy.
 LINGER = 0.02
 RESTS = 1
 
-#: How long the heartbeat waits before it tries again what has failed, in seconds.
+#: How long the heartbeat waits before it retries what has failed, in seconds.
 PATIENCE = 1
 
-#: The same, when it has failed again and again.
+#: The same, at most, after repeated failures.
 LONGEST_PAUSE = 10
 
 #: How long the end of a process waits for the heartbeat, in seconds.
@@ -84,12 +82,12 @@ class HeldClaim(Claimed, Protocol):
     # Until when the lease holds at least, by the timer; and whether the row was seen.
     deadline: float
     is_confirmed: bool
-    # Whether a row may wait for its end; and whether nobody has it any more.
+    # Whether a row may wait for its end; and whether its owner has lost it.
     is_open: bool
     is_forgotten: bool
 
 
-# A claim, and how it ends; None is that the message is given back.
+# A claim, and how it ends; None means that the message is released.
 _Ended = tuple[HeldClaim, Settlement | None]
 
 
@@ -105,7 +103,7 @@ def _is_done(end: Settlement | None) -> bool:
 def _standstill(error: Exception) -> QueueError:
     if isinstance(error, DatabaseAway):
         return error
-    problem = f'What became of a message cannot be written, so no more mail is delivered for now: {error}'
+    problem = f'The outcome of a message cannot be written, so no more mail is delivered for now: {error}'
     return translated(QueueError(problem), error)
 
 
@@ -113,7 +111,7 @@ class Leases:
     """
     See the module.
 
-    :param lease: how long a claim lasts, in seconds, without being prolonged
+    :param lease: how long a claim lasts, in seconds, without being renewed
     :param clock: seconds since the epoch
     :param timer: seconds that never go back
     """
@@ -133,8 +131,8 @@ class Leases:
         call_in_children(self._start_anew)
 
     def _start_anew(self) -> None:
-        """In a forked child too: what is held is the parent's."""
-        # Held by its own name: an interruption may keep a Condition from letting go of it.
+        """Start without claims, also in a forked child: those held are the parent's."""
+        # Held under its own name: an interruption may keep a Condition from releasing it.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._writing = threading.Lock()
@@ -143,7 +141,7 @@ class Leases:
         self._ended: dict[str, _Ended] = {}
         self._renewed = self.timer()
         self._rests_until = 0.0
-        # Why the end of a message cannot be written; the tokens of the messages of which that was told; how long the
+        # Why the end of a message cannot be written; the tokens of the messages for which that was logged; how long the
         # heartbeat waits before it tries again; and whether any end was written since.
         self.trouble: QueueError | None = None
         self._told: set[str] = set()
@@ -155,7 +153,7 @@ class Leases:
     # -- claims
 
     def hold(self, claims: Sequence[HeldClaim]) -> None:
-        """Take care of new claims until they end."""
+        """Keep new claims until they end."""
         if not claims:
             return
         with self._lock:
@@ -176,9 +174,9 @@ class Leases:
 
     def let_go(self, claims: Iterable[HeldClaim]) -> None:
         """
-        Give back, soon, what nobody has any more.
+        Release, soon, claims that their owners have lost.
 
-        Called by the garbage collector too, which may have interrupted whoever holds a lock: waits for none.
+        Called by the garbage collector too, which may have interrupted the holder of the lock: does not wait for it.
         """
         for claim in claims:
             if claim.is_open:
@@ -192,7 +190,7 @@ class Leases:
                 self._lock.release()
 
     def watch(self) -> None:
-        """Have a heartbeat for what may be let go."""
+        """Start the heartbeat for claims that may be let go."""
         with self._lock:
             self._see_to_thread()
 
@@ -200,7 +198,7 @@ class Leases:
         """See `IClaim`."""
         if claim.has_begun or not self.holds(claim):
             return self.holds(claim)
-        # A claim that is released meanwhile is one that has begun: its death was counted, or nothing is taken back.
+        # A claim that is released meanwhile has begun: its death was counted, or there is none to take back.
         claim.has_begun = True
         try:
             is_there = self.database.run(partial(begin, claim=claim))
@@ -230,17 +228,17 @@ class Leases:
         return self.holds(claim)
 
     def lose(self, claims: Collection[HeldClaim]) -> None:
-        """End claims whose messages are not theirs any more."""
+        """End claims that have lost their messages."""
         for claim in claims:
             if not self.forget(claim):
                 continue
             if claim.is_confirmed:
-                reason = 'its lease ran out while this process was paused or cut off; whoever has it now delivers it'
+                reason = 'its lease ran out while this process was paused or cut off; another process delivers it'
                 log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
             else:
                 reason = (
                     'its row was not found after the commit: a savepoint of the connection was rolled back, the row is '
-                    'in another database or schema than that of mailqueue.sql_url, or somebody else has it'
+                    'in another database or schema than that of mailqueue.sql_url, or another process has it'
                 )
                 log_event(queue_log, logging.WARNING, status='discarded', id=claim.id, reason=reason)
 
@@ -254,7 +252,7 @@ class Leases:
             # In this order: an interruption may have it written twice, but not never.
             self._ended[claim.token] = claim, settlement
             self.forget(claim)
-            # With what is being written: that may yet fail, and so may the first.
+            # Includes what is being written: that may yet fail.
             number = len(self._ended)
             is_trusted = self._is_proven and self.trouble is None
             may_linger = _is_done(settlement) and is_trusted and number < BATCH and self._has_thread()
@@ -272,26 +270,26 @@ class Leases:
             for claim in ended:
                 self._ended[claim.token] = claim, None
                 self.forget(claim)
-            # Whoever settles one now finds others there, and does not wake the heartbeat.
+            # A settle() from now on finds others there, and does not wake the heartbeat.
             self._changed.notify_all()
         if ended:
             self.flush()
 
     def flush(self) -> bool:
         """
-        Write what has ended; whether there was anything.
+        Write the ends of claims; return whether there were any.
 
-        What cannot be written now the heartbeat tries again.  Raises no Exception.
+        The heartbeat retries what cannot be written now.  Raises no Exception.
         """
         with self._writing:
-            # What ends in the meantime waits for others, or there would be a statement for each.
+            # Claims that end meanwhile wait for others, or there would be a statement for each.
             ended = [*self._ended.values()]
             try:
                 for first in range(0, len(ended), BATCH):
                     self._write(ended[first : first + BATCH])
                     self._is_proven, self.trouble, self._pause = True, None, 0.0
                     self._told.clear()
-            except Exception as error:  # noqa: BLE001 - a defect has to lose nothing, either
+            except Exception as error:  # noqa: BLE001 - a defect must lose nothing, either
                 self._try_later(error)
             return bool(ended)
 
@@ -303,11 +301,11 @@ class Leases:
             self._see_to_thread()
         if told is None and isinstance(error, DatabaseAway):
             ids = ','.join(claim.id for claim, _ in [*self._ended.values()])
-            reason = 'what became of these messages is written when the database is back'
+            reason = 'the outcomes of these messages are written when the database is back'
             log_event(queue_log, logging.ERROR, status='trouble', id=ids, error=error, reason=reason)
 
     def _write(self, batch: Sequence[_Ended]) -> None:
-        """Raises an Exception if something cannot be written; what is written is not in :attr:`_ended` any more."""
+        """Write a batch, and remove it from :attr:`_ended`.  Raises an Exception if a part of it cannot be written."""
         done = [claim for claim, end in batch if _is_done(end)]
         given_back = [claim for claim, end in batch if end is None]
         refusals = [
@@ -328,7 +326,7 @@ class Leases:
         except DatabaseAway:
             raise
         except (QueueError, UnicodeError):
-            # What a server has said may have characters that are not in the encoding of the database.
+            # A server's reply may have characters that are not in the encoding of the database.
             plain = in_ascii(settlement)
             if plain == settlement:
                 raise
@@ -344,10 +342,10 @@ class Leases:
             ours = write(claims)
         except DatabaseAway:
             raise
-        except Exception as error:  # noqa: BLE001 - it is told below, and what has ended stays noted
+        except Exception as error:  # noqa: BLE001 - it is logged below, and what has ended stays noted
             if len(claims) == 1:
                 return self._refused(claims, error)
-            # One of them is not to keep back the others.
+            # One of them must not hold back the others.
             refusals = [self._write_some([claim], write) for claim in claims]
             return next(filter(None, refusals), None)
         missing = [claim for claim in claims if claim.token not in ours]
@@ -360,13 +358,13 @@ class Leases:
         return self._refused(left, QueueError(UNCHANGED)) if left else None
 
     def _still_there(self, claims: Sequence[HeldClaim]) -> set[str]:
-        """Return the tokens of those that nobody else has, although nothing was changed."""
+        """Return the tokens of those that still hold, although nothing was changed."""
         statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
         return self.database.run(lambda connection: {*connection.scalars(statement, named(claims))})
 
     def _refused(self, claims: Sequence[HeldClaim], error: Exception) -> Exception:
-        """Tell of messages whose ends cannot be written, once of each."""
-        reason = 'its outcome cannot be written; until it can be no more is sent, and it may be delivered again'
+        """Log messages whose ends cannot be written, once each; return *error*."""
+        reason = 'its outcome cannot be written; no more mail is sent until it can be, and it may be delivered again'
         for claim in claims:
             if claim.token not in self._told:
                 log_event(queue_log, logging.CRITICAL, status='unsettled', id=claim.id, error=error, reason=reason)
@@ -377,16 +375,16 @@ class Leases:
 
     def _tell(self, claim: HeldClaim, *, is_ours: bool) -> None:
         if claim.is_forgotten:
-            # One whose row is not there was aborted.
+            # A message without a row was aborted.
             if is_ours:
-                reason = 'whoever was about to deliver it was interrupted; it waits'
+                reason = 'its delivery was interrupted; it waits'
                 log_event(queue_log, logging.WARNING, status='released', id=claim.id, reason=reason)
         elif not is_ours:
             reason = 'its lease ran out before its outcome was written; it may be delivered again'
             log_event(queue_log, logging.WARNING, status='lost', id=claim.id, reason=reason)
 
     def close(self) -> None:
-        """Write what has ended, forget what has not, and wait for the heartbeat to end, though not for ever."""
+        """Write what has ended, forget what has not, and wait for the heartbeat to end, but not for ever."""
         self.flush()
         with self._lock:
             self._held.clear()
@@ -412,7 +410,7 @@ class Leases:
         try:
             thread.start()
         except RuntimeError:
-            # Too many threads, or the interpreter is about to end: whoever sends prolongs its own lease.
+            # Too many threads, or the interpreter is about to end: each delivery renews its own lease.
             return False
         self._thread = thread
         return True
@@ -442,7 +440,7 @@ class Leases:
         return bool(self._ended or self._held)
 
     def _wait(self) -> bool:
-        """Return when there is something to do; False if there was nothing for long."""
+        """Wait until there is something to do; False if the thread is to end."""
         with self._lock:
             if not (self._has_work or self._is_closing):
                 self._changed.wait(IDLE)
@@ -451,9 +449,9 @@ class Leases:
                 return False
             renewal = self._renewed + self.lease / 3
             while self._held and not self._ended and (rest := renewal - self.timer()) > 0:
-                # Whoever lets go of a claim may not be able to wake this.
+                # let_go() may not be able to wake this.
                 self._changed.wait(min(rest, IDLE))
-            # What is done waits for others.
+            # Done messages wait for others.
             while self._ended and not self._is_closing and (rest := self._rests_until - time.monotonic()) > 0:
                 self._changed.wait(rest)
         return True
@@ -468,11 +466,11 @@ class Leases:
             is_defect = not isinstance(error, MailqueueError)
             level = logging.CRITICAL if is_defect else logging.ERROR
             log.log(level, '%s The claims of this process could not be prolonged.', error, exc_info=is_defect)
-            # Not long from now, while there is still time.
+            # Try again soon, while there is still time.
             self._renewed += PATIENCE - self.lease / 3
 
     def _renew(self, claims: Sequence[HeldClaim]) -> None:
-        """Prolong leases, and lose the claims whose messages are not theirs any more.  Raises QueueError."""
+        """Renew leases, and end the claims that have lost their messages.  Raises QueueError."""
         began = self.timer()
         until = database_time() + self.lease
         ours_still = owned(self.database.dialect)
@@ -490,7 +488,7 @@ class Leases:
         return self.database.run(lambda connection: connection.scalars(statement).all())
 
     def _confirm(self, claim: HeldClaim) -> None:
-        """Look whether a row is there, or lose the claim.  Raises QueueError."""
+        """Check that the row is there, or end the claim.  Raises QueueError."""
         statement = select(MESSAGES.c.claim).where(owned(self.database.dialect))
         if self.database.run(lambda connection: connection.scalar(statement, named([claim]))) is None:
             self.lose([claim])

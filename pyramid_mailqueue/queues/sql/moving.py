@@ -1,9 +1,9 @@
 """
 The database in a move (:mod:`~.moving`).
 
-A row that is out of reach is in state *in doubt*, which no worker looks for.  Its ``claim`` is
-``move:BATCH.ROLE.STATE``, and its ``lease`` tells until when a move is likely to be at work on it; until then nobody is
-told of it.
+A row that is out of reach is in state *in doubt*, which no worker claims.  Its ``claim`` is
+``move:BATCH.ROLE.STATE``, and its ``lease`` tells until when a move is likely to be at work on it; until then it is not
+reported.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ T = TypeVar('T')
 #: How long a batch is likely to take, in seconds.
 LEASE = 60
 
-#: So many ids are read at once.
+#: How many ids are read at once.
 PAGE = 500
 
-#: What due times and the times in ids are kept within, in seconds since the epoch: what a file and an id can hold.
+#: The limits of due times and of times in ids, in seconds since the epoch: what a file and an id can hold.
 _LATEST = 1 << 33
 _LONGEST_AGO = 0
 
@@ -108,7 +108,7 @@ class SQLSide:
         self._transact(lambda connection: connection.execute(statement))
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
-        """One transaction that is on the disk when this returns: the other queue relies on it."""
+        """Run *work* as one transaction, which is on the disk when this returns: the other queue relies on it."""
 
         def durably(connection: Connection) -> T:
             if self._database.dialect == 'postgresql':
@@ -140,7 +140,7 @@ class SQLSide:
         claim = _claim(batch, OUT, state)
         self._execute(self._taking(state, ids).values(**_out_of_reach(claim)))
         parcels = []
-        # Not what the statement returns: if its answer was lost, it was repeated, and found nothing any more.
+        # Not what the UPDATE returns: if its answer was lost, it was repeated, and found nothing any more.
         taken = select(*_COLUMNS).where(*_claimed(claim)).order_by(MESSAGES.c.id)
         for row in self._rows(taken.execution_options(**{AS_BYTES: True})):
             try:
@@ -192,7 +192,7 @@ class SQLSide:
         """
         See `Side`.
 
-        A batch that not the last move has begun can be that of a copy of this directory, which is at work elsewhere.
+        A batch that an earlier move has begun can be that of a copy of this directory, which is at work elsewhere.
         """
         directory = f'move:{self._record.directory}.'
         is_over = or_(MESSAGES.c.claim.startswith(f'{directory}{self._record.run}.'), has_run_out())
@@ -214,10 +214,10 @@ class SQLSide:
 
     def _states_of(self, batch: str, role: str) -> list[str]:
         """
-        Return what is to become of the rows in this role; a batch has one state.
+        Return the states that the rows in this role are to have; a batch has one.
 
-        Where there are none nothing is written: a database that takes nothing any more does not keep messages from
-        going back into the directory.
+        Without rows nothing is written: a database that takes no changes must not keep messages from going back into
+        the directory.
         """
         states = {_claim(batch, role, state): state for state in MOVED}
         found = select(MESSAGES.c.claim).where(state_is('in doubt'), MESSAGES.c.claim.in_([*states])).distinct()
@@ -225,13 +225,13 @@ class SQLSide:
 
 
 def schema_of(database: Database) -> str:
-    """Return in which schema of the database the tables are, which depends on who asks; '' if it has none."""
+    """Return the schema of the tables, which depends on the user of the database; '' if it has none."""
     return '' if database.dialect == 'sqlite' else database.run(current_schema) or ''
 
 
 @contextmanager
 def blaming_configuration() -> Iterator[None]:
-    """A table that is not there, or a user who may not do something, is nothing that passes: ConfigurationError."""
+    """Raise ConfigurationError for a missing table or right: these do not pass by themselves."""
     try:
         yield
     except QueueError as error:
@@ -240,7 +240,7 @@ def blaming_configuration() -> Iterator[None]:
         raise
 
 
-# What the application may have switched off, to commit faster.
+# The application may have switched it off, to commit faster.
 _SYNCHRONOUS = text(
     "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
 )
@@ -263,7 +263,7 @@ def _out_of_reach(claim: str) -> dict[str, Any]:
 
 
 def _parcel(state: str, row: Row[Any]) -> Parcel:
-    """Raises what is raised for a row of which no queue file can be made."""
+    """Return the row as a :class:`Parcel`; raises if no queue file can be made of it."""
     envelope = Envelope(row.sender, recipients_of(row.recipients), b'')
     header = QueueHeader(
         envelope.sender, envelope.recipients, row.queued_at, row.attempts, row.last_attempt, row.last_reply
@@ -283,7 +283,7 @@ def _within(seconds: float) -> float:
 def _row(parcel: Parcel, now: float) -> dict[str, Any]:
     header = parcel.header
     subject, message_id = tell_from_header(parcel.content)
-    # In a database it is the due time alone that lets a message wait behind others.
+    # In a database only the due time lets a message wait behind others.
     due = max(parcel.due, now) if parcel.stumbles else parcel.due
     born = min(_within(parcel.born), (1 << 52) / 1_000_000 - 1)
     return {

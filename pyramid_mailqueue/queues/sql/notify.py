@@ -1,8 +1,8 @@
 """
-Word that there is mail, between processes: LISTEN and NOTIFY of PostgreSQL.
+Notifications of new mail, between processes: LISTEN and NOTIFY of PostgreSQL.
 
-It is told after the commit only.  Within the application's transaction it would let one commit wait for the other, and
-not go with two phases.  Whoever misses it finds the mail when he looks the next time.
+They are sent after the commit only.  Within the application's transaction they would let one commit wait for the other,
+and not work with two phases.  A run that misses one finds the mail at its next poll.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ PATIENCE = 5
 
 
 def tell(database: Database) -> None:
-    """Tell that there is mail.  Raises nothing: it is in the table, whoever hears of it."""
+    """Notify listeners of new mail.  Raises nothing: the mail is in the table anyway."""
     if database.dialect != 'postgresql':
         return
     try:
         database.run(lambda connection: connection.exec_driver_sql(f'NOTIFY {CHANNEL}'), NEWS_SECONDS)
     except MailqueueError as error:
-        log.warning('%s Nobody is told of new mail.', error)
+        log.warning('%s There is no notification of new mail.', error)
 
 
 @contextmanager
 def listening(database: Database, on_news: Callable[[], None]) -> Iterator[None]:
-    """Call *on_news* whenever somebody tells of mail, from a thread that has one of the connections meanwhile."""
+    """Call *on_news* at each notification, from a thread that has one of the connections meanwhile."""
     if database.dialect != 'postgresql':
         yield
         return
@@ -72,7 +72,7 @@ class _Listener:
         self._database = database
         self._on_news = on_news
         self._ended = ended
-        # The trouble that was told of, until it is over.
+        # The trouble that was logged, until it is over.
         self._told = ''
 
     def run(self) -> None:
@@ -84,7 +84,7 @@ class _Listener:
             except Exception as error:  # noqa: BLE001 - the drivers have no base for their errors in common
                 trouble = first_line(error)
                 if trouble != self._told:
-                    log.warning('Nobody tells of new mail now; it is looked for all the same. %s', trouble)
+                    log.warning('There are no notifications of new mail now; it is found by polling. %s', trouble)
                 self._told = trouble
 
     def _is_over(self, seconds: float, *others: Any) -> bool:
@@ -98,19 +98,19 @@ class _Listener:
                 self._database.deadlines.lift()
                 self._told = ''
                 raw: Any = connection.connection.driver_connection
-                # What came before that nobody has told of.
+                # Mail that came before that was not notified.
                 self._on_news()
                 while not self._is_over(60, raw):
                     if _has_news(raw):
                         self._on_news()
             finally:
-                # The next one to use it does not listen.
+                # The next user of the connection must not listen.
                 with suppress(SQLAlchemyError):
                     connection.invalidate()
 
 
 def _has_news(raw: Any) -> bool:
-    """Take what has arrived on a connection of psycopg2 or psycopg; raises the errors of the driver."""
+    """Whether a notification has arrived on a connection of psycopg2 or psycopg; raises the errors of the driver."""
     if hasattr(raw, 'poll'):
         raw.poll()
         news = bool(raw.notifies)

@@ -1,11 +1,11 @@
 """
-How a claim of a :class:`~.sql.SQLQueue` ends: what is written, and that nothing is written by who has lost it.
+How a claim of a :class:`~.sql.SQLQueue` ends: what is written, and that a lost claim writes nothing.
 
-Each statement names the token of its claim.  If that is not in the row any more the lease has run out, and somebody
-else has the message: nothing is changed then.
+Each statement names the token of its claim.  If that is not in the row any more the lease has run out, and the claim is
+lost: nothing is changed then.
 
-What is executed for each message, or for each few, is put together once and has always the same text: that is what
-SQLAlchemy, the driver and the database are quickest with.
+Statements that are executed for each message, or for a few, are built once and always have the same text: that is
+fastest for SQLAlchemy, the driver and the database.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ __all__ = [
     'update_recipients',
 ]
 
-#: What a message has when nobody holds it.
+#: The values of a message without a claim.
 UNCLAIMED: Mapping[str, None] = {'claim': None, 'claimed_by': None, 'lease': None}
 
-#: What is said where a statement has neither an effect nor an error.
+#: The error where a statement has neither an effect nor an error of its own.
 UNCHANGED = (
     'the database changes nothing, and gives no reason: a trigger, a rule or row-level security on '
     f'{MESSAGES.name} is in the way'
@@ -75,7 +75,7 @@ _LITERALS = {state: literal_column(f"'{state}'", Text()) for state in STATES}
 
 
 class Claimed(Protocol):
-    """What has to be known of a claim."""
+    """The part of a claim that is used here."""
 
     # Whether a death is counted for it in its row.
     has_begun: bool
@@ -94,17 +94,17 @@ class Claimed(Protocol):
 
 
 def state_is(*states: str) -> ColumnElement[bool]:
-    """The states stand in the text of the statement: only so the database sees which index is meant."""
+    """The states are in the text of the statement: only then the database sees which index is meant."""
     literals = [_LITERALS[state] for state in states]
     meant = MESSAGES.c.state == literals[0] if len(literals) == 1 else MESSAGES.c.state.in_(literals)
     # SQLite does not see that one of them is among those that the index has.
     return and_(meant, state_is(*ASIDE)) if {*states} < {*ASIDE} else meant
 
 
-#: Not the messages that a move has in hand just now (see :mod:`~.sql.moving`).
+#: All but the messages that a move is working on just now (see :mod:`~.sql.moving`).
 IS_SEEN = or_(MESSAGES.c.state != 'in doubt', has_run_out())
 
-#: The rows whose state is none: somebody has written it there.  No index has them.
+#: The rows with an unknown state, written by another program.  No index has them.
 IS_UNKNOWN = not_(state_is(*STATES))
 
 
@@ -112,7 +112,7 @@ def owned(dialect: str) -> ColumnElement[bool]:
     """
     The rows of the claims that :func:`named` names, if they are still theirs.
 
-    No two claims have the same token; ids are there for their index.
+    No two claims have the same token; the ids are there for their index.
     """
     return and_(
         state_is('in progress'), _is_in(MESSAGES.c.id, 'ids', dialect), _is_in(MESSAGES.c.claim, 'tokens', dialect)
@@ -132,7 +132,7 @@ def named(claims: Collection[Claimed]) -> dict[str, list[str]]:
 
 
 def delete_done(connection: Connection, claims: Collection[Claimed]) -> set[str]:
-    """Delete messages that everybody has; return the tokens of those that were still theirs."""
+    """Delete done messages; return the tokens of the claims that still held."""
     return {*connection.scalars(_deletion(connection.dialect.name), named(claims))}
 
 
@@ -142,7 +142,7 @@ def _deletion(dialect: str) -> Executable:
 
 
 def release(connection: Connection, claims: Collection[Claimed]) -> set[str]:
-    """Give messages back exactly as they were; return the tokens of those that were still theirs."""
+    """Release messages exactly as they were; return the tokens of the claims that still held."""
     ids: set[str] = set()
     for has_begun in (True, False):
         if some := [claim for claim in claims if claim.has_begun is has_begun]:
@@ -157,12 +157,12 @@ def _release(dialect: str, has_begun: bool) -> Executable:
     return update(MESSAGES).where(owned(dialect)).values(**values).returning(MESSAGES.c.id, MESSAGES.c.state)
 
 
-# Whoever has begun with it has not died over it.
+# The process that has begun with it did not crash.
 _ALIVE: Mapping[str, Any] = {'deaths': case((MESSAGES.c.deaths > 0, MESSAGES.c.deaths - 1), else_=0)}
 
 
 def begin(connection: Connection, claim: Claimed) -> bool:
-    """Count a death, until the claim ends in another way; whether the message was still *claim*'s."""
+    """Count a death, until the claim ends in another way; return whether *claim* still held."""
     return connection.execute(_beginning(connection.dialect.name), named([claim])).rowcount == 1
 
 
@@ -171,21 +171,21 @@ def _beginning(dialect: str) -> Executable:
     statement = update(MESSAGES).where(owned(dialect)).values(deaths=MESSAGES.c.deaths + 1)
     if dialect != 'postgresql':
         return statement
-    # Not worth waiting for the disk of the server: it outlives the death of this process.
+    # Not worth waiting for the disk of the server: a crash of this process does not undo it.
     return statement.where(func.set_config('synchronous_commit', 'off', true()).is_not(None))
 
 
 def update_recipients(connection: Connection, claim: Claimed, recipients: Collection[str]) -> bool:
-    """Note who is open, and that it is not what kills its deliverers; whether the message was still *claim*'s."""
+    """Write the open recipients, and reset the deaths before this claim; return whether *claim* still held."""
     return _update_owned(connection, claim, {'recipients': [*recipients], 'deaths': 1 if claim.has_begun else 0})
 
 
 def settle(connection: Connection, claim: Claimed, settlement: Settlement, now: float) -> set[str]:
     """
-    Write the end of a claim after which there is something left; return its token if the message was still its.
+    Write the end of a claim that leaves something of the message; return its token if it still held.
 
-    Called in a transaction.  What is left of the message keeps its row: those who are still open, or else the first of
-    those who are given up.  The others who are given up get rows of their own.
+    Called in a transaction.  The recipients that are still open keep the row of the message, or else the first burial
+    does.  The other burials get rows of their own.
     """
     attempt: dict[str, Any] = {'attempts': claim.attempts + settlement.counted, **UNCLAIMED}
     if claim.has_begun:
@@ -217,7 +217,7 @@ def try_everything(connection: Connection) -> None:
     """
     Write, change and delete a message as a run does, in a transaction that has to be rolled back.
 
-    Raises SQLAlchemyError, or QueueError where nothing is done and nothing is said.
+    Raises SQLAlchemyError, or QueueError where a statement has no effect and no error.
     """
     probe = _Probe(f'probe.{secrets.token_hex(10)}', secrets.token_hex(10))
     row = {'id': probe.id, 'state': 'in progress', 'claim': probe.token, 'due': 0, 'queued_at': 0, 'recipients': []}
@@ -229,7 +229,7 @@ def try_everything(connection: Connection) -> None:
 
 
 def in_ascii(settlement: Settlement) -> Settlement:
-    """Return the same end of a claim, with what servers have said in ASCII."""
+    """Return the same end of a claim, with the servers' replies in ASCII."""
     burials = tuple(replace(burial, reason=_ascii(burial.reason)) for burial in settlement.burials)
     return replace(settlement, last_reply=_ascii(settlement.last_reply), burials=burials)
 
@@ -245,10 +245,10 @@ def _waiting(settlement: Settlement, now: float) -> dict[str, Any]:
     if settlement.due is not None:
         values['due'] = settlement.due
     elif settlement.stumbled:
-        # Behind all that is due now.
+        # After all that is due now.
         values['due'] = now
     if settlement.counted:
-        # Its deliverer has lived.
+        # Its process has survived.
         values['deaths'] = 0
     return values
 
@@ -264,7 +264,7 @@ def _text(text: str) -> str:
 
 def _copy(connection: Connection, id: str, values: Mapping[str, Any]) -> int:
     """
-    Add a message that is as that of *id* now but for *values*; return how many rows it has.
+    Add a copy of the message *id* with other *values*; return how many rows it has.
 
     Its content never leaves the database.  Raises SQLAlchemyError, or QueueError where nothing is done.
     """
@@ -280,7 +280,7 @@ def _copy(connection: Connection, id: str, values: Mapping[str, Any]) -> int:
 
 
 def _update_owned(connection: Connection, claim: Claimed, values: Mapping[str, Any]) -> bool:
-    """Whether the message was still *claim*'s.  Raises QueueError if it is as it was all the same (a trigger)."""
+    """Return whether *claim* still held.  Raises QueueError if its row is unchanged all the same (a trigger)."""
     statement = update(MESSAGES).where(owned(connection.dialect.name)).values(**values)
     seen = [name for name in ('state', 'claim', 'recipients') if name in values]
     row = connection.execute(statement.returning(*(MESSAGES.c[name] for name in seen)), named([claim])).first()

@@ -1,5 +1,5 @@
 """
-The queue that is a table in the application's own database: for more than one machine.
+The queue in the application's own database: for more than one machine.
 
 A message is a row, INSERTed in the session of the application (:mod:`~.sql.staging`); so it commits with the
 application's data or not at all, and any number of ``mq-run --watch`` on any host share the work.  How a message goes
@@ -18,14 +18,14 @@ through the table; each arrow is one statement, or one transaction::
 
     a  SQLStaging.add: this process will try the message after the commit, so its row comes claimed
     b  the same, for a later run
-    c  SQLQueue.claim_due; SQLQueue.claim: an UPDATE that passes over rows which others are about
-    d  SQLClaim.settle, if somebody is still open; SQLClaim.release; SQLQueue.recover, if the lease has run out
-    e  SQLClaim.settle: nobody is open any more.  Such rows are deleted in batches
+    c  SQLQueue.claim_due; SQLQueue.claim: an UPDATE that skips rows which others have locked
+    d  SQLClaim.settle, if a recipient is still open; SQLClaim.release; SQLQueue.recover, if the lease has run out
+    e  SQLClaim.settle: no recipient is open any more.  Such rows are deleted in batches
     f  SQLAdmin
     g  SQLClaim.settle, or SQLQueue.recover after too many deaths
 
-A claim is a lease (:mod:`~.sql.leases`), and each claim has a token of its own in the row: whoever has lost it can
-change nothing.  Leases are measured by the clock of the database, due times by those of the hosts.
+A claim is a lease (:mod:`~.sql.leases`), and each claim has a token of its own in the row: a lost claim can change
+nothing.  Leases are measured by the clock of the database, due times by those of the hosts.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ if TYPE_CHECKING:
 __all__ = ['SQLQueue']
 
 #: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.  Not many
-#: more than are in hand: if the process dies, it counts as a death for each.
+#: more than are in progress: if the process crashes, it counts as a death for each.
 CLAIM_BATCH = 10
 
-#: So many octets a second go into the database at least.
+#: The slowest speed of an INSERT to allow for, in octets per second.
 SLOWEST = 100_000
 
-#: A message whose claims ran out this often is given up: it may well be what kills its deliverers.
+#: A message whose claims ran out this often is given up: it may well be the cause.
 MAX_DEATHS = 5
 
 
@@ -109,8 +109,8 @@ class SQLQueue(MailQueue):
 
     :param url: the database, as SQLAlchemy takes it
     :param session_name: the attribute of a request that is the session of the application
-    :param lease: how long a claim lasts, in seconds, without being prolonged
-    :param notify: tell others of new mail, and hear of it (PostgreSQL)
+    :param lease: how long a claim lasts, in seconds, without being renewed
+    :param notify: whether to send and receive notifications of new mail (PostgreSQL)
     :param horizon: as of a `.MaildirQueue`, in seconds
     :param clock: seconds since the epoch
     :raises ConfigurationError: this is no database for a queue
@@ -199,7 +199,7 @@ class SQLQueue(MailQueue):
         self.database.deadlines.check()
 
     def tell_news(self) -> None:
-        """Tell those who wait that there is mail which is not claimed.  Raises nothing."""
+        """Notify waiting runs of mail that is not claimed.  Raises nothing."""
         if self.notify:
             tell(self.database)
 
@@ -229,7 +229,7 @@ class SQLQueue(MailQueue):
 
     def _make_misdated_due(self, now: float) -> None:
         is_misdated = (state_is('waiting'), self._is_misdated)
-        # By the end of an index; what is meant there is not many, and rare.
+        # Found at the end of an index; such rows are few, and rare.
         latest = select(func.max(MESSAGES.c.due)).where(state_is('waiting')).scalar_subquery()
         if not self.database.run(lambda connection: connection.scalar(select(_is_after(self.horizon, latest)))):
             return
@@ -286,7 +286,7 @@ class SQLQueue(MailQueue):
         bury = update(MESSAGES).where(*ran_out, MESSAGES.c.deaths >= MAX_DEATHS)
         reason = f'given up: the process that delivered it died, or was cut off, {MAX_DEATHS} times'
         bury = bury.values(state='dead', deaths=0, last_attempt=now, last_reply=reason, **UNCLAIMED)
-        # Behind all that is due now, if a process has died over it.
+        # After all that is due now, if a process crashed while delivering it.
         due = case((MESSAGES.c.deaths > 0, min(now, self._clock())), else_=MESSAGES.c.due)
         wait = update(MESSAGES).where(*ran_out).values(state='waiting', due=due, **UNCLAIMED)
         buried, orphans = (self._ids_of(statement) for statement in (bury, wait))
@@ -345,14 +345,14 @@ class SQLQueue(MailQueue):
         """See `IMailQueue`."""
         self.leases.flush()
         found = self.database.run(lambda connection: dict(map(tuple, connection.execute(_counting()))), LOOK_SECONDS)
-        # Nothing has an index of those whose state is none.
+        # No index has the rows with an unknown state.
         counts = {state: found.get(state, 0) for state in STATES}
         counts['corrupt'] += found[_ALL] - sum(counts.values())
         counts['in doubt'] -= found[_UNSEEN]
         return counts
 
     def count_waiting(self, most: int) -> int:
-        """See `IMailQueue`.  Asked after each round that has sent something, where many rows may be behind."""
+        """See `IMailQueue`.  Called after each round that has sent something, when many rows may be left."""
         self.leases.flush()
         some = select(literal_column('1')).where(state_is('waiting')).limit(most + 1).subquery()
         return self.database.run(lambda c: c.scalar(select(func.count()).select_from(some))) or 0
@@ -386,13 +386,13 @@ def _blaming_setting() -> Iterator[None]:
         raise translated(ConfigurationError(f'mailqueue.queue = sql: {error}'), error) from error
 
 
-# In the place of a state: all rows, and those in doubt that a move has in hand.
+# In the place of a state: all rows, and those in doubt that a move is working on.
 _ALL, _UNSEEN = 'all', 'unseen'
 
 
 @cache
 def _sessions() -> ModuleType:
-    """Imported where an application sends, with the ORM of SQLAlchemy."""
+    """Return the module for sending, which imports the ORM of SQLAlchemy."""
     from pyramid_mailqueue.queues.sql import session as sql_session
 
     return sql_session
@@ -436,7 +436,7 @@ def _claiming_due(dialect: str) -> Update:
 
 def _is_after(seconds: Any, due: Any = MESSAGES.c.due) -> ColumnElement[bool]:
     """Whether *due* is later than so many seconds from now."""
-    # Only what is asked for once is looked for in an index: the time of the database changes from row to row.
+    # A subquery is evaluated once, so an index can be used: the time of the database changes from row to row.
     is_one: ColumnElement[bool] = due > select(database_time() + seconds).scalar_subquery()
     return is_one
 

@@ -1,7 +1,7 @@
 """
-The tables of the queue as an application has to do with them: :data:`metadata` for Alembic, and mapped classes.
+The tables of the queue for an application: :data:`metadata` for Alembic, and mapped classes.
 
-A session of SQLAlchemy knows by the class which of its databases has the mail, and that it has changed.
+The class tells a session of SQLAlchemy which of its databases has the mail, and that it has changed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-The application's own session, in which a :class:`~.sql.SQLQueue` puts its mail: what it has to be, and what it says.
+The application's own session, into which a :class:`~.sql.SQLQueue` puts its mail, and the checks on it.
 
-A session is believed only so far.  Whether it commits with a transaction, whether it writes where the queue looks, and
-whether a savepoint of it was rolled back is found out here, without a question to the database for each message.
+Whether it commits with a transaction, whether it writes where the queue looks, and whether a savepoint of it was rolled
+back is checked here, without a query for each message.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TransactionConflict(QueueError, TransientError):
     """
     The database has given up the transaction in favour of another one: a serialization failure, or a deadlock.
 
-    The whole transaction works when it is repeated, as pyramid_retry does because of the second base.
+    The whole transaction works when it is repeated; pyramid_retry does that because of the second base.
     """
 
 
@@ -65,7 +65,7 @@ def session_of(given: Any) -> Session:
     else:
         cure = 'With an engine: with Session(engine) as s, s.begin(): mailer.send(message, session=s).'
     raise QueueError(
-        'Mail is put into a session of SQLAlchemy (sqlalchemy.orm.Session), and this is none, but an object of '
+        'Mail is put into a session of SQLAlchemy (sqlalchemy.orm.Session); this is an object of '
         f'{kind.__module__}.{kind.__qualname__}. {cure}'
     )
 
@@ -80,9 +80,9 @@ def takes_part(session: Session, manager: Any, same_tables: SameTables) -> bool:
             return False
         if _has_joined(session, txn):
             return True
-        # What zope.sqlalchemy has registered joins the transaction when its own begins.
+        # A session registered with zope.sqlalchemy joins the transaction when its own begins.
         session.connection(bind_arguments=_destination())
-    # Of a transaction that does not tell (it is not public) we think that the application means this one.
+    # If a transaction does not list its resources (not a public attribute), the session is taken to join it.
     return getattr(txn, '_resources', None) is None or _has_joined(session, txn)
 
 
@@ -94,12 +94,12 @@ def insert_into(session: Session, message: NewMessage) -> None:
     """
     INSERT a message.  The session's own pending objects are left alone.  Raises QueueError.
 
-    Whoever has to know that the session has changed hears of it by the event of an ORM statement.  Where that is nobody
-    but zope.sqlalchemy it is told directly: what SQLAlchemy does about the event costs a tenth of such a transaction.
+    Listeners that have to know that the session has changed get the event of an ORM statement.  If there is none but
+    zope.sqlalchemy it is told directly: the event costs a tenth of such a transaction.
     """
     statement, values = message.statement, message.values
     with _told_why():
-        # Its listeners are methods of an object that has this one, too.
+        # The listeners of zope.sqlalchemy are methods of an object that has this one, too.
         listeners = [getattr(it, '__self__', None) for it in session.dispatch.do_orm_execute]
         marks: list[Any] = [getattr(it, 'mark_changed', None) for it in listeners]
         if None in marks:
@@ -121,17 +121,17 @@ _INSERT = insert(Message)
 
 
 def _destination() -> dict[str, Any]:
-    """Where a session writes a message: it may have several databases, and may read elsewhere."""
+    """Return where a session writes a message: it may have several databases, and may read elsewhere."""
     return {'mapper': Message.__mapper__, 'clause': _INSERT}
 
 
 @contextmanager
 def _told_why() -> Iterator[None]:
-    """Raise QueueError, in words for the developer of the application."""
+    """Raise QueueError, with a text for the developer of the application."""
     try:
         yield
     except AssertionError as error:
-        # This is how zope.sqlalchemy says it.
+        # Raised by zope.sqlalchemy.
         raise QueueError(f'Mail cannot be sent in this session: {error}.') from error
     except UnicodeError as error:
         raise unencodable(error) from error
@@ -145,7 +145,7 @@ def _told_why() -> Iterator[None]:
 
 
 def unencodable(error: UnicodeError) -> QueueError:
-    """Return what to raise because a driver cannot write a message in the encoding of its database."""
+    """Return the error for a message that a driver cannot write in the encoding of its database."""
     return QueueError(f'Mail cannot be put into the database: {error}. The encoding of the database has to be UTF8.')
 
 
@@ -154,7 +154,7 @@ def unencodable(error: UnicodeError) -> QueueError:
 
 class SameTables:
     """
-    Makes sure that sessions write into the tables that the queue reads: nobody would ever look elsewhere.
+    Makes sure that sessions write into the tables that the queue reads: mail elsewhere would never be found.
 
     Each engine is asked once, with the first message that goes through it.
 
@@ -163,8 +163,8 @@ class SameTables:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # An engine that is given options shares its connections with the one that it comes from.  Each with the schemas
-        # that it has translated.
+        # An engine that is given options shares its pool with the one that it comes from.  Each pool with the schemas
+        # that were translated.
         self._seen: WeakKeyDictionary[Pool, set[str | None]] = WeakKeyDictionary()
 
     def make_sure(self, session: Session) -> None:
@@ -180,8 +180,8 @@ class SameTables:
         try:
             ours = self._database.run(_tables_of_queue)
         except MailqueueError as error:
-            # Not asked again: the application's mail is not to wait for a server that does not answer.
-            reason = 'nobody knows whether the session of the application writes into the tables of the queue'
+            # Not asked again: the application's mail must not wait for a server that does not answer.
+            reason = 'it is unknown whether the session of the application writes into the tables of the queue'
             log_event(queue_log, logging.WARNING, status='trouble', error=error, reason=reason)
             return
         connection = session.connection(bind_arguments=_destination())
@@ -204,9 +204,9 @@ _TABLE = text(
 
 def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
     """
-    Return what no other table has: of that into which a message would be put, or of those that it may be.
+    Return unique keys: of the table into which a message would be put, or of those that it may be.
 
-    That the URLs are alike says nothing: one may name a socket and the other one a host, or a pooler.
+    URLs cannot be compared: one may name a socket and the other one a host, or a pooler.
     """
     if connection.dialect.name == 'postgresql':
         found = connection.execute(_TABLE, {'name': _name_in(connection)})
@@ -222,13 +222,13 @@ def _tables_of(connection: Connection) -> set[tuple[Any, ...]]:
 
 
 def _tables_of_queue(connection: Connection) -> set[tuple[Any, ...]]:
-    # Whoever only sends needs no connection of the queue from here on: this one is closed, and not kept.
+    # A process that only sends needs no connection of the queue from here on: this one is closed, and not kept.
     connection.detach()
     return _tables_of(connection)
 
 
 def _name_in(connection: Connection) -> str:
-    """The name of the table as statements of this connection have it; the queue's own translates no schema."""
+    """Return the name of the table in statements of this connection; the queue's own translates no schema."""
     schema = _schema_in(connection)
     name = MESSAGES.name
     return name if schema is None else f'{connection.dialect.identifier_preparer.quote_schema(schema)}.{name}'
@@ -253,14 +253,14 @@ def savepoint_of(session: Session) -> SessionTransaction | None:
 
 
 def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
-    # A flush that fails says so of a transaction of its own, and takes along the savepoint around it.
+    # A flush that fails reports a transaction of its own, and rolls back the savepoint around it.
     while not transaction.nested and transaction.parent is not None:
         transaction = transaction.parent
     session.info.setdefault(_ROLLED_BACK, WeakSet()).add(transaction)
 
 
 def is_rolled_back(savepoint: SessionTransaction | None) -> bool:
-    """Whether it was rolled back, or one around it."""
+    """Whether *savepoint*, or one around it, was rolled back."""
     while savepoint is not None:
         if savepoint in savepoint.session.info.get(_ROLLED_BACK, ()):
             return True

@@ -1,9 +1,9 @@
 """
-The mail of one transaction, on its way into the tables of a :class:`~.sql.SQLQueue` by the application's own session.
+The mail of one transaction, on its way into the tables of a :class:`~.sql.SQLQueue`, in the application's own session.
 
-Each message is INSERTed when it is added: it is the database that commits it with the application's data, rolls it back
-with a savepoint, or drops it.  So there is nothing to prepare, to publish or to discard here, and nothing can be in
-doubt.  Only of a session that has ended before the transaction was aborted the database is asked what it has done.
+Each message is INSERTed when it is added: the database commits it with the application's data, rolls it back with a
+savepoint, or drops it.  So there is nothing to prepare, to publish or to discard here, and nothing can be in doubt.
+Only if the session has ended before the transaction was aborted, the database is asked what it has committed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SQLStaging:
         self._leases = leases
         self._tell_news = tell_news
         self._session: Any = None
-        # Into which they were added: that of the session, and not a savepoint.
+        # The transaction of the session to which they were added, and not a savepoint.
         self._transaction: SessionTransaction | None = None
         # Each with the savepoint of the session in which it was added.
         self._added: list[tuple[NewMessage, SessionTransaction | None]] = []
@@ -85,7 +85,7 @@ class SQLStaging:
         """See `IStaging`."""
         published = [self._publish(message, savepoint) for message, savepoint in self._added]
         self._leases.hold([claim for claim in published if isinstance(claim, SQLClaim)])
-        # Not before that: until then an interruption leaves them here.
+        # Only now: until then an interruption leaves them here.
         self._added = []
         if None in published:
             self._tell_news()
@@ -98,14 +98,14 @@ class SQLStaging:
             return DROPPED
         log_queued(message.id, message.envelope)
         if message.claim is not None:
-            # One that is not the session's may have taken the row along, which nobody but the database knows.
+            # A savepoint that is not the session's may have taken the row along, which only the database knows.
             message.claim.is_confirmed = False
         return message.claim
 
     def discard(self) -> list[Envelope]:
         """See `IStaging`."""
         added = [message for message, _ in self._added]
-        # A transaction that is aborted before that has nothing in the database.
+        # A transaction that is aborted before prepare() has nothing in the database.
         has_ended = self._is_prepared and self._session.get_transaction() is not self._transaction
         there = self._committed(added) if added and has_ended else ()
         self._let_go()
@@ -114,14 +114,14 @@ class SQLStaging:
 
     def _committed(self, messages: Sequence[NewMessage]) -> Sequence[NewMessage]:
         """
-        Return those whose rows are there, or may be; let them wait for a run, and tell of them.
+        Return the messages whose rows are there, or may be; release those for a run, and log them.
 
-        Their session has ended already: one that commits in its vote may have heard a "no" from somebody behind it.
+        Their session has ended already: one that commits in its vote may be followed by a resource that votes "no".
         """
         try:
             ids = self._leases.present([message.id for message in messages])
         except MailqueueError as error:
-            reason = 'nobody knows whether the session of its failed transaction had committed; if so, it will be sent'
+            reason = 'it is unknown whether the session of its failed transaction had committed; if so, it will be sent'
             for message in messages:
                 log_event(queue_log, logging.WARNING, status='trouble', id=message.id, error=error, reason=reason)
             return messages
@@ -136,12 +136,12 @@ class SQLStaging:
         return there
 
     def _let_go(self) -> None:
-        """A session may have committed by then, which nobody here knows, and nobody would end the claims."""
+        """Let the heartbeat end the claims: the session may have committed by then, which is not known here."""
         if self._is_prepared and (claims := self._claims):
             self._leases.let_go(claims)
             self._leases.watch()
 
     def leave_in_doubt(self) -> None:
-        """See `IStaging`.  The database knows; if the rows are there they wait."""
+        """See `IStaging`.  The database decides; if the rows are there they wait."""
         self._let_go()
         self._added = []

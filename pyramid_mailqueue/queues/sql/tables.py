@@ -2,12 +2,12 @@
 The tables of the queue in a database.
 
 :data:`metadata` holds them, for Alembic and for applications that create their tables themselves; ``mq-queue init``
-does it for the others.  Times are in seconds since the epoch, so that both databases say and compare them alike.
+does it for the others.  Times are in seconds since the epoch, so that both databases represent and compare them alike.
 Nothing here needs the ORM of SQLAlchemy: importing that would take a fifth of the time of an mq-run with nothing to do.
 
-A message is one row.  A small content is the last column of it: whoever claims or lists messages does not read it.  A
-large one is a row of another table: where anything changes in a row SQLite has all of it in memory, and writes it.
-PostgreSQL keeps a content of more than 2 KB outside of the row, uncompressed, and leaves it alone then.
+A message is one row.  A small content is the last column of it, which claiming and listing do not read.  A large one is
+a row of another table: for any change in a row SQLite has all of it in memory, and writes it.  PostgreSQL keeps a
+content of more than 2 KB outside of the row, uncompressed, and does not touch it then.
 """
 
 from __future__ import annotations
@@ -70,35 +70,35 @@ __all__ = [
     'version_of',
 ]
 
-#: Goes up with each change of the tables.
+#: Increased with each change of the tables.
 VERSION = 1
 
-#: Below all versions: that of tables of which nobody has noted it.
+#: Below all versions: that of tables whose version was not recorded.
 NOT_NOTED = 0
 
-#: The states in which a message rests until a person, or a move, does something about it.
+#: The states in which a message stays until a person, or a move, acts on it.
 ASIDE = ('held', 'dead', 'in doubt', 'corrupt')
 
-#: "mailqueue" in eight bytes: whoever creates the tables holds this advisory lock meanwhile.
+#: "mailqueue" in eight bytes: the advisory lock under which the tables are created.
 _LOCK = 0x6D61_696C_7175_6575
 
 # Ids are compared byte by byte, whatever the language of the database: the order of ids is that of time.
 _Id = Text().with_variant(Text(collation='C'), 'postgresql')
 
 
-#: The tables, for whoever creates them himself.
+#: The tables, for applications that create them themselves.
 metadata = MetaData()
 
 #: One message in each row:
 #:
-#: * id: begins with the time at which the message came for the first time, so that its order is that of ids
-#: * state: one of :data:`~.entries.STATES`; *in doubt* is only what moves (:mod:`~.sql.moving`)
+#: * id: begins with the time at which the message first came, so that messages sort by it
+#: * state: one of :data:`~.entries.STATES`; *in doubt* is only a message that is being moved (:mod:`~.sql.moving`)
 #: * due: when it may be tried again
 #: * claim: the token of the claim, by which alone it may be changed while it is in progress
 #: * claimed_by: the host and the process of the claim, for people
 #: * lease: until when the claim holds, by the clock of the database
-#: * deaths: how many processes have died over it since the last attempt that came to an end.  Counted when a process
-#:   begins with the message, and taken back when its claim ends: nobody can count when it dies
+#: * deaths: how many processes crashed while delivering it, since its last completed attempt.  Counted when a process
+#:   begins with the message, and taken back when its claim ends: a crash cannot be counted when it happens
 MESSAGES = Table(
     'mailqueue_message',
     metadata,
@@ -120,7 +120,7 @@ MESSAGES = Table(
     Column('content', LargeBinary),
 )
 
-#: The contents of more than :data:`INLINE` octets, which are in the place of that in the row of the message.
+#: The contents of more than :data:`INLINE` octets, stored here instead of in the row of the message.
 CONTENTS = Table(
     'mailqueue_content',
     metadata,
@@ -134,8 +134,8 @@ INLINE = 64 * 1024
 
 # --- what may be damaged -----------------------------------------------------
 
-# Anybody may write into a row.  What a driver cannot convert it refuses together with all other rows of the statement,
-# so these are read as they are.
+# Rows may be written by other programs.  A value that a driver cannot convert fails all rows of the statement, so these
+# are read unconverted.
 
 #: The recipients of a row, for :func:`recipients_of`.
 RECIPIENTS = cast(MESSAGES.c.recipients, Text).label('recipients')
@@ -150,7 +150,7 @@ def _of_content(value: Callable[[Any], Any]) -> ColumnElement[Any]:
 #: The content of a row: octets, also where SQLite has a text.
 CONTENT = _of_content(lambda content: cast(content, LargeBinary)).label('content')
 
-#: Its octets.  Neither database reads a content to know its length.
+#: Its size in octets.  Neither database reads a content to know its length.
 SIZE = func.coalesce(_of_content(func.length), 0).label('size')
 
 
@@ -160,7 +160,7 @@ def part_of_content(start: int, most: int) -> ColumnElement[bytes]:
 
 
 def recipients_of(written: str) -> tuple[str, ...]:
-    """Return the recipients that a row has; addresses are not checked.  Raises ValueError."""
+    """Return the recipients of a row; addresses are not checked.  Raises ValueError."""
     try:
         recipients = json.loads(written)
     except (ValueError, RecursionError) as error:
@@ -180,13 +180,13 @@ _END_OF_TIME = 6e10
 
 
 def has_time(column: Any) -> ColumnElement[bool]:
-    """The same of a column, to the database: PostgreSQL has NaN behind all numbers, and SQLite has texts there."""
+    """The same for a column, in SQL: PostgreSQL sorts NaN after all numbers, and SQLite sorts texts there."""
     is_one: ColumnElement[bool] = and_(column > -_END_OF_TIME, column < _END_OF_TIME)
     return is_one
 
 
 def has_run_out() -> ColumnElement[bool]:
-    """The rows whose lease is over, or was never any: nobody would wait for such a one to end."""
+    """The rows whose lease is over, missing, or no time at all: such a lease would never end."""
     lease = MESSAGES.c.lease
     return or_(lease < database_time(), lease >= _END_OF_TIME, lease.is_(None))
 
@@ -199,8 +199,8 @@ VERSIONS = Table('mailqueue_schema', metadata, Column('version', Integer, primar
 
 
 def _index(name: str, *columns: Any, where: str) -> Index:
-    # Each state has an index of its own: who looks for what is due does not wade through dead letters, and the states
-    # in which there is little can be counted without looking at the others.
+    # Each state has an index of its own: a search for due messages does not read dead letters, and the states with few
+    # messages can be counted without reading the others.
     return Index(f'mailqueue_message_{name}', *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
@@ -241,7 +241,7 @@ def _on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
 
 
 def current_schema(connection: Connection) -> str | None:
-    """Return the schema that the tables belong into: the first of the search path that is there; None if none is."""
+    """Return the schema for the tables: the first existing one of the search path; None if there is none."""
     if connection.dialect.name == 'sqlite':
         return 'main'
     return connection.scalar(select(func.current_schema(type_=Text())))
@@ -260,13 +260,13 @@ def schema_in_sight(connection: Connection) -> str | None:
 
 
 def _missing(connection: Connection) -> list[Table]:
-    """Tables of the same names in another schema are somebody else's, also if the search path leads there."""
+    """Return the missing tables: those in another schema are not ours, even if the search path leads there."""
     there, schema = inspect(connection), current_schema(connection)
     return [table for table in metadata.sorted_tables if not there.has_table(table.name, schema=schema)]
 
 
 def create_tables(connection: Connection) -> None:
-    """Create what is missing.  Called in a transaction; several may do it at the same time."""
+    """Create the missing tables.  Called in a transaction; several processes may do it at the same time."""
     if connection.dialect.name == 'postgresql':
         connection.exec_driver_sql(f'SELECT pg_advisory_xact_lock({_LOCK})')
     metadata.create_all(connection, tables=_missing(connection), checkfirst=False)

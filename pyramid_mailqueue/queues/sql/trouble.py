@@ -1,9 +1,9 @@
 """
-What a database says when it cannot be used: whether that passes by itself, or a person has to mend something.
+Errors of a database that cannot be used: which pass by themselves, and which a person has to repair.
 
-Where there is a code (SQLSTATE) it decides, because the words are in the language of the server.  Of a connection that
-is refused the drivers hand out the words only: there they decide where they are known to us, and else the server is
-asked once more for the code (:func:`code_of_refusal`).
+If there is a code (SQLSTATE) it decides, because the text is in the language of the server.  For a refused connection
+the drivers return the text only: known texts decide, and for others the server is asked once more for the code
+(:func:`code_of_refusal`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = [
     'said',
 ]
 
-# Whatever else fails may work in a moment: a server that starts, a lock, a full disk.
+# Anything else may work in a moment: a server that starts, a lock, a full disk.
 _OF_STATEMENTS = (DataError, IntegrityError, ProgrammingError)
 
-# Classes of SQLSTATE: what rules, triggers and views say.
+# Classes of SQLSTATE: errors of rules, triggers and views.
 _OF_RULES = ('09', '0A', '27', '44', 'P0')
 
 # SQLSTATE insufficient_privilege.
@@ -49,14 +49,14 @@ _READ_ONLY = '25006'
 # SQLSTATE out_of_memory, and program_limit_exceeded.
 _TOO_LARGE = ('53200', '54000')
 
-# By libpq, which has no codes of its own, and by servers of texts of more than 1 GB.
+# Texts of libpq, which has no codes of its own, and of servers about texts of more than 1 GB.
 _SAID_OF_MEMORY = ('out of memory', 'cannot allocate memory for', 'invalid memory alloc request size')
 
 # Classes of SQLSTATE, and a code: a name, a right, an option or a password is wrong, or a database is closed.
 _OF_MISTAKES = ('0A', '22', '28', '3D', '3F', '42', '55000')
 
-# What is said of a connection that cannot be made and that nothing but a person will mend: by SQLite and by the
-# libraries of the drivers, which speak English, and by servers that do.
+# Texts about a connection that cannot be made until a person repairs something: of SQLite and the libraries of the
+# drivers, which are in English, and of servers in English.
 _SAID_OF_MISTAKES = (
     'authentication failed',
     "can't get cancellation key",
@@ -91,7 +91,7 @@ def said(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the beginning of it, for a sentence."""
+    """Return the first line of it, for a sentence."""
     words = said(error)
     return words.splitlines()[0].rstrip('.') if words else type(error).__name__
 
@@ -107,12 +107,12 @@ def is_forbidden(error: SQLAlchemyError) -> bool:
 
 
 def is_rolled_back_for_others(error: SQLAlchemyError) -> bool:
-    """Whether the database has given up this transaction in favour of others: the same works when it is repeated."""
+    """Whether the database has given up this transaction in favour of others: it works when it is repeated."""
     return (_code_of(error) or '').startswith(_ROLLED_BACK)
 
 
 def is_read_only(error: SQLAlchemyError) -> bool:
-    """Whether the server takes no changes: a standby, or a primary that is none any more."""
+    """Whether the server takes no changes: a standby, or a former primary."""
     return _code_of(error) == _READ_ONLY
 
 
@@ -123,20 +123,20 @@ def is_of_memory(error: SQLAlchemyError) -> bool:
 
 
 def is_strange_to_driver(error: Exception) -> bool:
-    """Whether a driver could not make anything of what it was given, in an error that is not one of databases."""
+    """Whether a driver rejected its arguments, with an error that is not one of databases."""
     if isinstance(error, StatementError):
         return not isinstance(error, DBAPIError)
     return isinstance(error, (AttributeError, LookupError, TypeError, ValueError))
 
 
 def is_said_of_mistakes(error: SQLAlchemyError) -> bool:
-    """Whether the words are known to us as those of something that does not pass."""
+    """Whether the text is known to mean an error that does not pass."""
     words = said(error).lower()
     return any(known in words for known in _SAID_OF_MISTAKES)
 
 
 def is_code_of_mistake(code: str | None) -> bool:
-    """Whether *code* is the SQLSTATE of something that does not pass."""
+    """Whether *code* is the SQLSTATE of an error that does not pass."""
     return code is not None and code.startswith(_OF_MISTAKES)
 
 
@@ -148,17 +148,17 @@ def _code_of(error: SQLAlchemyError) -> str | None:
 
 def code_of_refusal(error: SQLAlchemyError) -> str | None:
     """
-    Return the SQLSTATE with which a server refuses connections; None if nobody can tell.
+    Return the SQLSTATE with which a server refuses connections; None if it is unknown.
 
-    libpq knows it, and hands out nothing but text.  What it does tell is each message of the server, to whoever traces
-    a connection: so one more is made, in the same way.  psycopg2 cannot do that, and libpq before version 18 loses its
-    way in the messages of a login with a password.
+    libpq knows it, but returns nothing but text.  It does write each message of the server to the trace of a
+    connection: so one more is made, in the same way, with a trace.  psycopg2 cannot do that, and libpq before version
+    18 cannot trace a login with a password.
     """
     failed = getattr(getattr(error, 'orig', None), 'pgconn', None)
     if failed is None or 'timeout expired' in said(error):
-        # Who has not answered at all has no code, and would be waited for once more.
+        # A server that has not answered gives no code, and would be waited for once more.
         return _code_of(error)
-    # Whatever it is that does not work here, it was only an attempt to know better.
+    # Errors here do not matter: it was only an attempt to find the code.
     with suppress(Exception):
         return _traced([(option.keyword.decode(), option.val.decode()) for option in failed.info if option.val])
     return None
@@ -169,7 +169,7 @@ def _traced(parameters: list[tuple[str, str]]) -> str | None:
     from psycopg.pq import PGconn
 
     connection = PGconn.connect_start(make_conninfo(**dict(parameters)).encode())
-    # A file that nobody else sees: there may be a password in it.
+    # A file that no other process sees: there may be a password in it.
     with os.fdopen(os.memfd_create('mailqueue'), 'rb') as trace:
         try:
             connection.trace(trace.fileno())
@@ -182,7 +182,7 @@ def _traced(parameters: list[tuple[str, str]]) -> str | None:
 
 
 def _finish(connection: Any) -> None:
-    """Wait until a connection is there, or is not going to be."""
+    """Wait until a connection is made, or has failed."""
     from psycopg.pq import PollingStatus
 
     events = {PollingStatus.READING: select.POLLIN, PollingStatus.WRITING: select.POLLOUT}

@@ -1,10 +1,9 @@
 """
 Reaching a mail server: smtplib up to the point where mail can be sent.
 
-:class:`Connector` goes the way there: connection, greeting, EHLO, STARTTLS, AUTH.  :class:`Client` takes its steps.
+:class:`Connector` goes through connection, greeting, EHLO, STARTTLS and AUTH; :class:`Client` does each step.
 
-This is imported with the first connection: smtplib and ssl take a good part of the time of a run that has nothing to
-do.
+This is imported with the first connection: smtplib and ssl would take a good part of the time of an idle run.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ log = Log('mailqueue.smtp')
 # More than a record of TLS: nothing that was decrypted stays behind, where poll() would not see it.
 READ_SIZE = 64 * 1024
 
-# What says of a server that it is there, and not as it should be.
+# The causes of trouble with a server that can be reached, and is not as it should be.
 _WRONG_ANSWERS = smtplib.SMTPException, ssl.SSLError, TimeoutError, type(None)
 
-#: Told of each socket of a connection that is being opened, see :meth:`Connector.connect`.
+#: Called with each socket of a connection that is being opened, see :meth:`Connector.connect`.
 OnSocket = Callable[[socket.socket], object]
 
 
@@ -48,12 +47,12 @@ def _tell_nobody(sock: socket.socket) -> None:
 
 
 class _LoginRefused(ServerTrouble):
-    """The password is wrong: no other address is asked, as too many tries lock the account."""
+    """The password is wrong: no other address is tried, as too many attempts lock the account."""
 
 
 def shut_down(sock: socket.socket) -> None:
     """
-    End a connection that another thread uses, which hears of it at once.
+    End a connection that another thread uses, which notices at once.
 
     Not with the method of SSLSocket: what the other thread sends in that moment would go out in clear text.
     """
@@ -99,15 +98,15 @@ class Connector:
         Return a client that can send mail.  Raises :class:`~.exceptions.ServerTrouble`, in words for a person.
 
         Each address of the server is tried once (RFC 5321 section 5.1), whatever is wrong with the one before: all but
-        the last one have the timeout of a command together.  One that could not be used comes last for
+        the last one share the timeout of a command.  One that could not be used comes last for
         :data:`~.smtp.server.VALID_FOR` seconds.
 
         :param on_socket: called with the socket when there is one, before the server has said anything, and with each
-            one that takes its place: the one with TLS, before the handshake, and that of a second connection, if
-            opportunistic TLS fails.  Another thread may :func:`shut_down` the last of them, which ends this call.
-            One that came too late, for a socket that was just replaced, is made good here: shut down the new one, or
-            raise ServerTrouble
-        :param is_given_up: whether somebody has shut down one of them, so that no other address is tried
+            one that replaces it: the one with TLS, before the handshake, and that of a second connection, if
+            opportunistic TLS fails.  Another thread may :func:`shut_down` the last of them, which ends this call.  A
+            shutdown that came too late, for a socket that was just replaced, is repeated here: shut down the new one,
+            or raise ServerTrouble
+        :param is_given_up: whether one of them was shut down by another thread, so that no other address is tried
         """
         try:
             # First: if the authorities cannot be read, no address is to blame.
@@ -163,13 +162,13 @@ class Connector:
         return client
 
     def _worth_trying(self, addresses: list[Address]) -> list[Address]:
-        """Return them with those last that could not be used a short while ago, and of these the latest first."""
+        """Return *addresses*, those that failed recently at the end, the latest failure first."""
         now = self._server.clock()
         good = [it for it in addresses if self._failed.get(it, 0) <= now]
         return good + sorted({*addresses} - {*good}, key=self._failed.__getitem__, reverse=True)
 
     def _summary(self, troubles: dict[Address, ServerTrouble]) -> ServerTrouble:
-        """Return what is wrong with the server: with each address, if that is not the same."""
+        """Return the trouble of the server: that of each address, if they differ."""
         last = [*troubles.values()][-1]
         if len({str(trouble) for trouble in troubles.values()}) == 1:
             return last
@@ -194,7 +193,7 @@ class Connector:
         if not client.has_extn('starttls'):
             raise ServerTrouble(
                 f'{self._server} does not offer STARTTLS, and mailqueue.smtp_tls = {self._tls} requires it. If it '
-                'should, somebody on the way may have removed the offer; nothing was sent.'
+                'should, the offer may have been removed on the way; nothing was sent.'
             )
         try:
             client.start_tls()
@@ -249,7 +248,8 @@ class Connector:
         if isinstance(error, ssl.SSLCertVerificationError):
             return ServerTrouble(
                 f'The certificate of {server} could not be verified: {error.verify_message}. '
-                f'mailqueue.smtp_tls = {self._tls} requires one for {server.hostname}; a private authority goes into mailqueue.smtp_tls_ca_file.'
+                f'mailqueue.smtp_tls = {self._tls} requires one for {server.hostname}; a private authority goes into '
+                'mailqueue.smtp_tls_ca_file.'
             )
         if isinstance(error, ssl.SSLError):
             return ServerTrouble(
@@ -328,14 +328,14 @@ class Client(smtplib.SMTP):
         self._is_implicit = is_implicit
 
     def _at_most(self, seconds: float) -> float:
-        """Return how many of so many *seconds* there are before the deadline."""
+        """Return *seconds*, or what is left of them before the deadline."""
         return min(seconds, max(self._deadline - self._server.clock(), 0.001))
 
     def _connected(self) -> socket.socket:
         sock = self._server.open(self._address, self._at_most(self._server.connect_timeout))
         try:
             sock.settimeout(self._at_most(self._server.timeout))
-            # What is to go out goes at once: we write whole groups of commands.
+            # Nothing is to be delayed: whole groups of commands are written at once.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._on_socket(sock)
             return self._encrypted(sock) if self._is_implicit else sock
@@ -345,7 +345,7 @@ class Client(smtplib.SMTP):
 
     def _encrypted(self, sock: socket.socket) -> ssl.SSLSocket:
         assert self._context
-        # This takes the connection away from the old socket: whoever wants to end it needs the new one.
+        # This takes the connection away from the old socket: only the new one can end it.
         encrypted = self._context.wrap_socket(
             sock, server_hostname=self._server.hostname, do_handshake_on_connect=False
         )
@@ -358,7 +358,7 @@ class Client(smtplib.SMTP):
         return encrypted
 
     def start_tls(self) -> None:
-        """Say STARTTLS, shake hands, and forget what was said before (RFC 3207 section 4.2)."""
+        """Send STARTTLS, do the handshake, and forget what was said before (RFC 3207 section 4.2)."""
         assert self.sock
         code, text = self.docmd('STARTTLS')
         if code != 220:
@@ -376,14 +376,14 @@ class Client(smtplib.SMTP):
         return f'[IPv6:{address}]' if ':' in address else f'[{address}]'
 
     def greet(self) -> None:
-        """Connect, and hear the greeting."""
+        """Connect, and read the greeting."""
         self.sock = self._connected()
         code, text = self.getreply()
         if code != 220:
             raise smtplib.SMTPConnectError(code, text)
 
     def introduce(self, *, may_say_helo: bool) -> None:
-        """Say EHLO, and HELO if the server does not know that."""
+        """Send EHLO, and HELO if the server does not know that."""
         code, text = self.ehlo()
         if code not in {250, 421} and may_say_helo:
             code, text = self.helo()
@@ -446,12 +446,12 @@ class Client(smtplib.SMTP):
         return self._read_reply('[redacted]')
 
     def putcmd(self, cmd: str, args: str = '') -> None:
-        """Say a command; called by smtplib."""
+        """Send a command; called by smtplib."""
         log.debug('%s C: %s %s', self._server, cmd, args)
         super().putcmd(cmd, args)
 
     def getreply(self) -> tuple[int, bytes]:
-        """Hear the reply to the last command; called by smtplib."""
+        """Read the reply to the last command; called by smtplib."""
         return self._read_reply()
 
     def _read_reply(self, shown: str | None = None) -> tuple[int, bytes]:
@@ -461,9 +461,7 @@ class Client(smtplib.SMTP):
         while (reply := reader.next_reply()) is None:
             reader.feed(self._receive(deadline, limit))
         if not reader.is_empty:
-            raise ServerTrouble(
-                f'{self._server} said more than it was asked for; somebody on the way may have added it.'
-            )
+            raise ServerTrouble(f'{self._server} said more than it was asked for; that may have been added on the way.')
         code, lines = reply
         if log.isEnabledFor(logging.DEBUG):
             for line in lines:

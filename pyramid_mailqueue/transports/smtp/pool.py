@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ['Opening', 'Pool']
 
-#: How long a server may take to say goodbye, in seconds.
+#: How long a server may take to answer QUIT, in seconds.
 QUIT_PATIENCE = 1.0
 
 
@@ -28,7 +28,7 @@ class Opening:
 
     :param is_ahead: before there is a message for it
     :ivar socket: its present socket, if there is one
-    :ivar is_given_up: somebody has broken it off
+    :ivar is_given_up: it was broken off
     """
 
     def __init__(self, *, is_ahead: bool) -> None:
@@ -41,7 +41,7 @@ class Pool:
     """
     The sessions of this process, in use and idle; the one that was used last is taken first.
 
-    A timer closes those that are idle for too long.  A forked child closes its copies of the sockets and says nothing:
+    A timer closes those that are idle for too long.  A forked child closes its copies of the sockets and sends nothing:
     the sessions are its parent's.
     """
 
@@ -81,14 +81,14 @@ class Pool:
                 self._openings.discard(opening)
 
     def note(self, opening: Opening, sock: socket.socket) -> None:
-        """Take note of the socket of a connection that is opened.  Raises ServerTrouble if it was broken off."""
+        """Note the socket of a connection that is being opened.  Raises ServerTrouble if it was broken off."""
         with self._lock:
             if opening.is_given_up:
                 raise ServerTrouble('The connection was given up by this process.')
             opening.socket = sock
 
     def add(self, session: Session, opening: Opening) -> bool:
-        """Take note of a new session, in use; False if it was broken off while it was opened."""
+        """Add a new session, in use; False if it was broken off while it was opened."""
         with self._lock:
             if opening.is_given_up:
                 return False
@@ -98,7 +98,7 @@ class Pool:
     def take(self) -> Session | None:
         """Return a session that was idle and is alive, if there is one."""
         if self._pid != os.getpid():
-            # Not every server that forks tells Python of it (uWSGI does not).
+            # Not every server that forks notifies Python (uWSGI does not).
             self._drop_inherited()
         self._close_expired()
         while True:
@@ -113,7 +113,7 @@ class Pool:
     def give_back(self, session: Session) -> None:
         """Keep *session* for the next message, if it is fit for that."""
         with self._lock:
-            # Not one that was discarded, because no other could be had for it.
+            # Not one that was discarded, and that no new session could replace.
             if session in self._open and session.dialogue.is_idle:
                 session.idle_since = self._clock()
                 self._idle.append(session)
@@ -128,7 +128,7 @@ class Pool:
         session.close()
 
     def abort(self) -> None:
-        """Break off everything, for the threads that use it."""
+        """Break off all connections, also those in use by other threads."""
         self._give_up_openings(only_ahead=False)
         with self._lock:
             sessions = list(self._open)
@@ -151,7 +151,7 @@ class Pool:
                         shut_down(opening.socket)
 
     def make_room(self) -> None:
-        """Close idle sessions if a message waits for one that is opened: perhaps until the server has one less."""
+        """Close idle sessions if a message waits for a new one: perhaps the server allows no more."""
         with self._lock:
             if all(opening.is_ahead for opening in self._openings):
                 return
@@ -196,7 +196,7 @@ class Pool:
                 self._start_timer()
 
     def _quit(self, sessions: Iterable[Session]) -> None:
-        """Say goodbye to all before waiting for any."""
+        """Send QUIT to all before waiting for any."""
         sessions = list(sessions)
         for session in sessions:
             session.say_quit()

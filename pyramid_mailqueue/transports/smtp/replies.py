@@ -1,9 +1,9 @@
 """
-Whom a refusal is about: the message, or us.
+What a refusal is about: the message, or us.
 
 A 5xx reply ends a message, and that is right where it is about the message: its sender, a recipient, its content.  A
 server that does not like our name, our login or our session says 5xx too, and to every message.  That is the server's
-trouble: the mail waits until a person has mended it.
+trouble: the mail waits until it is fixed.
 
 The code and the enhanced code decide where they can (RFC 5321 section 4.2.2, RFC 3463, RFC 4954 section 6, RFC 5248,
 RFC 7372, RFC 7504); Postfix and others say some of it in words only.
@@ -29,7 +29,7 @@ _LOGIN_WORDS = re.compile(
     re.IGNORECASE,
 )
 
-# Whose sender is authenticated otherwise.
+# These authenticate the sender in another way.
 _POLICIES = re.compile(r'\b(?:spf|dkim|dmarc)\b', re.IGNORECASE)
 
 # "Command not implemented", "bad sequence of commands".
@@ -75,7 +75,7 @@ def is_about_us(reply: Reply) -> bool:
 
 
 def is_about_login(reply: Reply) -> bool:
-    """Whether the server (5xx) wants a login or TLS, or another one."""
+    """Whether the server (5xx) requires TLS, a login, or another login."""
     if not (reply.refused and reply.from_server):
         return False
     if reply.code in _LOGIN_CODES or reply.enhanced in _LOGIN_ENHANCED:

@@ -1,4 +1,4 @@
-"""Which mail server there is, how long it may take, and what has to be encrypted on the way to it."""
+"""The mail server: where it is, how long it may take, and whether its connections are encrypted."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ['MAX_KNOWN', 'MAX_VAIN', 'VALID_FOR', 'Address', 'Connect', 'Objectio
 
 Connect = Callable[[tuple[str, int], float], socket.socket]
 
-#: How long it holds what a new session has said, and that an address could not be used, in seconds.
+#: How long a reply in a new session, or the failure of an address, is remembered, in seconds.
 VALID_FOR = 300
 
-#: Of how many senders and groups of recipients it is known, at most.
+#: For how many senders and groups of recipients a reply is remembered, at most.
 MAX_KNOWN = 1000
 
-#: So many new sessions may say the same in a row before the reply is believed in sessions that were used, too.
+#: After so many new sessions in a row with the same reply it is believed in used sessions, too.
 MAX_VAIN = 3
 
 
 class Objections:
     """
-    What new sessions have said: to whom the server gives no answer but "not now".
+    The objections in new sessions: for whom the server has no answer but "not now".
 
-    In a session that has delivered, the same reply may mean that no more messages are taken in it, and a new session
-    finds out.  Here is what is known already: of a sender or of recipients, and of a reply (its code and enhanced code)
-    that :data:`MAX_VAIN` new sessions in a row have said too, as a server does that makes all strangers wait.  It is
+    In a session that has delivered, the same reply may mean that it takes no more messages, and a new session finds
+    out.  This records what is known already: of a sender or of recipients, and of a reply (its code and enhanced code)
+    that came in :data:`MAX_VAIN` new sessions in a row, too, as from a server that makes all strangers wait.  It is
     known for :data:`VALID_FOR` seconds, or until the server takes a message from the sender or for the recipients.
 
     May be used by any number of threads at once: there is no lock, each step is one operation of a dict.
@@ -46,7 +46,7 @@ class Objections:
     def add(self, about: Hashable, said: Hashable) -> None:
         """Note that a new session has *said* this *about* a sender, or some recipients."""
         if len(self._until) >= MAX_KNOWN:
-            # Those who still have to wait are found out again.
+            # Those that still hold are found out again.
             self._until.clear()
         until = self._clock() + VALID_FOR
         self._until[hash(about)] = until
@@ -103,7 +103,7 @@ class Server:
         return list(dict.fromkeys(Address(family, sockaddr) for family, _, _, _, sockaddr in found))
 
     def open(self, address: Address, seconds: float) -> socket.socket:
-        """Return a socket that is connected to one of the addresses, in so many seconds at most.  Raises OSError."""
+        """Return a socket that is connected to one of the addresses, in *seconds* at most.  Raises OSError."""
         if self.connect is not None:
             return self.connect((self.hostname, self.port), seconds)
         sock = socket.socket(address.family, socket.SOCK_STREAM)
@@ -121,7 +121,7 @@ class Server:
 
 def tls_mode(tls: str | None, hostname: str, port: int, *, has_credentials: bool, has_ca_file: bool) -> str:
     """
-    Return what ``mailqueue.smtp_tls`` comes to: ``implicit``, ``starttls``, ``opportunistic`` or ``off``.
+    Return the effective ``mailqueue.smtp_tls``: ``implicit``, ``starttls``, ``opportunistic`` or ``off``.
 
     TLS is required, and certificates are verified, with the first two.  Credentials never leave this host in clear
     text: with them *opportunistic* becomes ``starttls``, and *off* is a

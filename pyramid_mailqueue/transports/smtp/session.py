@@ -28,11 +28,11 @@ class Session:
     """
     A connection on which mail can be sent: the bytes of the dialogue, and the deadlines.
 
-    The socket does not block, so that we can always hear while we speak: with a long group of commands the server may
-    stop reading until we have read its replies.
+    The socket does not block, so that replies can be read while commands are sent: with a long group of commands the
+    server may stop reading until its replies are read.
 
     :ivar was_used: a transaction was completed on it
-    :ivar instead_of: the reply that made it take the place of a session that was used
+    :ivar instead_of: the reply because of which it replaces a used session
     :ivar idle_since: when it went into the pool
     """
 
@@ -43,7 +43,7 @@ class Session:
         self.instead_of: Reply | None = None
         self.idle_since = 0.0
         self._has_delivered = False
-        # How many objections in a row there were since.
+        # The number of objections since the last delivery.
         self._in_vain = 0
         self._is_broken_off = False
         self._server = server
@@ -54,10 +54,10 @@ class Session:
 
     def run(self, transaction: MailTransaction) -> Generator[Wait]:
         """
-        Go on until *transaction* is done; yield whenever that has to wait for the server.
+        Continue until *transaction* is done; yield whenever that has to wait for the server.
 
-        Raises :class:`~.exceptions.ServerTrouble`.  What comes behind the last reply, such as a farewell (421), is not
-        about this transaction: it is raised for the next one.
+        Raises :class:`~.exceptions.ServerTrouble`.  What follows the last reply, such as a farewell (421), is not about
+        this transaction: it is raised for the next one.
         """
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
         try:
@@ -87,9 +87,9 @@ class Session:
 
     def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
         """
-        A deadline begins anew when a chunk has left and when a reply is complete.
+        The deadline begins anew when a chunk has left and when a reply is complete.
 
-        Not with single bytes: a slow server could hold us for ever.
+        Not with single bytes: a slow server could hold the session for ever.
         """
         began = self._server.clock()
         if self.dialogue.trouble and not transaction.done:
@@ -105,7 +105,7 @@ class Session:
                 count, has_more = 0, False
             if not (count and has_more):
                 yield self._wait_since(began, has_more=has_more)
-            # In the midst of a long content too: the server may have something to say about what it has seen so far.
+            # During a long content, too: the server may reply to what it has seen so far.
             if self._hear():
                 began = self._server.clock()
 
@@ -113,7 +113,7 @@ class Session:
         """
         The server had ended this session, or made it useless, before anything of *transaction* was answered.
 
-        Not by silence: nobody waits for that a second time.
+        Not by silence: that is not waited for a second time.
         """
         if transaction.answered or transaction.done or self._is_broken_off:
             return False
@@ -123,8 +123,8 @@ class Session:
         """
         The server has ended this session, or takes only so many messages in one.
 
-        In either case nothing of *transaction* has happened, and a new session may do.  A limit is told by whatever
-        reply to MAIL, or by 4xx to everybody at RCPT, DATA or the end of the data; not if new sessions say the same,
+        In either case nothing of *transaction* has happened, and a new session may help.  A limit shows as any refusal
+        of MAIL, or as 4xx for all recipients at RCPT, DATA or the end of the data; not if new sessions get the same,
         unless nothing works in this one any more.
         """
         if transaction.objection is not None and self._has_delivered and not self._is_broken_off:
@@ -141,14 +141,14 @@ class Session:
             return False
 
     def say_quit(self) -> None:
-        """Say goodbye, if that does not take any time, and could not be taken for content."""
+        """Send QUIT, if that takes no time, and cannot be taken for content."""
         if self.dialogue.awaits_reply:
             return
         with suppress(OSError):
             self._sock.send(b'QUIT\r\n')
 
     def hear_out(self, seconds: float) -> None:
-        """Close when the server has said goodbye too, or after *seconds*."""
+        """Close when the server has answered, or after *seconds*."""
         with suppress(OSError):
             Wait(self._sock.fileno(), select.POLLIN, seconds).here()
             # A socket with something unread is reset when it is closed.
@@ -156,12 +156,12 @@ class Session:
         self.close()
 
     def shut_down(self) -> None:
-        """End the connection from another thread; the one that uses it will hear of it."""
+        """End the connection from another thread; the one that uses it notices."""
         self._is_broken_off = True
         shut_down(self._sock)
 
     def close(self) -> None:
-        """Close without a word."""
+        """Close without QUIT."""
         self._client.close()
 
     def _trace(self, line: str) -> None:
@@ -176,12 +176,12 @@ class Session:
         return Wait(self._sock.fileno(), select.POLLIN | select.POLLOUT if has_more else select.POLLIN, remaining)
 
     def _hear(self) -> int:
-        """Take what has come; return how many replies are complete with it."""
+        """Read what has arrived; return how many replies it completes."""
         data = self._receive()
         return 0 if data is None else self.dialogue.receive_data(data)
 
     def _receive(self) -> bytes | None:
-        """Return what has come: None for nothing yet, ``b''`` for the end of the stream."""
+        """Return what has arrived: None for nothing yet, ``b''`` for the end of the stream."""
         try:
             return self._sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -193,7 +193,7 @@ class Session:
         """Return how much of *chunk* the network has taken."""
         if not chunk:
             return 0
-        # OpenSSL does not tell how many of several records have left when it has to wait; of one it is all or nothing.
+        # OpenSSL does not say how many of several records have left when it has to wait; of one it is all or nothing.
         size = TLS_RECORD if self._is_encrypted else len(chunk)
         try:
             return self._sock.send(chunk[:size])
@@ -206,7 +206,7 @@ class Session:
 
 
 def _about(transaction: MailTransaction) -> Hashable:
-    """Whom the objection to *transaction* is about, if it is about the message."""
+    """The recipients or the sender that the objection to *transaction* is about, if it is about the message."""
     return transaction.recipients if transaction.begun else transaction.sender
 
 

@@ -1,7 +1,7 @@
 """
 The SMTP dialogue of one session: a stream of mail transactions, without a socket and without a clock.
 
-Everything that affects the state of the dialogue lives here.  Whoever owns the connection does three things in a loop:
+Everything that affects the state of the dialogue lives here.  The owner of the connection does three things in a loop:
 send what :meth:`Dialogue.data_to_send` holds and say so with :meth:`Dialogue.sent`; give what arrives to
 :meth:`Dialogue.receive_data`; and if the connection breaks say that, with :meth:`Dialogue.connection_lost` or
 :meth:`Dialogue.timed_out`.
@@ -26,9 +26,9 @@ With PIPELINING (RFC 2920) a transaction says MAIL, all RCPT and DATA at once, a
 write as the end of the content before it: one round trip for each message.  Without, a command is said only when no
 reply is awaited.
 
-Each entry also knows where in the stream of bytes its command ends.  A reply to a command that has not left yet was
-asked for by nobody.  And when the connection breaks, that position tells whether the server can have the final dot: if
-so, nobody knows what became of the message, else nothing did.
+Each entry also knows where in the stream of bytes its command ends.  A reply to a command that has not left yet is
+unsolicited.  And when the connection breaks, that position tells whether the server can have the final dot: if so, the
+outcome of the message is unknown, else nothing has happened to it.
 
 Errors say whose fault it was.  :class:`~.exceptions.ServerTrouble` is the server's or the network's, and ends the
 session.  :class:`~.exceptions.AddressError` and :class:`~.exceptions.NoRecipients` are the caller's; the session is as
@@ -72,8 +72,6 @@ OUTCOME_UNKNOWN = Reply(
 
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*?))?\r?', re.DOTALL)
 
-# The server wants authentication or encryption first (RFC 4954 section 6, RFC 3207 section 4).
-
 
 class Capabilities(NamedTuple):
     """
@@ -110,10 +108,10 @@ class ReplyReader:
     """
     Cuts what a server sends into replies (RFC 5321 section 4.2), and lets no server fill the memory.
 
-    What is longer than anybody reads is left out: its code, which each line begins with, holds all the same.  A reply
-    without an end is for the owner of the connection to give up, at its deadline.
+    Overlong lines and replies are cut; the code, which each line begins with, holds all the same.  The owner of the
+    connection gives up a reply without an end, at its deadline.
 
-    :param server: how the server is called in errors
+    :param server: the name of the server in errors
     """
 
     def __init__(self, server: str = 'the server') -> None:
@@ -185,13 +183,13 @@ class MailTransaction:
 
     :ivar is_valid: asked right before the end of the content is composed; if it says no the session ends there
     :ivar is_ascii: no extension is needed for it
-    :ivar replies: recipient to reply; who is missing here has no outcome
+    :ivar replies: recipient to reply; a missing recipient has no outcome
     :ivar done: all replies have come; if the session ends before, *replies* holds what is known
     :ivar announced: MAIL is composed
     :ivar answered: the server has replied to at least one command of this transaction
     :ivar begun: the server has accepted the sender
     :ivar delivered: the server has accepted the content
-    :ivar objection: a reply that ended it for everybody, and may be about the session as well as about the message
+    :ivar objection: a reply that ended it for all recipients, and may be about the session as well as about the message
     """
 
     def __init__(
@@ -226,7 +224,7 @@ class MailTransaction:
 
     @property
     def refusal_of_us(self) -> Reply | None:
-        """What was said to a recipient and is not about it, if the server took nobody."""
+        """A reply to RCPT that is not about the recipient, if the server took none."""
         return None if self._taken else next(iter(self._about_us.values()), None)
 
     # What follows is called by the dialogue.
@@ -247,17 +245,19 @@ class MailTransaction:
             self.replies[recipient] = reply
 
     def answer_data(self, reply: Reply) -> None:
-        """Note the reply to DATA or to the content: the outcome for those whom the server had taken."""
+        """Note the reply to DATA or to the content: the outcome for the recipients that the server had taken."""
         self.refuse(reply, self._taken)
 
     def finish(self) -> None:
         """Note that no more replies will come."""
-        # "Too many" after nobody at all is no reason to try again at once.
+        # "Too many" without an accepted recipient is no reason to try again at once.
         if not self._taken:
             self.replies.update(self._too_many)
         for recipient, reply in self._about_us.items():
             # Others are taken, so this is no reason to end the session, and no reason to give the recipient up.
-            self.replies[recipient] = Reply(451, f'refused for what we may mend: {reply}', '4.7.0', from_server=False)
+            self.replies[recipient] = Reply(
+                451, f'refused for a reason on our side: {reply}', '4.7.0', from_server=False
+            )
         if not self.delivered and self.objection is None:
             deferred = (reply for reply in self.replies.values() if reply.deferred and reply.from_server)
             self.objection = next(deferred, None)
@@ -274,7 +274,7 @@ def _is_too_many_recipients(reply: Reply) -> bool:
     RFC 5321 section 4.5.3.1.10: 452, or 552 from servers that follow RFC 821; X.5.3 where there is an enhanced code.
 
     Without an enhanced code the same numbers also say that a disk or a mailbox is full.  Trying again finds that out,
-    because the reply counts if it comes when nobody was accepted before.
+    because the reply counts if no recipient was accepted before it.
     """
     if reply.enhanced:
         return reply.enhanced in ('4.5.3', '5.5.3')
@@ -316,7 +316,7 @@ class Dialogue:
     See the module.
 
     :param capabilities: what the server offers
-    :param server: how the server is called in errors, e.g. ``mail.example.org:587``
+    :param server: the name of the server in errors, e.g. ``mail.example.org:587``
     :param trace: called with each line said (``C: ...``) and heard (``S: ...``), content excepted
     """
 
@@ -330,7 +330,7 @@ class Dialogue:
         self._reader = ReplyReader(server)
         self._waiting: deque[MailTransaction] = deque()
         self._awaited: deque[_Awaited] = deque()
-        # Who holds the floor, what is left for it to say, and its content once the server has asked for it.
+        # The transaction that holds the floor, what it still has to say, and its content once the server asks for it.
         self._speaker: MailTransaction | None = None
         self._commands: deque[tuple[_Step, str]] = deque()
         self._content: Iterator[bytes] | None = None
@@ -369,9 +369,9 @@ class Dialogue:
         :param content: RFC 5322 bytes; line ends that are not CRLF become so
         :param is_valid: whether the message is still to be sent, asked right before the end of its content
         :raises AddressError: an address could break out of its command
-        :raises NoRecipients: there is nobody to send to
+        :raises NoRecipients: there is no recipient
 
-        What the server cannot take, by what it offers, is refused here and never said.
+        What the server cannot take, according to its offers, is refused here and never said.
         """
         if self.trouble:
             raise RuntimeError(f'This session has ended: {self.trouble}')
@@ -381,7 +381,7 @@ class Dialogue:
         for address in (sender, *transaction.recipients) if sender else transaction.recipients:
             check_address(address)
         if not transaction.recipients:
-            raise NoRecipients('There is nobody to send this message to.')
+            raise NoRecipients('This message has no recipients.')
         self._refuse_what_cannot_go(transaction)
         if transaction.untried:
             self._waiting.append(transaction)
@@ -492,7 +492,7 @@ class Dialogue:
             yield _dot_stuffed(content, start)
         if awaited.step is _Step.DOT and not awaited.transaction.is_valid():
             # A server drops what has no final dot, and nothing but the end of the session can take back a DATA.
-            raise self._end(self._trouble('was left in the midst of a message, which somebody else has taken over.'))
+            raise self._end(self._trouble('was left during a message that this process may no longer send.'))
         last = len(content) and (len(content) - 1) // CHUNK * CHUNK
         piece = _dot_stuffed(content, last) + (b'.\r\n' if _ends_well(content) else b'\r\n.\r\n')
         # From here on the next transaction may speak: RFC 2920 section 3.1 lets the end of the data begin a group.
@@ -540,11 +540,11 @@ class Dialogue:
             self._raise_if_about_us(awaited.transaction, reply)
             awaited.transaction.answer_data(reply)
             return self._trouble(f'replied before the end of the data: {reply}.', reply.code)
-        return self._trouble(f'sent a reply that nobody asked for: {reply}.', reply.code)
+        return self._trouble(f'sent an unsolicited reply: {reply}.', reply.code)
 
     def _on_reset(self, awaited: _Awaited, reply: Reply) -> None:
         if not reply.accepted:
-            # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction hangs on, and there can be no other.
+            # RFC 5321 section 4.1.1.5 lets no server do so.  The last transaction stays open: there can be no other.
             raise self._trouble(f'refused RSET: {reply}.', reply.code)
 
     def _on_mail(self, awaited: _Awaited, reply: Reply) -> None:
@@ -560,7 +560,7 @@ class Dialogue:
         self._finish_if_hopeless(awaited.transaction)
 
     def _on_rcpt(self, awaited: _Awaited, reply: Reply) -> None:
-        # After MAIL was refused, everybody has that for an outcome.
+        # After a refusal of MAIL that is the outcome of every recipient.
         if awaited.recipient not in awaited.transaction.replies:
             awaited.transaction.answer_rcpt(awaited.recipient, reply)
         self._finish_if_hopeless(awaited.transaction)
@@ -569,7 +569,7 @@ class Dialogue:
         transaction = awaited.transaction
         if reply.code != 354:
             if transaction.has_recipients:
-                # Else it is no more than "nobody to send to".
+                # Else it is no more than "no recipients".
                 self._raise_if_about_us(transaction, reply)
             transaction.answer_data(reply)
             self._finish_without_data(transaction)
@@ -579,7 +579,7 @@ class Dialogue:
             self._begin_data(_Awaited(_Step.DOT, transaction), transaction.content)
         else:
             self._raise_if_about_us(transaction, transaction.refusal_of_us)
-            # RFC 2920 section 3.1: nobody was accepted, and the server wants a message all the same.
+            # RFC 2920 section 3.1: no recipient was accepted, and the server wants a message all the same.
             self._begin_data(_Awaited(_Step.LONE_DOT, transaction), b'')
 
     def _on_dot(self, awaited: _Awaited, reply: Reply) -> None:

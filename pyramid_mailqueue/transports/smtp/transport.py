@@ -7,8 +7,8 @@ The SMTP transport: where messages go to a mail server.
 - :class:`~.smtp.session.Session`, which carries the bytes of a :class:`~.smtp.transaction.Dialogue` over a connection;
 - :class:`~.smtp.pool.Pool`, which keeps sessions for the next message, and away from forked children.
 
-All that goes wrong with the server, and with nothing else, is :class:`~.exceptions.ServerTrouble`: which server, what
-it said, and what to check.
+Every error of the server, and no other, is :class:`~.exceptions.ServerTrouble`: which server, what it said, and what to
+check.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class SMTPTransport:
         See `ITransport`.
 
         The transport of the result is ``smtp:host:port``.  Its ``trouble`` is set if the session broke off when some
-        recipients had their outcome; if nobody had, :class:`~.exceptions.ServerTrouble` is raised.
+        recipients had their outcome; if none had, :class:`~.exceptions.ServerTrouble` is raised.
         """
         replies: dict[str, Reply] = {}
         trouble = None
