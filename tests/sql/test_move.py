@@ -528,7 +528,7 @@ def test_mq_run_tells_once_of_what_is_half_way(place, caplog):
     place.run(Office(), 'maildir')
 
     (record,) = [it for it in caplog.records if it.levelno == logging.CRITICAL]
-    assert record.mailqueue['reason'] == 'its move to another queue was broken off; do it once more'
+    assert record.mailqueue['reason'] == 'its move to another queue was interrupted; run the move again'
 
 
 def test_a_move_with_another_database_does_not_touch_what_is_half_way(place, tmp_path):

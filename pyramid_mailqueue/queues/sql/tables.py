@@ -79,7 +79,7 @@ NOT_NOTED = 0
 #: The states in which a message stays until a person, or a move, acts on it.
 ASIDE = ('held', 'dead', 'in doubt', 'corrupt')
 
-#: "mailqueue" in eight bytes: the advisory lock under which the tables are created.
+#: "mailqueu", as eight bytes fit: the advisory lock under which the tables are created.
 _LOCK = 0x6D61_696C_7175_6575
 
 # Ids are compared byte by byte, whatever the language of the database: the order of ids is that of time.
