@@ -417,7 +417,12 @@ def _log_recovery(recovery: Recovery) -> None:
         (recovery.orphans, logging.INFO, 'recovered', 'the process that delivered it died'),
         (recovery.buried, logging.ERROR, 'buried', 'too many of the processes that delivered it died'),
         (recovery.in_doubt, logging.CRITICAL, 'in_doubt', 'its commit did not finish; a person must decide'),
-        (recovery.half_way, logging.CRITICAL, 'in_doubt', 'its move to another queue was interrupted; run the move again'),
+        (
+            recovery.half_way,
+            logging.CRITICAL,
+            'in_doubt',
+            'its move to another queue was interrupted; run the move again',
+        ),
         (recovery.sent, logging.WARNING, 'released', 'it was in doubt, and mailqueue.in_doubt = send'),
         (recovery.discarded, logging.WARNING, 'discarded', 'it was in doubt, and mailqueue.in_doubt = discard'),
         (recovery.swept, logging.INFO, 'swept', 'its transaction never voted for it'),

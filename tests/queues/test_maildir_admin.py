@@ -326,7 +326,7 @@ def test_the_names_are_not_read_once_for_every_few_messages_with_a_new_start(que
     monkeypatch.setattr(MaildirFolders, 'files', lambda self, folder: readings.append(folder) or files(self, folder))
 
     assert admin.oldest(['waiting']).state == 'waiting'
-    assert readings == ['new'] * 3
+    assert readings == ['new'] * 2
     assert admin.oldest(['corrupt']) is None
 
 

@@ -24,7 +24,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from zope.interface import implementer
@@ -136,15 +136,23 @@ class MaildirAdmin:
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
+        folders = _folders_of(states)
+        few = heapq.nsmallest(OLDEST_FEW, self._after((-math.inf, ''), folders))
+        oldest, since = self._oldest_of(((folder, name) for _, name, folder in few), states)
+        # A name has the second in which its message came, or, after a retry, an earlier time.
+        if len(few) == OLDEST_FEW and few[-1][0] <= since + 1:
+            files = ((folder, file.name) for folder in folders for file in self._folders.files(folder))
+            oldest, since = self._oldest_of(files, states)
+        return self._look(*oldest) if since < math.inf else None
+
+    def _oldest_of(self, files: Iterable[tuple[str, str]], states: Collection[str]) -> tuple[tuple[str, str], float]:
+        """Return the folder and the name of the file that was queued first, and when; ``inf`` without any."""
         oldest, since = ('', ''), math.inf
-        for born, name, folder in self._oldest_first(states, at_once=OLDEST_FEW):
-            # A name has the second in which its message came, or, after a retry, an earlier time.
-            if born > since + 1:
-                break
+        for folder, name in files:
             glance = self._glance(folder, name)
             if glance and glance.state in states and glance.queued_at is not None and glance.queued_at < since:
                 oldest, since = (folder, name), glance.queued_at
-        return self._look(*oldest) if since < math.inf else None
+        return oldest, since
 
     def stats(self, domains_of: Collection[str]) -> QueueStats:
         """See `IQueueAdmin`."""
@@ -157,11 +165,9 @@ class MaildirAdmin:
         found = (name for name in map(FileName.parse, names) if name.deaths >= deaths)
         return [name.id for name in itertools.islice(found, most)]
 
-    def _oldest_first(self, states: Collection[str], at_once: int = SORTED_FIRST) -> Iterator[tuple[float, str, str]]:
+    def _oldest_first(self, states: Collection[str]) -> Iterator[tuple[float, str, str]]:
         """Yield the time in the name, the name and the folder of files that may be in these states."""
-        # Damaged files may be in any folder.
-        folders = [folder for folder, state in STATE_OF.items() if state in states or 'corrupt' in states]
-        last = (-math.inf, '')
+        folders, at_once, last = _folders_of(states), SORTED_FIRST, (-math.inf, '')
         while found := heapq.nsmallest(at_once, self._after(last, folders)):
             yield from found
             if len(found) < at_once:
@@ -473,6 +479,12 @@ class _Taken:
     def _is_alive(self) -> bool:
         """Whether there is another message of this name that is to be delivered; it must not be overwritten."""
         return any(os.path.lexists(self._folders.place(folder, self.file.name)) for folder in ('new', 'cur', 'held'))
+
+
+def _folders_of(states: Collection[str]) -> list[str]:
+    """Return the folders in which there may be messages in these states."""
+    # Damaged files may be in any folder.
+    return [folder for folder, state in STATE_OF.items() if state in states or 'corrupt' in states]
 
 
 def _id_of(name: str) -> str:
