@@ -6,6 +6,7 @@
 #     make test-pythons   all tests on every Python from 3.10 on that is here, or can be made
 #     make demo           a sign-up page and its mail server, in your browser
 #     make bench          benchmarks, beside other packages
+#     make docs           the site of the documentation, in docs/_build/html
 #
 # PYTHON=python3.13 chooses another Python.  Each command keeps a virtual environment of its own in this folder, and
 # installs again only if what it depends on has changed.
@@ -17,15 +18,19 @@ TEST := .venv-test
 DEMO := .venv-demo
 BENCH := .venv-bench
 PEERS := .venv-peers
+DOCS := .venv-docs
+SITE := docs/_build/html
 SERVERS := .mta
 SOURCES := Makefile pyproject.toml requirements-test.txt setup.cfg setup.py
 PACKAGE := $(shell find pyramid_mailqueue -type f -not -path '*/__pycache__/*')
+# With the folders: a page may have been removed.  ("docs" itself is a command.)
+PAGES := docs/. $(shell find docs *.rst -not -path docs -not -path 'docs/_build*' -not -path '*/__pycache__*')
 
 # One more than there are processors: many tests wait.
 WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)' 2>/dev/null)
 PYTEST = $(TEST)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: test quick coverage test-pythons test-ends suite plain demo bench dist format clean check-python system-packages
+.PHONY: test quick coverage test-pythons test-ends suite plain demo bench docs dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
 test: $(TEST)/installed-$(VERSION) system-packages
@@ -89,6 +94,16 @@ bench: $(BENCH)/installed-$(VERSION) $(PEERS)/installed-$(VERSION)
 	$(BENCH)/bin/python -m benchmarks.sql_backlog
 	$(BENCH)/bin/python -m benchmarks.sql_churn
 
+# Its links are checked, and a warning is an error.  It needs no network once the tools are installed.
+docs: $(SITE)/index.html
+	@echo 'The site is in $(SITE)/index.html'
+
+# From scratch, so that a link is checked again if the page that it leads to has changed.
+$(SITE)/index.html: $(DOCS)/installed-$(VERSION) $(PAGES) $(PACKAGE)
+	rm -rf docs/_build
+	$(DOCS)/bin/sphinx-build --quiet -W --keep-going -n -b html -d docs/_build/doctrees docs $(SITE)
+	@touch $@
+
 # What is uploaded for a release.
 dist: $(TEST)/installed-$(VERSION)
 	rm -rf dist
@@ -100,7 +115,7 @@ format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf .venv-* $(SERVERS) build dist *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-* $(SERVERS) build dist docs/_build *.egg-info demo/*.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # "|": checked before an installation, but no reason for one.  With MINIMA, setup.cfg's oldest versions are installed.
@@ -129,6 +144,11 @@ $(PEERS)/installed-$(VERSION): benchmarks/peers.txt $(SOURCES) $(PACKAGE) | $(BE
 	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt .
 	rm -rf build
+	@touch $@
+
+$(DOCS)/installed-$(VERSION): docs/requirements.txt $(SOURCES) | check-python
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt --editable .
 	@touch $@
 
 check-python:

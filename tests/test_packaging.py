@@ -39,6 +39,7 @@ LEFTOVERS = shutil.ignore_patterns(
     'build',
     'dist',
     'var',
+    '_build',
 )
 
 
