@@ -11,7 +11,6 @@ import sys
 from email.message import EmailMessage
 from pathlib import Path
 
-import docutils.core
 import docutils.nodes
 import pytest
 from webtest import TestApp
@@ -19,9 +18,7 @@ from webtest import TestApp
 from pyramid_mailqueue.dashboard.permissions import CHANGE, CONTENT, VIEW
 from pyramid_mailqueue.queues.maildir.inspection import FOLDERS, MOVING
 from pyramid_mailqueue.settings import known_keys
-
-ROOT = Path(__file__).parent.parent
-DOCS = sorted([*ROOT.glob('*.rst'), *ROOT.glob('docs/*.rst')])
+from tests.parts.pages import DOCS, ROOT, name_of, parse
 
 # Loggers have names like settings.
 LOGGERS = {'run', 'smtp'}
@@ -30,18 +27,8 @@ LOGGERS = {'run', 'smtp'}
 PERMISSIONS = {name.removeprefix('mailqueue.') for name in (VIEW, CONTENT, CHANGE)}
 
 
-def parse(path):
-    """Return the document; any complaint of the parser is an error (level 1 is "info")."""
-    settings = {'report_level': 1, 'halt_level': 1}
-    return docutils.core.publish_doctree(path.read_text('utf-8'), str(path), settings_overrides=settings)
-
-
 def literals_of(node):
     return [literal.astext() for literal in node.findall(docutils.nodes.literal)]
-
-
-def name_of(path):
-    return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize('path', DOCS, ids=name_of)
@@ -53,9 +40,15 @@ def test_every_document_is_plain_restructured_text(path):
 def test_every_link_to_another_document_leads_there(path):
     targets = [node['refuri'] for node in parse(path).findall(docutils.nodes.reference) if 'refuri' in node]
 
-    missing = [target for target in targets if '://' not in target and not (path.parent / target).is_file()]
+    missing = [target for target in targets if '://' not in target and not leads_somewhere(path, target)]
 
     assert not missing
+
+
+def leads_somewhere(path, target):
+    name, _, anchor = target.partition('#')
+    there = path.parent / name
+    return there.is_file() and (not anchor or anchor in parse(there.resolve()).ids)
 
 
 def test_the_index_leads_to_every_document():
@@ -63,7 +56,8 @@ def test_the_index_leads_to_every_document():
 
     targets = {node['refuri'] for node in parse(index).findall(docutils.nodes.reference)}
 
-    assert targets == {path.name for path in ROOT.glob('docs/*.rst')} - {index.name}
+    others = {f'../{path.name}' for path in ROOT.glob('*.rst')}
+    assert targets == {path.name for path in ROOT.glob('docs/*.rst')} - {index.name} | others
 
 
 def test_every_setting_is_documented_with_its_default():

@@ -35,7 +35,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
     return None
 
 
-def make_python(  # noqa: PLR0917 - autodoc's arguments
+def make_python(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
     """Return a signature with "..." for defaults that are no Python, such as <factory>: the rest has its links then."""

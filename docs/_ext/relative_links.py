@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,11 +72,11 @@ class PageLinks(SphinxPostTransform):
 
 def _relative_links(document: nodes.document, env: BuildEnvironment) -> Iterator[tuple[nodes.reference, str, str]]:
     """Yield the links to files: each with its path in docs/ and its anchor."""
-    folder = os.path.dirname(OUTSIDE.get(env.docname, env.docname))
+    folder = env.srcdir / Path(OUTSIDE.get(env.docname, env.docname)).parent
     for link in [*document.findall(nodes.reference)]:
         url = urlsplit(link.get('refuri', ''))
         if url.path and not (url.scheme or url.netloc or link.get('internal')):
-            path = os.path.relpath(env.srcdir / folder / url.path, env.srcdir)
+            path = os.path.relpath(folder / url.path, env.srcdir)
             yield link, path, url.fragment
 
 
