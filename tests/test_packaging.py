@@ -97,9 +97,18 @@ def test_the_wheel_holds_the_package_its_type_marker_and_the_license_and_nothing
 
 
 def test_the_source_distribution_holds_all_that_make_test_needs(sdist_names):
-    needed = {'CHANGES.rst', 'LICENSE', 'Makefile', 'README.rst', 'pyproject.toml', 'requirements-test.txt'}
+    needed = {
+        '.readthedocs.yaml',
+        'CHANGES.rst',
+        'LICENSE',
+        'Makefile',
+        'README.rst',
+        'pyproject.toml',
+        'requirements-test.txt',
+    }
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob('tests/**/*.py')}
-    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob('docs/*.rst')}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob('docs/**/*.rst')}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob('docs/**/*.py')}
 
     assert needed - sdist_names == set()
 
