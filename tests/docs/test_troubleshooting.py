@@ -332,8 +332,8 @@ SITUATIONS = {
 
 
 def as_shown(text):
-    """The first wait of a deferred message is 5 minutes, give or take 10 %."""
-    return as_patterns(re.sub(r'\b[45]m\b', 'SOON', text))
+    """Without what depends on chance (the first wait is 5 minutes, give or take 10 %), or on how fast this is."""
+    return as_patterns(re.sub(r'\b[45]m\b', 'SOON', re.sub(r'\boldest=\d+s', 'oldest=SECONDS', text)))
 
 
 def name_of(section):
