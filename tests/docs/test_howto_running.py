@@ -503,24 +503,19 @@ def test_the_containers_of_the_pod_share_the_volume(tmp_path):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(shop):
+    """The command that starts the script of the card, which lies in the current folder."""
+    if shutil.which('bash') is None:
+        pytest.skip('There is no bash here')
+    shop()
     Path('start.sh').write_text(block_with('one-container', '#!/bin/bash', 'bash'))
     return dockerfile_words('one-container')
 
 
-@pytest.fixture(autouse=True)
-def _bash(request):
-    if 'start' in request.fixturenames and shutil.which('bash') is None:
-        pytest.skip('There is no bash here')
-
-
 def test_the_container_for_both_passes_sigterm_on_and_waits(
-    shop, commands_in_path, start, make_settings, smtp_server, tmp_path, until, queue_dir
+    start, commands_in_path, make_settings, smtp_server, until, queue_dir
 ):
-    shop()
-    add_command(
-        commands_in_path / 'gunicorn', f'trap "touch {tmp_path}/ended; exit 0" TERM; touch begun; sleep 60 & wait'
-    )
+    add_command(commands_in_path / 'gunicorn', 'trap "touch ended; exit 0" TERM; touch begun; sleep 60 & wait')
     with running(start) as process:
         until((queue_dir / 'new').is_dir)
         enqueue(queue_dir, make_settings, smtp_server)
@@ -532,20 +527,22 @@ def test_the_container_for_both_passes_sigterm_on_and_waits(
     assert Path('ended').exists()
 
 
-@pytest.mark.parametrize('first', ['gunicorn', 'mq-run'])
-def test_the_container_for_both_ends_with_either(shop, commands_in_path, start, tmp_path, first):
-    shop()
-    for name in ('gunicorn', 'mq-run'):
-        add_command(commands_in_path / name, f'trap "touch {name}.ended; exit 0" TERM; sleep 60 & wait')
-    add_command(commands_in_path / first, 'exit 3')
+@pytest.mark.parametrize(('first', 'other'), [('gunicorn', 'mq-run'), ('mq-run', 'gunicorn')])
+def test_the_container_for_both_ends_with_either(start, commands_in_path, first, other):
     add_command(commands_in_path / 'mq-queue', 'exit 0')
-    (other,) = {'gunicorn', 'mq-run'} - {first}
-    with running(start) as process:
-        status = process.wait(30)
+    add_command(commands_in_path / first, 'until test -e begun; do sleep 0.05; done; sleep 0.2; exit 3')
+    add_command(commands_in_path / other, 'trap "touch ended; exit 0" TERM; touch begun; sleep 60 & wait')
 
-    assert status == 3
-    # It may have had no time for its handler.
-    assert subprocess.run(['pgrep', '-f', f'{commands_in_path}/{other}'], check=False).returncode != 0
+    with running(start) as process:
+        assert process.wait(30) == 3
+    assert Path('ended').exists()
+
+
+def test_the_container_for_both_does_not_start_without_a_queue(start, commands_in_path):
+    add_command(commands_in_path / 'mq-queue', 'exit 78')
+
+    with running(start) as process:
+        assert process.wait(30) == 78
 
 
 # --- heroku-like.rst ----------------------------------------------------------
