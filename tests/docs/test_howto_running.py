@@ -516,9 +516,9 @@ def test_the_container_for_both_passes_sigterm_on_and_waits(
     start, commands_in_path, make_settings, smtp_server, until, queue_dir
 ):
     add_command(commands_in_path / 'gunicorn', 'trap "touch ended; exit 0" TERM; touch begun; sleep 60 & wait')
+    add_command(commands_in_path / 'mq-queue', 'exit 0')
+    enqueue(queue_dir, make_settings, smtp_server)
     with running(start) as process:
-        until((queue_dir / 'new').is_dir)
-        enqueue(queue_dir, make_settings, smtp_server)
         smtp_server.wait_for(1)
         until(Path('begun').exists)
         process.terminate()
