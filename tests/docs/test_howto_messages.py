@@ -245,8 +245,11 @@ def test_the_limits_of_the_relays_hold_before_anything_is_sent(ini_of, server, m
             mailer.send_immediately(large)
 
 
-def test_a_message_for_more_recipients_is_split(make_settings, make_mailer, server, message):
-    mailer = make_mailer(make_settings(server, max_recipients=50))
+@pytest.mark.parametrize('card', ['amazon-ses', 'postmark'])
+def test_a_message_for_more_recipients_is_split(card, ini_of, make_mailer, server, message):
+    settings = read_app_settings(str(ini_of(card)), None, {})
+    of_server = {'smtp_hostname': '127.0.0.1', 'smtp_port': server.port, 'smtp_username': '', 'smtp_password': ''}
+    mailer = make_mailer(settings | {f'mailqueue.{key}': value for key, value in of_server.items()})
 
     mailer.send_immediately(message('To many'), recipients=[f'{number}@x.example' for number in range(60)])
 
