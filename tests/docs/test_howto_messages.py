@@ -302,6 +302,12 @@ def test_main_cf_has_a_name_and_a_value_in_each_line():
     assert len(lines) == len({line.partition(' ')[0] for line in lines})
 
 
+def test_a_percent_sign_in_a_password_is_written_twice(ini_of):
+    ini = ini_of('amazon-ses', smtp_password='a%%b')
+
+    assert read_app_settings(str(ini), None, {})['mailqueue.smtp_password'] == 'a%b'
+
+
 # --- a transport of your own -------------------------------------------------
 
 
@@ -372,7 +378,9 @@ def test_mq_send_test_sends_over_the_api_and_says_what_is_shown(http_mail, api, 
     ((path, authorization, letter),) = api.letters
     assert (path, authorization) == ('/messages', 'Bearer a-token')
     assert (letter['from'], letter['to']) == ('shop@site.example', ['ada@x.example'])
-    assert message_from_bytes(base64.b64decode(letter['raw']))['To'] == 'ada@x.example'
+    raw = base64.b64decode(letter['raw'])
+    assert raw.startswith(b'Subject: ')
+    assert message_from_bytes(raw)['To'] == 'ada@x.example'
 
 
 def test_the_transport_keeps_the_contract(http_mail):
@@ -419,6 +427,18 @@ def test_the_api_gets_what_smtp_could_not_deliver(http_mail, api, make_settings,
         result = mailer.send_immediately(message('An order'))
 
     assert result.accepted == ('ada@elsewhere.example',)
+    assert len(api.letters) == 1
+
+
+def test_a_transport_may_be_registered_by_its_name(http_mail, api, make_app, make_settings, message):
+    def configure(config):
+        config.registry.registerUtility(http_mail.from_settings(None), ITransport, 'http')
+
+    def view(request):
+        return request.mailer.send(message('An order'))
+
+    make_app(view, make_settings(transports='http', delivery='inline'), configure=configure).get('/')
+
     assert len(api.letters) == 1
 
 
@@ -507,7 +527,7 @@ def test_a_mail_of_templates_is_escaped_in_html_only(letters, make_captured_app)
 
 def test_a_name_that_a_template_does_not_get_is_an_error(letters):
     with pytest.raises(Exception, match="'url' is undefined"):
-        letters['compose']('welcome', 'Welcome', name='Ada')
+        letters['compose']('welcome', 'Welcome', name='Ada', subject='another one')
 
 
 def test_a_subject_with_a_line_end_is_refused(letters):
