@@ -710,7 +710,7 @@ def test_arguments_overrule_the_recipients_of_a_message_of_pyramid_mailer():
     ('message', 'error', 'reason'),
     [
         (MailerMessage(recipients=['b@x.example']), AddressError, 'default_sender'),
-        (MailerMessage(sender='a@x.example'), NoRecipients, 'nobody'),
+        (MailerMessage(sender='a@x.example'), NoRecipients, 'no recipients'),
         (MailerMessage(sender='root', recipients=['b@x.example']), AddressError, 'no domain'),
         (MailerMessage(sender='a@x.example', recipients=['B, C <b@x.example>']), AddressError, 'one way only'),
         (

@@ -67,25 +67,18 @@ class Claim:
 
 
 def has_admin(queue: IMailQueue) -> bool:
-    """Whether the messages in *queue* can be listed and changed."""
+    """Whether the messages of *queue* can be seen and changed."""
     try:
         return bool(queue.admin)
-    except ConfigurationError:
+    except (AttributeError, ConfigurationError):
+        # The former: an object of an application, which has none.
         return False
 
 
 def completed(queue: Any) -> IMailQueue:
-    """Return *queue*, an object of an application, with the defaults of :class:`MailQueue` for what it lacks."""
-    whole: Any = queue if isinstance(queue, MailQueue) else _Completed(queue)
-    found: IMailQueue = whole
-    return found
-
-
-class _Completed:
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def __getattr__(self, name: str) -> Any:
-        if hasattr(self._queue, name):
-            return getattr(self._queue, name)
-        return getattr(MailQueue, name).__get__(self)
+    """Return *queue*, an object of an application, with the methods of :class:`MailQueue` that it lacks."""
+    for name in ('close', 'count_misdated', 'count_waiting', 'hurry', 'listening'):
+        if not hasattr(queue, name):
+            setattr(queue, name, getattr(MailQueue, name).__get__(queue))
+    whole: IMailQueue = queue
+    return whole

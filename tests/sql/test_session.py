@@ -87,7 +87,7 @@ def test_what_is_no_session_is_refused(mailer, message, engine, states, url, mak
         contextlib.closing(make(engine))
         if make is NO_SESSIONS['connection']
         else contextlib.nullcontext(make(engine)) as given,
-        pytest.raises(QueueError, match=r'this is none.*with Session\(engine\)') as info,
+        pytest.raises(QueueError, match=r'this is an object of .*with Session\(engine\)') as info,
     ):
         mailer.send(message('one'), session=given)
 
