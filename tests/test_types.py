@@ -25,7 +25,8 @@ import pyramid_mailqueue
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / 'tests/types'
-DOCS = [ROOT / 'README.rst', *sorted(ROOT.glob('docs/*.rst'))]
+# The tutorial is an application as the cookiecutter writes it, without annotations; a test of its own runs it.
+DOCS = [ROOT / 'README.rst', *sorted({*ROOT.glob('docs/*.rst')} - {ROOT / 'docs/tutorial.rst'})]
 
 #: Where users import from.
 PUBLIC = ('pyramid_mailqueue', *(f'pyramid_mailqueue.{name}' for name in ('interfaces', 'testing')))
