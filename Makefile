@@ -65,7 +65,7 @@ suite: $(TEST)/installed-$(VERSION)
 # Left out are slow tests that depend on the system more than on the versions: processes that are started, killed or
 # interrupted, waits for the end of a time limit, other mail software, and a browser; and type checkers, which read the
 # hints of other packages, too.  So are tests that involve only this package.
-LEFT_OUT = browser crash interop mta dashboard/test_change.py test_demo.py test_imports.py test_packaging.py test_scripts.py \
+LEFT_OUT = browser crash docs interop mta dashboard/test_change.py test_demo.py test_imports.py test_packaging.py test_scripts.py \
     test_types.py cli/test_progress.py cli/test_run.py cli/test_send_test.py delivery/test_runner.py \
     queues/test_maildir_model.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
     sql/test_failover.py sql/test_interrupts.py sql/test_leases.py sql/test_move.py sql/test_move_command.py \

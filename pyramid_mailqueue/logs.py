@@ -1,7 +1,7 @@
 """
 The logs of what happens to messages, for people and for programs.
 
-Three loggers: ``mailqueue.delivery_log`` has every result for a recipient, ``mailqueue.queue_log`` what became of a
+``mailqueue.delivery_log`` has every result for a recipient, ``mailqueue.queue_log`` what became of a
 message in the queue (queued, deferred, buried, discarded), ``mailqueue.smtp`` the dialog with the server.  One line is
 one event, as ``key=value`` pairs; ``record.mailqueue`` holds the same as a dict.
 

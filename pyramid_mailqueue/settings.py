@@ -1,8 +1,8 @@
 """
 Every ``mailqueue.*`` key, parsed once, typed and frozen.
 
-The fields of :class:`Settings` are the one table of keys: name, type, default, parser and help text.  The docs and the
-error messages are made from it.
+The fields of :class:`Settings` are the one table of keys: name, type, default, parser and help text.  The
+error messages are made from it, and a test compares the docs with it.
 """
 
 # ruff: noqa: RUF009  The calls in the class body return field(), once for each class, as dataclasses means it.

@@ -26,7 +26,7 @@ __all__ = ['FOLDERS', 'MOVING', 'NoQueue', 'check_access', 'lack_of_queue']
 
 FOLDERS = ('tmp', 'prepared', 'new', 'cur', 'held', 'dead', 'corrupt')
 
-#: The messages half-way to or from another queue (see :mod:`~.moving`); the first move creates this folder.
+#: The messages half-way to or from another queue (see :mod:`~.queues.moving`); the first move creates this folder.
 MOVING = 'moving'
 
 #: The folders of every maildir.

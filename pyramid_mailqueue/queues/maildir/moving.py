@@ -1,5 +1,5 @@
 """
-The directory in a move (:mod:`~.moving`): its messages, and its record of what is decided.
+The directory in a move (:mod:`~.queues.moving`): its messages, and its record of what is decided.
 
 ::
 

@@ -53,7 +53,7 @@ __all__ = [
 
 class ClaimedRow(NamedTuple):
     """
-    The columns of a row that was claimed; the names are those of :class:`~.sql.tables.MESSAGES`.
+    The columns of a row that was claimed; the names are those of :data:`~.sql.tables.MESSAGES`.
 
     Nothing of it was checked: it is what the row has.
 

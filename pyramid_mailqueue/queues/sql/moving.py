@@ -1,5 +1,5 @@
 """
-The database in a move (:mod:`~.moving`).
+The database in a move (:mod:`~.queues.moving`).
 
 A row that is out of reach is in state *in doubt*, which no worker claims.  Its ``claim`` is
 ``move:BATCH.ROLE.STATE``, and its ``lease`` tells until when a move is likely to be at work on it; until then it is not

@@ -393,9 +393,9 @@ _ALL, _UNSEEN = 'all', 'unseen'
 @cache
 def _sessions() -> ModuleType:
     """Return the module for sending, which imports the ORM of SQLAlchemy."""
-    from pyramid_mailqueue.queues.sql import session as sql_session
+    from pyramid_mailqueue.queues.sql import session
 
-    return sql_session
+    return session
 
 
 @lru_cache

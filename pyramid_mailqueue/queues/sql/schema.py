@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from sqlalchemy.orm import DeclarativeBase, deferred
 
-from pyramid_mailqueue.queues.sql import tables as sql_tables
+from pyramid_mailqueue.queues.sql import tables
 from pyramid_mailqueue.queues.sql.tables import CONTENTS, MESSAGES, VERSIONS, metadata
 
 __all__ = ['LargeContent', 'Message', 'SchemaVersion', 'metadata']
 
 
 class _Base(DeclarativeBase):
-    metadata = sql_tables.metadata
+    metadata = tables.metadata
 
 
 class Message(_Base):

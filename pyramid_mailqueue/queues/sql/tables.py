@@ -199,8 +199,8 @@ VERSIONS = Table('mailqueue_schema', metadata, Column('version', Integer, primar
 
 
 def _index(name: str, *columns: Any, where: str) -> Index:
-    # Each state has an index of its own: a search for due messages does not read dead letters, and the states with few
-    # messages can be counted without reading the others.
+    # Partial: a search for due messages does not read dead letters, and a state with few messages is counted without the
+    # others.
     return Index(f'mailqueue_message_{name}', *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
