@@ -33,8 +33,8 @@ that cannot be parsed moves to ``corrupt/``.  For the changes of a person see :m
 
 What is durable when: a file's data before its first rename; ``prepared/`` before the vote returns (a), ``new/`` before
 the commit returns (b), ``dead/`` before the message changes.  While a queue is drained d and e are made durable in
-batches (:data:`~.folders.SYNC_EVERY`, :data:`~.folders.SYNC_SECONDS`): a power cut may repeat the messages of one batch,
-and of a second one that was on its way to the disk, and cannot lose one.
+batches (:data:`~.folders.SYNC_EVERY`, :data:`~.folders.SYNC_SECONDS`): a power cut may repeat the messages of one
+batch, and of a second one that was on its way to the disk, and cannot lose one.
 """
 
 from __future__ import annotations

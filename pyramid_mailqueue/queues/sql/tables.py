@@ -199,8 +199,7 @@ VERSIONS = Table('mailqueue_schema', metadata, Column('version', Integer, primar
 
 
 def _index(name: str, *columns: Any, where: str) -> Index:
-    # Partial: a search for due messages does not read dead letters, and a state with few messages is counted without the
-    # others.
+    # Partial: a search for due messages reads no dead letters, and a state with few messages is counted by itself.
     return Index(f'mailqueue_message_{name}', *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
