@@ -40,8 +40,11 @@ test: $(TEST)/installed-$(VERSION) system-packages
 	$(PYTEST)
 
 # For use during development.  No separate processes, no PostgreSQL, no browser.
-NOT_QUICK = $(LEFT_OUT) dashboard sql cli/test_no_queue.py cli/test_queue.py cli/test_service.py queues/test_maildir_model.py \
-    test_docs.py test_end_to_end.py test_forks.py test_from_mailqueue_runner.py test_lazy_imports.py test_redirect.py
+NOT_QUICK = browser crash dashboard docs interop mta sql test_demo.py test_docs.py test_end_to_end.py test_forks.py \
+    test_from_mailqueue_runner.py test_lazy_imports.py test_packaging.py test_redirect.py test_scripts.py test_types.py \
+    cli/test_no_queue.py cli/test_progress.py cli/test_queue.py cli/test_run.py cli/test_send_test.py cli/test_service.py \
+    delivery/test_runner.py queues/test_maildir_model.py queues/test_rate_file.py transports/test_smtp_addresses.py \
+    transports/test_smtp_limits.py
 
 quick: $(TEST)/installed-$(VERSION)
 	$(PYTEST) -m 'not postgresql' tests $(NOT_QUICK:%=--ignore=tests/%)
@@ -65,8 +68,10 @@ suite: $(TEST)/installed-$(VERSION)
 # Left out are slow tests that depend on the system more than on the versions: processes that are started, killed or
 # interrupted, waits for the end of a time limit, other mail software, and a browser; and type checkers, which read the
 # hints of other packages, too.  So are tests that involve only this package.
-LEFT_OUT = browser crash docs interop mta dashboard/test_change.py test_demo.py test_imports.py test_packaging.py test_scripts.py \
-    test_types.py cli/test_progress.py cli/test_run.py cli/test_send_test.py delivery/test_runner.py \
+LEFT_OUT = browser crash docs interop mta dashboard/test_change.py dashboard/test_hostile.py test_addresses.py test_demo.py \
+    test_end_to_end.py test_forks.py test_imports.py test_lazy_imports.py test_packaging.py test_scripts.py test_types.py \
+    cli/test_progress.py cli/test_queue.py cli/test_run.py cli/test_send_test.py delivery/test_dispatch.py \
+    delivery/test_runner.py queues/test_contents.py queues/test_locked_file.py queues/test_maildir_admin.py \
     queues/test_maildir_model.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
     sql/test_failover.py sql/test_interrupts.py sql/test_leases.py sql/test_move.py sql/test_move_command.py \
     sql/test_poison.py sql/test_rights.py sql/test_workers.py transports/test_smtp_addresses.py \
@@ -122,7 +127,7 @@ clean:
 $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 	$(PYTHON) -m venv --clear $(TEST)
 	$(PYTHON) -m tests.pythons.minima >$(TEST)/minima.txt
-	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(MINIMA),--constraint $(TEST)/minima.txt) \
+	$(TEST)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(if $(MINIMA),--constraint $(TEST)/minima.txt) \
 	    --requirement requirements-test.txt --editable '.[testing]'
 	@touch $@
 

@@ -48,6 +48,7 @@ from pyramid_mailqueue.cli.signals import EarlySignals
 from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.results import Recovery
 from pyramid_mailqueue.settings import Settings
 
@@ -363,7 +364,7 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     keep_dead = {'keep_dead': (registry.settings or {}).get('mailqueue.keep_dead')}
     kept = Settings.from_program(keep_dead, needs_server=False).keep_dead
     try:
-        return Runner(mailer.queue, mailer.handler, keep_dead=kept)
+        return Runner(completed(mailer.queue), mailer.handler, keep_dead=kept)
     except AttributeError as error:
         raise ConfigurationError(
             f'the application has a mailer of its own, {type(mailer).__name__}, and mq-run --app needs the queue and '
