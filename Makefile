@@ -127,7 +127,7 @@ clean:
 $(TEST)/installed-$(VERSION): $(SOURCES) | check-python
 	$(PYTHON) -m venv --clear $(TEST)
 	$(PYTHON) -m tests.pythons.minima >$(TEST)/minima.txt
-	$(TEST)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(if $(MINIMA),--constraint $(TEST)/minima.txt) \
+	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(MINIMA),--constraint $(TEST)/minima.txt) \
 	    --requirement requirements-test.txt --editable '.[testing]'
 	@touch $@
 
