@@ -22,7 +22,7 @@ from pyramid_mailqueue.delivery.runner import Runner, RunReport
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.message.envelope import Envelope
-from pyramid_mailqueue.queues.base import Claim
+from pyramid_mailqueue.queues.base import WrappedClaim
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Settlement
 from pyramid_mailqueue.settings import Settings
@@ -88,7 +88,7 @@ def enqueue_message(
 
 
 @implementer(IClaim)
-class QueuedMessage(Claim):
+class QueuedMessage(WrappedClaim):
     """
     See `IClaim`.  A message that a program holds, to be sent once.
 
@@ -100,10 +100,9 @@ class QueuedMessage(Claim):
     """
 
     def __init__(self, queue: IMailQueue, claim: IClaim) -> None:
+        super().__init__(claim)
         self._queue = queue
         self._is_over = False
-        self.id: str = claim.id
-        self._claim = claim
 
     @property
     def queue(self) -> IMailQueue:
@@ -114,43 +113,6 @@ class QueuedMessage(Claim):
     def is_over(self) -> bool:
         """Whether it was settled, abandoned or released."""
         return self._is_over
-
-    @property
-    def deaths(self) -> int:
-        """See `IClaim`."""
-        return self._claim.deaths
-
-    def is_valid(self) -> bool:
-        """See `IClaim`."""
-        return self._claim.is_valid()
-
-    @property
-    def attempts(self) -> int:
-        """See `IClaim`."""
-        return self._claim.attempts
-
-    @property
-    def queued_at(self) -> float:
-        """See `IClaim`."""
-        return self._claim.queued_at
-
-    @property
-    def envelope(self) -> Envelope:
-        """See `IClaim`."""
-        return self._claim.envelope
-
-    def begin(self) -> bool:
-        """See `IClaim`."""
-        return self._claim.begin()
-
-    @property
-    def recipients(self) -> tuple[str, ...]:
-        """See `IClaim`."""
-        return self._claim.recipients
-
-    def keep(self, recipients: tuple[str, ...]) -> None:
-        """See `IClaim`."""
-        self._claim.keep(recipients)
 
     def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""

@@ -44,7 +44,7 @@ from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IRetryPolicy
 from pyramid_mailqueue.logs import delivery_log, queue_log
 from pyramid_mailqueue.message.addresses import parse_mailbox
 from pyramid_mailqueue.message.envelope import Envelope
-from pyramid_mailqueue.queues.base import Claim
+from pyramid_mailqueue.queues.base import WrappedClaim
 from pyramid_mailqueue.results import SendResult, Settlement
 from pyramid_mailqueue.settings import Settings, default_tls
 
@@ -217,20 +217,8 @@ class OneAttempt:
 
 
 @implementer(IClaim)
-class ClaimForOneAttempt(Claim):
+class ClaimForOneAttempt(WrappedClaim):
     """See `IClaim`.  However it ends, the message is removed, even if Ctrl-C interrupts the attempt."""
-
-    def __init__(self, claim: IClaim) -> None:
-        self._claim = claim
-        self.id = claim.id
-        self.attempts = claim.attempts
-        self.queued_at = claim.queued_at
-        self.envelope = claim.envelope
-        self.recipients = claim.recipients
-
-    def begin(self) -> bool:
-        """See `IClaim`."""
-        return self._claim.begin()
 
     def settle(self, settlement: Settlement) -> QueueError | None:
         """See `IClaim`."""

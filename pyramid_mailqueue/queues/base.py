@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pyramid_mailqueue.exceptions import ConfigurationError
-from pyramid_mailqueue.interfaces import IMailQueue, IQueueAdmin
+from pyramid_mailqueue.interfaces import IClaim, IMailQueue, IQueueAdmin
+from pyramid_mailqueue.message.envelope import Envelope
 
-__all__ = ['Claim', 'MailQueue', 'completed', 'has_admin']
+__all__ = ['Claim', 'MailQueue', 'WrappedClaim', 'completed', 'has_admin']
 
 
 class MailQueue:
@@ -64,6 +65,51 @@ class Claim:
     def is_valid(self) -> bool:
         """See `IClaim`."""
         return True
+
+
+class WrappedClaim(Claim):
+    """A base class for claims that stand for another one; each says how it ends."""
+
+    def __init__(self, claim: IClaim) -> None:
+        self._claim = claim
+        self.id: str = claim.id
+
+    @property
+    def deaths(self) -> int:
+        """See `IClaim`."""
+        return self._claim.deaths
+
+    def is_valid(self) -> bool:
+        """See `IClaim`."""
+        return self._claim.is_valid()
+
+    @property
+    def attempts(self) -> int:
+        """See `IClaim`."""
+        return self._claim.attempts
+
+    @property
+    def queued_at(self) -> float:
+        """See `IClaim`."""
+        return self._claim.queued_at
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """See `IClaim`."""
+        return self._claim.recipients
+
+    @property
+    def envelope(self) -> Envelope:
+        """See `IClaim`."""
+        return self._claim.envelope
+
+    def begin(self) -> bool:
+        """See `IClaim`."""
+        return self._claim.begin()
+
+    def keep(self, recipients: tuple[str, ...]) -> None:
+        """See `IClaim`."""
+        self._claim.keep(recipients)
 
 
 def has_admin(queue: IMailQueue) -> bool:
