@@ -179,7 +179,7 @@ def watch_request(event: Any) -> None:
     request, environ = event.request, event.request.environ
     around = _services([other for other in _requests_in_hand() if other is not request])
     if not around:
-        # It is told of a transaction that is there already, and leaves it alone, because nothing is served yet.
+        # Registering reports a transaction that has begun already; it is not marked, because no request is served yet.
         environ.pop(_SERVICE, None)
         transaction.manager.registerSynch(_MARK)
     # An application in an application has the same environ, or a copy of it.

@@ -79,7 +79,7 @@ def test_whoever_dies_at_any_moment_has_neither_lost_nor_doubled_the_message(que
         if left:
             (folder,) = left
             assert content_in(queue, folder) == content
-            # Whoever comes next finds it, and can do the same.
+            # The next person finds it, and can do the same.
             (entry,) = queue.admin.entries(STATES)
             if folder == before:
                 getattr(queue.admin, method)(entry.id)

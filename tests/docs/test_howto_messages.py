@@ -658,7 +658,7 @@ def club(subscriptions, make_captured_app, message):
 
 
 class Nobody:
-    """Lets in who comes from the shop itself."""
+    """Permits the first page, and nothing else that needs a permission."""
 
     def identity(self, request):
         return None
