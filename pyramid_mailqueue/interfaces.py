@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.exceptions import QueueError
     from pyramid_mailqueue.message.envelope import Envelope
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
-    from pyramid_mailqueue.results import Dropped, Recovery, SendResult, Settlement
+    from pyramid_mailqueue.results import Burial, Dropped, Offer, Recovery, SendResult, Settlement
     from pyramid_mailqueue.transactions import ITransactionSource
+    from pyramid_mailqueue.transports.base import Wait
 
 __all__ = [
     'IBindableMailer',
     'IClaim',
+    'IConnection',
     'IDispatcher',
     'IMailQueue',
     'IMailer',
@@ -472,49 +474,88 @@ class ITransport(ISender, Contract, Protocol):
     """
     Where messages go: a server, a queue or a folder.
 
-    ``send`` is called from several threads at once.  Any :class:`ISender` will do; ``name``, ``close`` and the
-    following methods are used where they exist:
-
-    ``stream(first, more)``
-        Used instead of ``send``.  *first* is an :class:`~.results.Offer`, and each call of *more* gives another one, or
-        None if there is none at once.  Yields a result for each offer, in their order, and that of an offer before the
-        content of the next can be with the server.  It may ask for the next offer earlier, to announce it meanwhile.
-        Recipients without a reply, where others have one, are offered again.  After trouble it ends: with a result that
-        has ``trouble``, or by raising it if the oldest offer has no reply at all.  Whatever came after that offer must
-        be untouched.  Where it has to wait it may yield a :class:`~.delivery.waiting.Wait`, so that other streams go on
-        in the same thread.
-
-    ``open_stream(more)``
-        As ``stream``, but before there is a message: prepares, such as by connecting, and then asks *more* for the
-        first.  Raises its trouble if it cannot.  So a slow server keeps no message waiting.
-
-    ``abort_opening()``
-        Break off what ``open_stream`` prepares in other threads.
-
-    ``make_room()``
-        Close idle connections if another thread is waiting to open one: called when a worker has nothing more to do.
-
-    ``abort()``
-        Break off the attempts of other threads.
-
-    ``reload()``
-        Read again what may have changed outside, such as the authorities of TLS: called at SIGHUP.
-
-    A queue that is used as a transport may have two more:
-
-    ``leads_to(queue)``
-        Whether it is the way into *queue*: messages of that queue are not offered to it.
-
-    ``bury(sender, content, burials)``
-        Keep dead letters of a message that is in no queue, one for each :class:`~.results.Burial`.
+    ``send`` is called from several threads at once.  :class:`~.transports.base.Transport` has defaults for everything
+    else, and any :class:`ISender` will do: what it lacks is added where it comes in.
     """
 
     @property
     def name(self) -> str:
         """A short name for logs; the name of the class where there is none."""
 
+    def connect(self, instead_of: IConnection | None = None) -> IConnection | None:
+        """
+        Return a connection that messages can be sent over; None if there are none, and ``send`` is to be called.
+
+        May take its time: it is called from a thread of its own, before there is a message for the connection, so that
+        a slow server keeps no message waiting.
+
+        :param instead_of: the connection that the new one replaces, which :attr:`~IConnection.is_spent`
+        :raises ServerTrouble: the server cannot be used now
+        """
+
     def close(self) -> None:
-        """Close connections.  The transport may be used again afterwards."""
+        """Close connections that are not in use.  The transport may be used again afterwards."""
+
+    def abort(self) -> None:
+        """Break off what other threads are doing: connecting, and sending over connections."""
+
+    def reload(self) -> None:
+        """Read again what may have changed outside, such as the authorities of TLS: called at SIGHUP."""
+
+    def leads_to(self, queue: object) -> bool:
+        """Whether this is the way into *queue*: messages of that queue are not offered to it."""
+
+    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> bool:
+        """
+        Keep dead letters of a message that is in no queue, one for each :class:`~.results.Burial`.
+
+        Return whether that was done: a queue does it.
+        """
+
+
+class IConnection(Contract, Protocol):
+    """
+    A connection over which messages are sent, one after the other.  Used by one thread, and no method waits.
+
+    :class:`~.transports.base.Connection` is a base class.  Everything is about the offers in hand: those that were
+    submitted and have no result yet.
+    """
+
+    @property
+    def is_spent(self) -> bool:
+        """
+        Whether this connection takes no more, and another one may.
+
+        Nothing has happened to the offers in hand then, and ``advance`` yields nothing more: they are submitted to a
+        new one.
+        """
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more offer can be submitted: to be announced while the one before is under way."""
+
+    def submit(self, offer: Offer) -> None:
+        """Take *offer* in hand.  Recipients that get no reply, where others get one, are offered again later."""
+
+    def advance(self, events: int = 0) -> Iterator[SendResult | bool]:
+        """
+        Send and read what is possible at once; yield the result of each offer in hand that has one, in their order.
+
+        The result of an offer is yielded before the content of the next can be with the server.  Trouble is no
+        exception but the ``trouble`` of a result, which then is the last one: what was submitted behind it is
+        untouched.  The deadline is checked here.  May be left before it has ended.
+
+        :param events: what the descriptor was ready for; 0 for nothing, as after ``submit``
+        """
+
+    def wait(self) -> Wait:
+        """Return what to wait for, and how long.  Called when something is in hand."""
+
+    def release(self) -> None:
+        """Keep the connection for the next message if that is possible, or else close it.  Called once."""
 
 
 class IRetryPolicy(Contract, Protocol):

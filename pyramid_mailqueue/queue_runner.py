@@ -170,7 +170,7 @@ def one_shot_queue_run(
     if read.redirect_all_to is not None:
         # A handler of the program's own knows nothing of the settings of the run.
         handler.routes = [
-            Route(redirecting(route.transport, read.redirect_all_to), route.pause) for route in handler.routes
+            Route(redirecting(route.transport, read.redirect_all_to), route.backoff) for route in handler.routes
         ]
     runner = Runner(queue, handler, keep_dead=read.keep_dead)
     report = runner.run()

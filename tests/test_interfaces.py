@@ -22,6 +22,7 @@ from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.interfaces import (
     IBindableMailer,
     IClaim,
+    IConnection,
     IDispatcher,
     IMailer,
     IMailQueue,
@@ -39,7 +40,9 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.queues.sql import SQLQueue
 from pyramid_mailqueue.results import Reply, SendResult
+from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.testing.outbox import AcceptingTransport, make_mailer
+from pyramid_mailqueue.transports.base import as_transport
 from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.redirect import redirecting
@@ -69,6 +72,9 @@ def objects(queue_dir, tmp_path):
     capturing = make_mailer()
     in_database = SQLQueue(f'sqlite:///{tmp_path}/queue.sqlite')
     in_database.database.create_tables()
+    with ScriptedSMTPServer() as server:
+        smtp = SMTPTransport(hostname=server.host, port=server.port, tls='off')
+        session, redirected = smtp.connect(), redirecting(smtp, 'me@site.example').connect()
     yield [
         (IBindableMailer, Mailer(queue, handler, {}, Envelope.from_message)),
         (IMailQueue, queue),
@@ -90,16 +96,21 @@ def objects(queue_dir, tmp_path):
         (ITransport, AcceptingTransport()),
         (ITransport, SMTPTransport(hostname='localhost')),
         (ITransport, redirecting(SMTPTransport(hostname='localhost'), 'me@site.example')),
-        (ITransport, redirecting(SimpleNamespace(stream=None), 'me@site.example')),
+        (ITransport, redirecting(SimpleNamespace(send=None), 'me@site.example')),
         (ITransport, redirecting(DebugInbox(tmp_path / 'inbox'), 'me@site.example')),
         (ITransport, MaildirBackend(tmp_path / 'other queue')),
         (ITransport, DebugInbox(tmp_path / 'inbox')),
+        (ITransport, as_transport(SimpleNamespace(send=None))),
+        (IConnection, session),
+        (IConnection, redirected),
         (IRetryPolicy, ExponentialBackoff()),
         (IRetryPolicy, OneAttempt()),
         (IClaim, ClaimForOneAttempt(in_memory.put_claimed(envelope))),
         (IDispatcher, InlineDispatcher(handler, queue)),
         (IDispatcher, background),
     ]
+    session.release()
+    redirected.release()
     claim.release()
     background.close()
     in_database.close()

@@ -45,7 +45,7 @@ from pyramid_mailqueue.cli.config import parse_override, read_app_settings, run_
 from pyramid_mailqueue.cli.progress import open_progress
 from pyramid_mailqueue.cli.service import guard_logs, notify_systemd, reopen_log_files, steady_outputs
 from pyramid_mailqueue.cli.signals import EarlySignals
-from pyramid_mailqueue.delivery.runner import PATIENCE, Runner, RunReport, Stop
+from pyramid_mailqueue.delivery.runner import STOP_SECONDS, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.queues.base import completed
@@ -199,8 +199,8 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
         told = '' if trouble is None else str(trouble)
         notify_systemd(f'STATUS={told or "waiting for mail"}')
         if left != 0:
-            rests_for = runner.handler.rests_for
-            signals.sleep(min(max(arguments.watch, rests_for), end - time.monotonic()), at_least=rests_for)
+            backoff_seconds = runner.handler.backoff_seconds
+            signals.sleep(min(max(arguments.watch, backoff_seconds), end - time.monotonic()), at_least=backoff_seconds)
     notify_systemd('STOPPING=1')
     return EX_OK
 
@@ -294,7 +294,7 @@ def _do_nothing() -> None:
 
 
 def _tell_ending() -> None:
-    _complain(f'stopping: finishing messages in progress (at most {PATIENCE} s)')
+    _complain(f'stopping: finishing messages in progress (at most {STOP_SECONDS} s)')
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def _rate_is_reached(settings: Settings, handler: MessageHandler) -> str:
     assert limit
     return (
         f'not sent: mailqueue.rate_limit = {limit.count}/{limit.seconds:g}s allows no more now. '
-        f'Try again in {math.ceil(handler.rests_for)} seconds.'
+        f'Try again in {math.ceil(handler.backoff_seconds)} seconds.'
     )
 
 

@@ -35,13 +35,14 @@ from functools import partial
 
 from zope.interface import implementer
 
+from pyramid_mailqueue.delivery.backoff import BackOff
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.report import what_waits
 from pyramid_mailqueue.exceptions import MailqueueError, ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.interfaces import IClaim, IDispatcher, IMailQueue
 from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.results import SendResult
 
 __all__ = ['BackgroundDispatcher', 'InlineDispatcher', 'threads_run_here']
 
@@ -51,13 +52,13 @@ log = Log('mailqueue.delivery')
 MAX_CLAIMS = 256
 
 #: How long the end of the process may wait for the message in hand, in seconds.
-PATIENCE = 5
+STOP_SECONDS = 5
 
 #: And how long, when its connection was broken off, for the thread to release what it has, in seconds.
-LAST_PATIENCE = 1
+ABORT_SECONDS = 1
 
 #: How long the end of the process waits for a queue that does not answer, when the thread has ended, in seconds.
-QUEUE_PATIENCE = 3
+QUEUE_SECONDS = 3
 
 #: How long the delivery thread waits for the next message before it ends, in seconds.
 IDLE = 5
@@ -93,13 +94,12 @@ def _do_nothing(*_: object) -> None:
 
 class _Delivery:
     """
-    One thread that delivers what a dispatcher has; see `Claims`.
+    What one thread of a dispatcher delivers; see `Source`.
 
     :param next_claim: returns None if there is no more at once
     :param postpone: called with a claim that has ended because its message could not be tried now
     :param at_rest: called when an attempt is over and nothing else is in hand
     :param is_over: whether to end as soon as the message in hand is done
-    :param opens_first: there is a message, and a session is opened before it is begun
     """
 
     def __init__(
@@ -110,16 +110,17 @@ class _Delivery:
         postpone: Callable[[IClaim], None] = _do_nothing,
         at_rest: Callable[[], None] = _do_nothing,
         is_over: Callable[[], bool] = bool,
-        opens_first: bool = True,
     ) -> None:
         self._handler = handler
         self._next_claim = next_claim
         self._postpone = postpone
         self._at_rest = at_rest
         self._is_over = is_over
-        self._opens_first = opens_first
+        # Not begun: a connection is opened for it.
+        self._first: IClaim | None = None
         self._in_hand: dict[str, IClaim] = {}
         self._left = 0
+        self._told: ServerTrouble | None = None
 
     def work(self) -> None:
         """
@@ -129,7 +130,7 @@ class _Delivery:
         """
         while True:
             try:
-                self._deliver()
+                self._handler.engine().run(self)
             except Exception:
                 if not self._in_hand:
                     raise
@@ -140,26 +141,10 @@ class _Delivery:
             finally:
                 self._release()
 
-    def _deliver(self) -> None:
-        told: ServerTrouble | None = None
-        for claim, result in self._handler.deliver_all(self):
-            del self._in_hand[claim.id]
-            if result.trouble is not None:
-                # When this process ends it may have broken off the connection itself.
-                if result.trouble is not told and not self.is_over:
-                    log.warning('%s %s', result.trouble, what_waits(claim.id, result))
-                told = result.trouble
-                # A message during which the server broke off is left to mq-run, which tries it behind all others.
-                if self._handler.rests_for or not result.trouble.in_message:
-                    self._postpone(claim)
-                else:
-                    self._left += 1
-            elif self.is_over and result.deferred:
-                self._left += 1
-            if not self._in_hand:
-                self._at_rest()
-
     def _release(self) -> None:
+        if self._first is not None:
+            self._in_hand[self._first.id] = self._first
+            self._first = None
         for claim in self._in_hand.values():
             claim.release()
         self._left += len(self._in_hand)
@@ -168,37 +153,60 @@ class _Delivery:
     @property
     def left(self) -> int:
         """How many messages were released undelivered, or are in hand."""
-        return self._left + len(self._in_hand)
+        return self._left + len(self._in_hand) + (self._first is not None)
 
-    # --- see `Claims` ---
-
-    is_untried = False
-
-    @property
-    def opens_first(self) -> bool:
-        return self._opens_first and not self._handler.rests_for
+    # --- see `Source` ---
 
     @property
     def is_over(self) -> bool:
         return self._is_over()
 
-    def take(self) -> IClaim | None:
-        # What could not be read has ended without a result.
-        self._in_hand.clear()
-        return self.take_now()
+    def look(self, number: int) -> int:
+        while self._handler.backoff_seconds and (claim := self._given()) is not None:
+            claim.release()
+            self._postpone(claim)
+        if self._first is None:
+            self._first = self._given()
+        return 0 if self._first is None else 1
 
-    def take_now(self) -> IClaim | None:
-        while (claim := self._next_claim()) is not None:
+    def next(self) -> IClaim | None:
+        while (claim := self._given()) is not None:
             self._in_hand[claim.id] = claim
-            if not self._handler.rests_for and claim.begin() and self._handler.may_send(claim):
+            if not self._handler.backoff_seconds and claim.begin() and self._handler.may_send(claim):
                 return claim
             claim.release()
             del self._in_hand[claim.id]
             self._postpone(claim)
         return None
 
-    def hand_over(self, claims: Sequence[IClaim]) -> bool:
-        return False
+    def _given(self) -> IClaim | None:
+        claim, self._first = self._first, None
+        return claim or self._next_claim()
+
+    def pause(self) -> float | None:
+        return None
+
+    def ended(self, claim: IClaim, result: SendResult | None) -> None:
+        self._in_hand.pop(claim.id, None)
+        if result is None:
+            self._left += self.is_over
+        elif result.trouble is not None:
+            self._tell(claim, result, result.trouble)
+        elif self.is_over and result.deferred:
+            self._left += 1
+        if not self._in_hand:
+            self._at_rest()
+
+    def _tell(self, claim: IClaim, result: SendResult, trouble: ServerTrouble) -> None:
+        # When this process ends it may have broken off the connection itself.
+        if trouble is not self._told and not self.is_over:
+            log.warning('%s %s', trouble, what_waits(claim.id, result))
+        self._told = trouble
+        # A message during which the server broke off is left to mq-run, which tries it behind all others.
+        if self._handler.backoff_seconds or not trouble.in_message:
+            self._postpone(claim)
+        else:
+            self._left += 1
 
 
 @implementer(IDispatcher)
@@ -217,7 +225,7 @@ class BackgroundDispatcher:
         mail_queue: IMailQueue,
         *,
         max_claims: int = MAX_CLAIMS,
-        patience: float = PATIENCE,
+        patience: float = STOP_SECONDS,
         idle: float = IDLE,
     ) -> None:
         self._handler = handler
@@ -228,7 +236,7 @@ class BackgroundDispatcher:
         self._closing = False
         self._make_lock()
         # While the queue cannot be asked for what was postponed.
-        self._queue_pause = Pause()
+        self._queue_backoff = BackOff()
         self._start_anew()
         call_in_children(self._make_lock)
         at_exit = partial(_close, weakref.ref(self))
@@ -277,7 +285,7 @@ class BackgroundDispatcher:
     def _take(self, claim: IClaim) -> bool:
         with self._lock:
             self._forget_parent()
-            if self._closing or self._handler.rests_for or self._claims.qsize() >= self._max_claims:
+            if self._closing or self._handler.backoff_seconds or self._claims.qsize() >= self._max_claims:
                 return False
             if not self._has_thread():
                 return False
@@ -287,7 +295,7 @@ class BackgroundDispatcher:
     def _postpone(self, claim: IClaim) -> None:
         """Have the thread claim a released message again after the pause, if it is a pause that made it wait."""
         with self._lock:
-            if self._closing or not self._handler.rests_for or not self._has_thread():
+            if self._closing or not self._handler.backoff_seconds or not self._has_thread():
                 self._left += 1
                 return
             self._remember(claim)
@@ -337,7 +345,6 @@ class BackgroundDispatcher:
             postpone=self._put_off,
             at_rest=self._flush_if_idle,
             is_over=lambda: self._closing,
-            opens_first=claim is not None,
         )
         try:
             delivery.work()
@@ -347,7 +354,7 @@ class BackgroundDispatcher:
             self._left += delivery.left
             # It refers to this object, which may not be needed any more.
             self._delivery = None
-        return max(self._handler.rests_for, self._queue_pause.remaining) if self._postponed else self._idle
+        return max(self._handler.backoff_seconds, self._queue_backoff.seconds) if self._postponed else self._idle
 
     def _flush_if_idle(self) -> None:
         if self._claims.empty():
@@ -379,15 +386,15 @@ class BackgroundDispatcher:
 
     def _resumed_claim(self) -> IClaim | None:
         """Return a claim of what waits since a server's trouble, if that is over and it can still be claimed."""
-        while self._postponed and not (self._handler.rests_for or self._queue_pause.remaining):
+        while self._postponed and not (self._handler.backoff_seconds or self._queue_backoff.seconds):
             try:
                 claim = self._mail_queue.claim(self._postponed[0])
             except MailqueueError as error:
-                if not self._queue_pause.is_in_trouble:
+                if not self._queue_backoff.is_in_trouble:
                     log.error('%s Postponed mail waits in it, until it is back.', error)
-                self._queue_pause.begin(ServerTrouble(str(error)))
+                self._queue_backoff.begin(ServerTrouble(str(error)))
                 return None
-            self._queue_pause.end()
+            self._queue_backoff.end()
             self._postponed.popleft()
             if claim is not None:
                 return claim
@@ -406,15 +413,15 @@ class BackgroundDispatcher:
                 return
             self._closing = True
             thread = self._thread
-        self._mail_queue.hurry(self._patience + LAST_PATIENCE)
+        self._mail_queue.hurry(self._patience + ABORT_SECONDS)
         self._release_waiting()
         self._claims.put(None)
         if thread is not None:
             thread.join(self._patience)
             if thread.is_alive():
                 self._handler.abort()
-                thread.join(LAST_PATIENCE)
-        self._mail_queue.hurry(QUEUE_PATIENCE)
+                thread.join(ABORT_SECONDS)
+        self._mail_queue.hurry(QUEUE_SECONDS)
         self._mail_queue.flush()
         # The queue may still be in use.
         self._mail_queue.hurry(math.inf)
@@ -461,7 +468,7 @@ def _run(reference: weakref.ref[BackgroundDispatcher], claims: _Waiting, handler
         dispatcher, claim = waiting or (reference(), None)
         if dispatcher is None:
             for route in handler.routes:
-                route.close()
+                route.transport.close()
             return
         seconds = dispatcher.work(claim)
         if dispatcher.may_end(is_idle=False):

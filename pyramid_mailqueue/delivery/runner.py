@@ -1,18 +1,10 @@
 """
 One run over a queue: take care of what dead processes left, then try whatever is due, oldest first.
 
-A run begins with one deliverer, and so with one connection.  When the first message has had its outcome the server is
-known to work, and as many others as there are to be open a session too, and then begin with what is due next; each of
-them keeps one session busy.  One whose session cannot be opened, or is one too many for the server, leaves everything
-to the others and ends.  One that is still opening its session when everything is done is not waited for.
-
-Each begins in a thread of its own, where it connects; as soon as it waits for the server it goes on in the one thread
-that waits for all of them (see :mod:`~.waiting`).  Over a transport that does not say when it waits it stays where it
-is.
+One thread delivers, see :mod:`~.engine`; the one that has called waits for it, and so can always be told to stop.
 
 The run ends when nothing is due any more; when it was told to; or when the server is in trouble: what is left then
-waits as it is, because the next message would fare no better.  A server that breaks off in the midst of a message is
-given a few others first.
+waits as it is, because the next message would fare no better.
 """
 
 from __future__ import annotations
@@ -22,33 +14,36 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from pyramid_mailqueue.delivery.engine import Engine
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.report import what_waits
-from pyramid_mailqueue.delivery.supply import Share, Supply
-from pyramid_mailqueue.delivery.waiting import Loop, Wait, Work
-from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, ServerTrouble
+from pyramid_mailqueue.exceptions import ConfigurationError, MailqueueError, QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim, IMailQueue
 from pyramid_mailqueue.logs import Log, log_event, queue_log
 from pyramid_mailqueue.queues.base import has_admin
 from pyramid_mailqueue.results import Recovery, SendResult, Settlement
 
-__all__ = ['PATIENCE', 'RunReport', 'Runner', 'Stop']
+__all__ = ['STOP_SECONDS', 'RunReport', 'Runner', 'Stop']
 
 log = Log('mailqueue.delivery')
 
-#: How long a run that was told to end waits for the messages in hand, in seconds.
-PATIENCE = 30
+#: How long a run that was told to end waits for the messages in hand.
+STOP_SECONDS = 30
 
 #: So many dead letters are removed in one round, at most; and how long a runner does not look again, in seconds.
 MOST_EXPIRED = 1000
 EXPIRE_EVERY = 600
 
-#: How long it waits for threads whose connections it has broken off.
-LAST_PATIENCE = 2
+#: How long it waits for a thread whose connections it has broken off.
+ABORT_SECONDS = 2
+
+#: A run waits no longer than this for its rate; what is left waits in the queue, for the next run.
+RATE_WAIT_SECONDS = 10
 
 
 @dataclass
@@ -185,24 +180,23 @@ class Runner:
         :raises QueueError: the queue cannot be read
         """
         self.report = report = RunReport()
-        supply = None
+        due = None
         stop = stop or Stop()
         self.queue.hurry(math.inf)
         try:
             now = self._clock()
             report.recovery = self._recover(now)
             report.recovery = replace(report.recovery, expired=self._expire(now))
-            supply = Supply(
+            due = _Due(
                 self.queue.claim_due(now),
                 limit=max_messages,
                 take_from_rate=self.handler.take_from_rate,
                 is_stopped=lambda: stop.requested,
             )
-            crew = _Crew(self.handler, supply, stop, report, on_progress, self.queue.hurry)
-            crew.work(max_seconds)
+            _Crew(self.handler, due, stop, report, on_progress, self.queue.hurry).work(max_seconds)
         finally:
-            if supply is not None:
-                supply.release()
+            if due is not None:
+                due.release()
             unwritten = self.queue.flush()
         if unwritten is not None:
             raise unwritten
@@ -235,13 +229,151 @@ class Runner:
         self.queue.close()
 
 
+class _Due:
+    """
+    What is due, for one run; see `Source`.
+
+    :param claims: asked for the next one when it is needed
+    :param limit: how many messages may be begun
+    :param take_from_rate: see `MessageHandler`
+    :param is_stopped: whether somebody has told the run to end
+    :ivar on_ended: called with each claim that was settled, and its result
+    :ivar error: what ended the run
+    :ivar is_rate_reached: the rate allows no more for a while
+    """
+
+    def __init__(
+        self,
+        claims: Iterator[IClaim],
+        *,
+        limit: int | None,
+        take_from_rate: Callable[[int], float] | None,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self.error: BaseException | None = None
+        self.is_rate_reached = False
+        self._claims = claims
+        self._left = limit
+        self._take_from_rate = take_from_rate
+        self._is_stopped = is_stopped
+        self.on_ended: Callable[[IClaim, SendResult], None] = lambda *_: None
+        self._has_ended = False
+        # Claimed, and not given to anybody yet.
+        self._held: deque[IClaim] = deque()
+        self._in_hand: dict[str, IClaim] = {}
+        # Not to ask the rate again before that (``time.monotonic()``).
+        self._rate_asked_from = -math.inf
+
+    def end(self) -> None:
+        """Begin nothing more.  May be called from any thread."""
+        self._has_ended = True
+
+    def fail(self, error: BaseException) -> None:
+        """End because of *error*, which is raised where the run was started."""
+        self.error = self.error or error
+        self.end()
+
+    def lost(self) -> None:
+        """
+        End because of a defect.
+
+        What it is about stays claimed, so that its deaths are counted; everything else was released.
+        """
+        self._in_hand.clear()
+        self.end()
+
+    def has_more(self) -> bool:
+        """Whether there is something that was not begun, or not settled."""
+        return bool(self._in_hand) or self._hold(1) > 0
+
+    def release(self) -> None:
+        """Give back what is not settled, for threads that do not come back, too."""
+        self.end()
+        if isinstance(self._claims, Generator):
+            # What it has claimed and not given it gives back by itself.
+            self._claims.close()
+        for claim in (*self._held, *self._in_hand.values()):
+            claim.release()
+
+    # --- see `Source` ---
+
+    @property
+    def is_over(self) -> bool:
+        return self._has_ended or self._is_stopped()
+
+    def look(self, number: int) -> int:
+        if self.is_over or not self._hold(number) or not self._rate_allows(0):
+            return 0
+        return min(number, len(self._held))
+
+    def next(self) -> IClaim | None:
+        if self.is_over or not self._hold(1):
+            return None
+        claim = self._held[0]
+        if not self._rate_allows(_number_of_recipients(claim)):
+            return None
+        self._held.popleft()
+        self._in_hand[claim.id] = claim
+        return claim
+
+    def pause(self) -> float | None:
+        if self.is_over or not self._hold(1):
+            return None
+        seconds = max(0.0, self._rate_asked_from - time.monotonic())
+        self.is_rate_reached = seconds > RATE_WAIT_SECONDS
+        return None if self.is_rate_reached else seconds
+
+    def ended(self, claim: IClaim, result: SendResult | None) -> None:
+        self._in_hand.pop(claim.id, None)
+        if result is not None:
+            self.on_ended(claim, result)
+
+    def _hold(self, number: int) -> int:
+        """Claim what is due until so many are held; return how many are."""
+        while len(self._held) < number and self._left != 0:
+            try:
+                claim = next(self._claims, None)
+            except Exception as error:  # noqa: BLE001 - it is raised again where the run was started
+                self.fail(error)
+                claim = None
+            if claim is None:
+                self._left = 0
+                break
+            if self._left is not None:
+                self._left -= 1
+            self._held.append(claim)
+        return len(self._held)
+
+    def _rate_allows(self, sends: int) -> bool:
+        """Whether so many may be sent now; then they are taken from the rate.  Of 0 whether there could be one."""
+        if self._take_from_rate is None:
+            return True
+        if time.monotonic() < self._rate_asked_from:
+            return False
+        try:
+            seconds = self._take_from_rate(sends)
+        except (OSError, MailqueueError) as error:
+            self.fail(error)
+            return False
+        self._rate_asked_from = time.monotonic() + seconds
+        return not seconds
+
+
+def _number_of_recipients(claim: IClaim) -> int:
+    try:
+        return len(claim.recipients)
+    except (OSError, MailqueueError):
+        # Told of when the message is read.
+        return 0
+
+
 class _Crew:
-    """Those who deliver in one run, and the thread that waits for them."""
+    """The thread that delivers in one run, and the one that waits for it."""
 
     def __init__(
         self,
         handler: MessageHandler,
-        supply: Supply,
+        due: _Due,
         stop: Stop,
         report: RunReport,
         on_progress: Callable[[RunReport], None] | None,
@@ -249,159 +381,116 @@ class _Crew:
     ) -> None:
         self._handler = handler
         self._hurry = hurry
-        self._supply = supply
+        self._due = due
+        due.on_ended = self._note
         self._stop = stop
         self._report = report
         self._on_progress = on_progress
-        self._lock = threading.Lock()
-        self._loop = Loop()
-        # How many deliver.
-        self._at_work = 0
-        self._server_works = False
+        self._engine = Engine(handler, connections=handler.connections, has_helpers=True)
+        self._thread: threading.Thread | None = None
         self._is_server_lost = False
         self._is_cut_short = False
         self._defect: BaseException | None = None
 
     def work(self, max_seconds: float | None) -> None:
-        """Return when the run is over.  Raises what a thread could not cope with."""
+        """Return when the run is over.  Raises what the thread could not cope with."""
+        # Nobody connects for nothing.
+        if self._due.has_more():
+            self._start()
         try:
-            self._wait_for_all(max_seconds)
+            self._wait_for_the_end(max_seconds)
         except BaseException:
-            # Nobody is to take a message that one of the threads is still delivering.
-            self._supply.end()
+            # Nobody is to take a message that is still being delivered.
+            self._due.end()
             self._break_off()
             raise
-        error = self._defect or self._supply.error
+        error = self._defect or self._due.error
         if error is not None:
             raise error
-        self._report.rate_reached = self._supply.is_rate_reached
+        self._report.rate_reached = self._due.is_rate_reached
         if self._report.done and not self._is_server_lost:
-            # The server could be used; what it stumbled over has been told of.
+            # The server could be used; its disconnects have been told of.
             self._report.trouble = None
 
-    def _wait_for_all(self, max_seconds: float | None) -> None:
+    def _start(self) -> None:
+        # A daemon: at the end it may hang in what cannot be broken off.
+        thread = threading.Thread(target=self._deliver, name='mailqueue-run', daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise QueueError(
+                f'No thread can be started to deliver mail ({error}). Check the limits of the user and of the '
+                'service: ulimit -u, TasksMax.'
+            ) from error
+        self._thread = thread
+
+    @property
+    def _is_at_work(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _wait_for_the_end(self, max_seconds: float | None) -> None:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        # Nobody connects for nothing.
-        if self._supply.has_more():
-            try:
-                self._start_one(self._supply.share())
-            except RuntimeError as error:
-                raise QueueError(
-                    f'No thread can be started to deliver mail ({error}). Check the limits of the user and of the '
-                    'service: ulimit -u, TasksMax.'
-                ) from error
-        has_started_others = False
-        while self._at_work and not (self._stop.requested or _has_passed(deadline)):
-            if self._server_works and not has_started_others:
-                has_started_others = True
-                self._start_others(self._handler.connections - 1)
-            if not self._is_anybody_busy and not self._supply.needs_sessions():
-                break
+        while self._is_at_work and not (self._stop.requested or _has_passed(deadline)):
             self._stop.wait(_until(deadline))
-        if _has_passed(deadline) and self._at_work and not (self._report.done or self._is_anybody_busy):
+        if _has_passed(deadline) and self._is_at_work and not (self._report.done or self._engine.is_sending):
             self._report.trouble = ServerTrouble(f'No session was opened in the {max_seconds:g} seconds of this run.')
         self._end()
 
-    @property
-    def _is_anybody_busy(self) -> bool:
-        """Whether there is somebody who does more than to open a session."""
-        # In this order: nobody is at work no longer while it is counted as opening.
-        return self._at_work > self._supply.opening
-
-    def _start_others(self, number: int) -> None:
-        """Start so many threads, if there is something to do for them."""
-        for _ in range(self._supply.ready(number)):
-            share = self._supply.share()
-            try:
-                self._start_one(share)
-            except RuntimeError as error:
-                log.warning('No more threads can be started (%s). The run goes on with fewer connections.', error)
-                share.lost()
-                return
-
-    def _start_one(self, share: Share) -> None:
-        with self._lock:
-            self._at_work += 1
-        try:
-            self._loop.start(self._deliver(share))
-        except RuntimeError:
-            with self._lock:
-                self._at_work -= 1
-            raise
-
     def _end(self) -> None:
-        """Wait for the messages in hand, if there are any; who was told to stop does not wait for ever."""
-        self._supply.end()
+        """Wait for the messages in hand, if there are any; after a request to stop not for ever."""
+        self._due.end()
+        self._engine.wake()
         deadline = None
-        while self._is_anybody_busy and not (_has_passed(deadline) or self._stop.urgent):
+        while self._is_at_work and not (_has_passed(deadline) or self._stop.urgent):
             if self._stop.requested and deadline is None:
-                self._hurry(PATIENCE)
-                self._stop.on_ending()
-                deadline = time.monotonic() + PATIENCE
+                self._hurry(STOP_SECONDS)
+                if self._engine.is_sending:
+                    self._stop.on_ending()
+                deadline = time.monotonic() + STOP_SECONDS
             self._stop.wait(_until(deadline))
-        if self._at_work:
-            if self._stop.requested:
-                # What is broken off is given back.
-                self._hurry(LAST_PATIENCE)
+        if self._is_at_work:
+            # What is broken off is given back.
+            self._hurry(ABORT_SECONDS)
             self._break_off()
-        # Who has nothing left has not been stopped.
-        self._report.stopped = self._stop.requested and (self._is_cut_short or self._supply.has_more())
-        self._supply.release()
+        # Where nothing is left nothing was stopped.
+        self._report.stopped = self._stop.requested and (
+            self._is_cut_short or self._is_at_work or self._due.has_more()
+        )
 
     def _break_off(self) -> None:
-        if self._is_anybody_busy:
-            self._handler.abort()
-        else:
-            # The sessions of the others are kept for the next round.
-            self._handler.abort_opening()
-        deadline = time.monotonic() + LAST_PATIENCE
-        while self._at_work and not _has_passed(deadline):
+        self._handler.abort()
+        deadline = time.monotonic() + ABORT_SECONDS
+        while self._is_at_work and not _has_passed(deadline):
             self._stop.wait(_until(deadline))
 
-    # --- in the threads ---
+    # --- in the thread that delivers ---
 
-    def _deliver(self, share: Share) -> Work:
+    def _deliver(self) -> None:
         try:
-            with closing(self._handler.work_on(share, {})) as steps:
-                for step in steps:
-                    if isinstance(step, Wait):
-                        yield step
-                        continue
-                    claim, result = step
-                    share.done_with(claim)
-                    self._note(share, claim, result)
-            self._handler.make_room()
-        except GeneratorExit:
-            # Nobody goes on with it; what it had in hand is released by now.
-            share.lost()
+            self._engine.run(self._due)
         except BaseException as error:  # noqa: BLE001 - it is raised again where the run was started
             self._defect = error
-            self._supply.end()
-            share.lost()
-        with self._lock:
-            self._at_work -= 1
-        self._stop.wake()
+            self._due.lost()
+        finally:
+            self._stop.wake()
 
-    def _note(self, share: Share, claim: IClaim, result: SendResult) -> None:
+    def _note(self, claim: IClaim, result: SendResult) -> None:
+        """Count a message, and learn from it whether to go on."""
         if result.unwritten is not None:
-            self._supply.fail(result.unwritten)
-        if result.trouble is None:
-            if share.succeeded() and not self._server_works:
-                self._server_works = True
-                self._stop.wake()
-        else:
-            if result.trouble.in_message:
-                log.warning('%s %s', result.trouble, what_waits(claim.id, result))
-            if self._handler.is_paused or not result.trouble.in_message:
+            self._due.fail(result.unwritten)
+        trouble, report = result.trouble, self._report
+        if trouble is not None:
+            if trouble.in_message:
+                log.warning('%s %s', trouble, what_waits(claim.id, result))
+            if self._handler.is_backing_off or not trouble.in_message:
                 self._is_server_lost = True
-                self._supply.end()
-        with self._lock:
-            self._report.trouble = result.trouble or self._report.trouble
-            if result.settlement is not None:
-                self._report.count(result.settlement)
-                self._is_cut_short |= bool(result.settlement.waiting and not result.settlement.counted)
-            if self._on_progress is not None:
-                self._on_progress(self._report)
+                self._due.end()
+        report.trouble = trouble or report.trouble
+        if result.settlement is not None:
+            report.count(result.settlement)
+            self._is_cut_short |= bool(result.settlement.waiting and not result.settlement.counted)
+        if self._on_progress is not None:
+            self._on_progress(report)
 
 
 def _has_passed(deadline: float | None) -> bool:

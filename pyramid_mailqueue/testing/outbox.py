@@ -38,6 +38,7 @@ from pyramid_mailqueue.queues.memory.queue import MemoryClaim, MemoryQueue, Memo
 from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
+from pyramid_mailqueue.transports.base import Transport
 from pyramid_mailqueue.wiring import build_compose
 
 __all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_discarded', 'make_mailer']
@@ -213,7 +214,7 @@ class CapturingStaging(MemoryStaging):
 
 
 @implementer(ITransport)
-class AcceptingTransport:
+class AcceptingTransport(Transport):
     """See `ITransport`.  The queue has captured what is sent here."""
 
     name = 'testing'
@@ -222,9 +223,6 @@ class AcceptingTransport:
         """See `ITransport`."""
         reply = Reply(250, 'captured by a test', '2.0.0', from_server=False)
         return SendResult(dict.fromkeys(recipients, reply), self.name)
-
-    def close(self) -> None:
-        """See `ITransport`."""
 
 
 class CapturingMailer(Mailer):

@@ -12,12 +12,13 @@ from zope.interface import implementer
 
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.results import Reply, SendResult
+from pyramid_mailqueue.transports.base import Transport
 
 __all__ = ['DebugInbox']
 
 
 @implementer(ITransport)
-class DebugInbox:
+class DebugInbox(Transport):
     """
     See `ITransport`.  Each message becomes a file that mail programs open (``.eml``); nothing leaves this machine.
 
@@ -57,6 +58,3 @@ class DebugInbox:
         except FileExistsError:
             return
         self.path.chmod(0o700)
-
-    def close(self) -> None:
-        """See `ITransport`."""

@@ -11,12 +11,13 @@ from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
+from pyramid_mailqueue.transports.base import Transport
 
 __all__ = ['MaildirBackend']
 
 
 @implementer(ITransport)
-class MaildirBackend:
+class MaildirBackend(Transport):
     """
     See `ITransport`.  As the last transport it catches what the others could not deliver.
 
@@ -39,11 +40,12 @@ class MaildirBackend:
         """See `ITransport`."""
         return isinstance(queue, MaildirQueue) and queue.path == self._queue.path
 
-    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> None:
+    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> bool:
         """See `ITransport`.  Raises QueueError if the queue cannot take them."""
         recipients = tuple(recipient for burial in burials for recipient in burial.recipients)
         claim = self._queue.put_claimed(Envelope(sender, recipients, content))
         claim.settle(Settlement(burials=tuple(burials)))
+        return True
 
     def close(self) -> None:
         """See `ITransport`."""

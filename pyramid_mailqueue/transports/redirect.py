@@ -3,77 +3,79 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.waiting import Wait
-from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.interfaces import IConnection, ISender, ITransport
 from pyramid_mailqueue.message.redirect import original_recipients
-from pyramid_mailqueue.results import Offer, SendResult
+from pyramid_mailqueue.results import Burial, Offer, SendResult
+from pyramid_mailqueue.transports.base import Connection, Transport, Wait, as_transport
 
 __all__ = ['RedirectingTransport', 'redirecting']
 
-#: Optional members of a transport that send nothing.
-_PASSED_ON = frozenset({'abort', 'abort_opening', 'bury', 'leads_to', 'make_room', 'reload'})
 
-
-def redirecting(transport: Any, to: str) -> ITransport:
+def redirecting(transport: ISender, to: str) -> RedirectingTransport:
     """
     Return *transport* as one that sends everything to the address *to*.
 
     New messages are redirected before they come into the queue.  This is for those that are in it already.
-
-    :param transport: see `ITransport`; any `ISender` will do
     """
-    if isinstance(transport, RedirectingTransport):
-        return transport
-    kind = RedirectingTransport
-    if hasattr(transport, 'stream'):
-        kind = _OpeningStream if hasattr(transport, 'open_stream') else _Stream
-    return kind(transport, to)
+    return transport if isinstance(transport, RedirectingTransport) else RedirectingTransport(transport, to)
 
 
 @implementer(ITransport)
-class RedirectingTransport:
+class RedirectingTransport(Transport):
     """
     See `ITransport`.  Each recipient has the reply that the server gave for the one address.
 
     Its name says that it redirects, so that no log claims a delivery to the original recipients.
     """
 
-    def __init__(self, transport: Any, to: str) -> None:
-        self._transport = transport
+    def __init__(self, transport: ISender, to: str) -> None:
+        self._transport = as_transport(transport)
         self._to = to
-        self.name = self._named(getattr(transport, 'name', None) or type(transport).__name__)
+        self.name = self._named(self._transport.name)
 
-    def __getattr__(self, name: str) -> Any:
-        # Only the known ones: another might be one more way to send.
-        if name not in _PASSED_ON:
-            raise AttributeError(name)
-        return getattr(self._transport, name)
-
-    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes, /) -> SendResult | bool:
         """See `ITransport`."""
-        offer = self._redirected(Offer(sender, recipients, content))
-        return self._for_all(recipients, self._transport.send(offer.sender, offer.recipients, offer.content))
+        offer = self.redirected(Offer(sender, recipients, content))
+        return self.for_all(recipients, self._transport.send(offer.sender, offer.recipients, offer.content))
+
+    def connect(self, instead_of: IConnection | None = None) -> IConnection | None:
+        """See `ITransport`."""
+        connection = self._transport.connect(instead_of and _within(instead_of))
+        return connection and _RedirectingConnection(connection, self)
 
     def close(self) -> None:
         """See `ITransport`."""
-        close = getattr(self._transport, 'close', None)
-        if close is not None:
-            close()
+        self._transport.close()
 
-    def _redirected(self, offer: Offer) -> Offer:
+    def abort(self) -> None:
+        """See `ITransport`."""
+        self._transport.abort()
+
+    def reload(self) -> None:
+        """See `ITransport`."""
+        self._transport.reload()
+
+    def leads_to(self, queue: object) -> bool:
+        """See `ITransport`."""
+        return self._transport.leads_to(queue)
+
+    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> bool:
+        """See `ITransport`.  Nothing is sent: a dead letter keeps its recipients."""
+        return self._transport.bury(sender, content, burials)
+
+    def redirected(self, offer: Offer) -> Offer:
+        """Return *offer* as one to the one address; the original recipients are named in its header."""
         if offer.recipients == (self._to,):
             return offer
         return offer._replace(recipients=(self._to,), content=original_recipients(offer.recipients) + offer.content)
 
-    def _for_all(self, recipients: tuple[str, ...], answer: SendResult | bool) -> SendResult | bool:
+    def for_all(self, recipients: tuple[str, ...], answer: SendResult | bool) -> SendResult | bool:
+        """Return the answer for the one address as one for all of *recipients*."""
         if not isinstance(answer, SendResult):
             return answer
         reply = answer.replies.get(self._to)
@@ -84,36 +86,40 @@ class RedirectingTransport:
         return f'{name} (redirected to {self._to})'
 
 
-Stream = Generator[SendResult | bool | Wait]
-More = Callable[[], Offer | None]
+@implementer(IConnection)
+class _RedirectingConnection(Connection):
+    """See `IConnection`."""
+
+    def __init__(self, connection: IConnection, transport: RedirectingTransport) -> None:
+        self.connection = connection
+        self._transport = transport
+        self._recipients: deque[tuple[str, ...]] = deque()
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    @property
+    def is_spent(self) -> bool:  # type: ignore[override]
+        return self.connection.is_spent
+
+    @property
+    def has_room(self) -> bool:
+        return self.connection.has_room
+
+    def submit(self, offer: Offer) -> None:
+        self.connection.submit(self._transport.redirected(offer))
+        self._recipients.append(offer.recipients)
+
+    def advance(self, events: int = 0) -> Iterator[SendResult | bool]:
+        for answer in self.connection.advance(events):
+            yield self._transport.for_all(self._recipients.popleft(), answer)
+
+    def wait(self) -> Wait:
+        return self.connection.wait()
+
+    def release(self) -> None:
+        self.connection.release()
 
 
-class _Stream(RedirectingTransport):
-    """See `ITransport`."""
-
-    def stream(self, first: Offer, more: More) -> Stream:
-        """See `ITransport`."""
-        return self._for_each(deque([first]), more, partial(self._transport.stream, self._redirected(first)))
-
-    def _for_each(self, under_way: deque[Offer], more: More, stream: Callable[[More], Stream]) -> Stream:
-        def next_offer() -> Offer | None:
-            offer = more()
-            if offer is None:
-                return None
-            under_way.append(offer)
-            return self._redirected(offer)
-
-        with closing(stream(next_offer)) as answers:
-            for answer in answers:
-                if isinstance(answer, Wait):
-                    yield answer
-                else:
-                    yield self._for_all(under_way.popleft().recipients, answer)
-
-
-class _OpeningStream(_Stream):
-    """See `ITransport`."""
-
-    def open_stream(self, more: More) -> Stream:
-        """See `ITransport`."""
-        return self._for_each(deque(), more, self._transport.open_stream)
+def _within(connection: IConnection) -> IConnection:
+    return connection.connection if isinstance(connection, _RedirectingConnection) else connection

@@ -18,9 +18,9 @@ from zope.interface.verify import verifyObject
 
 from pyramid_mailqueue import mailer_from_settings
 from pyramid_mailqueue.delivery import dispatch
+from pyramid_mailqueue.delivery.backoff import BackOff
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
 from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.pause import Pause
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import QueueError
@@ -203,43 +203,45 @@ def test_when_the_server_is_in_trouble_everything_is_released_at_once(
 
 
 @pytest.fixture
-def make_resting(make_background):
-    """A dispatcher over one transport that rests as *pause* says."""
+def make_backing_off(make_background):
+    """A dispatcher over one transport that backs off as *backoff* says."""
 
-    def make_resting(transport, pause, **options):
+    def make_backing_off(transport, backoff, **options):
         handler = MessageHandler([transport])
         (route,) = handler.routes
-        route.pause = pause
+        route.backoff = backoff
         return make_background(handler, **options)
 
-    return make_resting
+    return make_backing_off
 
 
-def test_what_waits_since_a_trouble_is_tried_again_after_the_pause(make_resting, claims, queue, says, trouble, until):
+def test_what_waits_since_a_trouble_is_tried_again_after_the_back_off(
+    make_backing_off, claims, queue, says, trouble, until
+):
     transport = says(trouble, trouble, YES)
 
-    make_resting(transport, Pause(first=0.01, longest=0.02)).dispatch(claims(3))
+    make_backing_off(transport, BackOff(first=0.01, longest=0.02)).dispatch(claims(3))
 
-    # Twice in vain, with a pause after each, and then one after the other.
+    # Twice in vain, with a back-off after each, and then one after the other.
     until(lambda: len(transport.asked) == 5)
     until(lambda: queue.state == {})
 
 
-def test_what_is_sent_during_a_pause_is_tried_after_it(make_resting, claims, queue, says, trouble, until):
-    pause = Pause(first=0.2)
-    background = make_resting(says(YES), pause, idle=60)
+def test_what_is_sent_during_a_back_off_is_tried_after_it(make_backing_off, claims, queue, says, trouble, until):
+    backoff = BackOff(first=0.2)
+    background = make_backing_off(says(YES), backoff, idle=60)
     background.dispatch(claims(1))
     until(lambda: queue.state == {})
 
     # Not the thread has seen the trouble, so it waits for new mail.
-    pause.begin(trouble)
+    backoff.begin(trouble)
     background.dispatch(claims(2))
-    # It waits for longer than until() does: it is the pause that has ended, not the waiting.
+    # It waits for longer than until() does: it is the back-off that has ended, not the waiting.
     until(lambda: queue.state == {})
 
 
-def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
-    make_resting, queue, claims, says, trouble, until, caplog, monkeypatch
+def test_a_queue_that_is_away_when_a_back_off_ends_is_told_of_once_and_asked_again(
+    make_backing_off, queue, claims, says, trouble, until, caplog, monkeypatch
 ):
     def claim(id):
         asked.append(id)
@@ -247,13 +249,13 @@ def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
             raise QueueError('The database is away.')
         return queue_claim(id)
 
-    queue_claim, asked, pause = queue.claim, [], Pause()
+    queue_claim, asked, backoff = queue.claim, [], BackOff()
     monkeypatch.setattr(queue, 'claim', claim)
-    background = make_resting(says(YES), pause)
-    background._queue_pause = Pause(first=0.01)
-    pause.begin(trouble)
+    background = make_backing_off(says(YES), backoff)
+    background._queue_backoff = BackOff(first=0.01)
+    backoff.begin(trouble)
     background.dispatch(claims(2))
-    pause.end()
+    backoff.end()
     background.dispatch(claims(1))
     until(lambda: queue.state == {})
 
@@ -261,17 +263,19 @@ def test_a_queue_that_is_away_when_a_pause_ends_is_told_of_once_and_asked_again(
     assert len({*asked[:4]}) == 1
 
 
-def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, claims, queue, says, trouble, until):
-    transport, pause = says(YES), Pause()
-    background = make_resting(transport, pause)
-    pause.begin(trouble)
+def test_what_somebody_else_took_during_a_back_off_is_left_to_them(
+    make_backing_off, claims, queue, says, trouble, until
+):
+    transport, backoff = says(YES), BackOff()
+    background = make_backing_off(transport, backoff)
+    backoff.begin(trouble)
     background.dispatch(claims(3))
     taken, gone, left = queue.claim_due(time.time())
     gone.settle(Settlement())
     taken.settle(Settlement(taken.envelope.recipients, due=time.time() + 1000))
     left.release()
 
-    pause.end()
+    backoff.end()
     background.dispatch(claims(1))
     until(lambda: queue.state == {'waiting': 1})
 
@@ -279,10 +283,12 @@ def test_what_somebody_else_took_during_a_pause_is_left_to_them(make_resting, cl
 
 
 @pytest.mark.parametrize('step', ['MAIL', 'RCPT'])
-def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_resting, claims, queue, until, caplog, step):
+def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(
+    make_backing_off, claims, queue, until, caplog, step
+):
     with ScriptedSMTPServer({step: [Close()]}) as server:
         transport = SMTPTransport(hostname=server.host, port=server.port, local_hostname='app.example')
-        make_resting(transport, Pause(first=300)).dispatch(claims(3))
+        make_backing_off(transport, BackOff(first=300)).dispatch(claims(3))
         until(lambda: len(server.messages) == 2 and queue.state == {'waiting': 1})
 
         # It is not tried again and again, but left to mq-run.
@@ -293,14 +299,14 @@ def test_one_message_that_makes_the_server_hang_up_holds_nobody_back(make_restin
     assert any(record.getMessage().endswith(f'The message {bad} waits.') for record in caplog.records)
 
 
-def test_over_a_pause_the_first_messages_are_remembered(make_resting, claims, queue, says, trouble, until):
-    pause = Pause()
-    background = make_resting(says(YES), pause, max_claims=2)
-    pause.begin(trouble)
+def test_over_a_back_off_the_first_messages_are_remembered(make_backing_off, claims, queue, says, trouble, until):
+    backoff = BackOff()
+    background = make_backing_off(says(YES), backoff, max_claims=2)
+    backoff.begin(trouble)
     waiting = claims(4)
     background.dispatch(waiting)
 
-    pause.end()
+    backoff.end()
     background.dispatch(claims(1))
     until(lambda: queue.state == {'waiting': 2})
 
@@ -330,7 +336,7 @@ def test_whatever_happens_to_the_thread_is_told_and_it_goes_on_with_what_waits(
 ):
     transport = says(YES)
     make_background(MessageHandler([transport], retry_policy=Once(error))).dispatch(claims(3))
-    until(lambda: len(transport.asked) == 3 and queue.state == {'waiting': 1})
+    until(lambda: len(transport.asked) == 3 and queue.state == {})
 
     (record,) = [record for record in caplog.records if record.levelname == 'CRITICAL']
     assert record.message == 'The delivery thread was about to end, and goes on'
@@ -346,7 +352,7 @@ def test_inline_lets_go_whoever_wants_to_end_and_begins_with_nothing_more(claims
     with pytest.raises(error):
         inline.dispatch(claims(3))
 
-    assert (len(transport.asked), queue.state) == (1, {'waiting': 3})
+    assert (len(transport.asked), queue.state) == (1, {'waiting': 2}), 'what was sent is not sent again'
     assert caplog.messages == []
 
 
@@ -399,8 +405,8 @@ def test_a_receiver_that_wants_to_exit_ends_nothing(background, claims, queue, s
     assert len(server.messages) == 3
 
 
-def test_who_closes_during_a_pause_does_not_wait_for_its_end(make_resting, claims, queue, says, trouble, until):
-    background = make_resting(says(trouble), Pause(first=300))
+def test_who_closes_during_a_back_off_does_not_wait_for_its_end(make_backing_off, claims, queue, says, trouble, until):
+    background = make_backing_off(says(trouble), BackOff(first=300))
     background.dispatch(claims(1))
     until(lambda: queue.state == {'waiting': 1})
 
@@ -531,7 +537,7 @@ def test_close_leaves_a_transport_that_cannot_be_broken_off_to_the_end_of_the_pr
             return YES
 
     event = make_event()
-    monkeypatch.setattr(dispatch, 'LAST_PATIENCE', 0.01)
+    monkeypatch.setattr(dispatch, 'ABORT_SECONDS', 0.01)
     background = make_background(MessageHandler([Hanging()]), patience=0.01)
     background.dispatch(claims(2))
     until(lambda: Hanging.asked)
@@ -569,8 +575,8 @@ def test_what_is_left_counts_what_found_no_place_in_the_thread(
     assert queue.state == {'waiting': 6}
 
 
-def test_what_is_left_counts_what_waits_since_a_trouble(make_resting, claims, queue, says, trouble, until, close):
-    background = make_resting(says(trouble), Pause(first=300), max_claims=2)
+def test_what_is_left_counts_what_waits_since_a_trouble(make_backing_off, claims, queue, says, trouble, until, close):
+    background = make_backing_off(says(trouble), BackOff(first=300), max_claims=2)
     background.dispatch(claims(1))
     until(lambda: queue.state == {'waiting': 1})
     background.dispatch(claims(3))
@@ -768,7 +774,7 @@ def test_a_process_ends_though_the_server_hangs(leaving, queue, server, held):
 
 
 def test_the_end_of_a_process_waits_five_seconds_at_most(background):
-    assert background._patience == dispatch.PATIENCE == 5
+    assert background._patience == dispatch.STOP_SECONDS == 5
 
 
 WAITRESS = """

@@ -20,6 +20,7 @@ from pyramid_mailqueue.testing import EXTENSIONS, Close, ScriptedSMTPServer
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 from pyramid_mailqueue.transports.smtp.transaction import OUTCOME_UNKNOWN
+from tests.parts.connections import Given, Streams, deliver_all
 
 ADA, BOB, EVE, DAN = 'ada@x.example', 'bob@x.example', 'eve@x.example', 'dan@x.example'
 OK, LATER, NEVER = Reply(250, 'ok', '2.1.5'), Reply(451, 'later', '4.3.0'), Reply(550, 'no such user', '5.1.1')
@@ -202,7 +203,7 @@ def test_while_all_rest_no_attempt_is_made(queue, envelope, says, trouble):
 
     results = [handler.deliver(queue.claimed(envelope())) for _ in range(3)][-1:]
 
-    assert handler.is_paused
+    assert handler.is_backing_off
     assert transport.asked == [(ADA,)]
     assert results[0].trouble is trouble
 
@@ -213,12 +214,12 @@ def test_when_the_rest_is_over_a_success_ends_the_trouble(queue, envelope, says,
     queue.put(envelope())
     (claim,) = queue.claim_due(queue.clock() + 1)
     handler.deliver(claim)
-    handler.routes[0].pause._until = 0
+    handler.routes[0].backoff._until = 0
 
     (claim,) = queue.claim_due(queue.clock() + 1)
     handler.deliver(claim)
 
-    assert not handler.is_paused
+    assert not handler.is_backing_off
     assert queue.state == {}
 
 
@@ -232,10 +233,10 @@ def test_after_trouble_of_the_first_transport_the_second_is_asked_and_the_first_
 
     assert (len(first.asked), len(second.asked)) == (1, 3)
     assert [result.trouble for result in results] == [None] * 3
-    assert not handler.is_paused
+    assert not handler.is_backing_off
     assert queue.state == {}
-    # Once for each rest, not for each message.
-    assert caplog.messages.count('The transport first rests: mail.example:25 is down') == 1
+    # Once for each back-off, not for each message.
+    assert caplog.messages.count('The transport first backs off: mail.example:25 is down') == 1
 
 
 def test_trouble_of_a_fallback_is_no_reason_to_end_a_run(queue, envelope, says, trouble, caplog):
@@ -245,7 +246,7 @@ def test_trouble_of_a_fallback_is_no_reason_to_end_a_run(queue, envelope, says, 
 
     assert result.trouble is None
     assert queue.headers('new')[0].attempts == 1
-    assert 'The transport fallback rests: mail.example:25 is down' in caplog.messages
+    assert 'The transport fallback backs off: mail.example:25 is down' in caplog.messages
 
 
 def test_if_every_transport_is_in_trouble_so_is_the_run(queue, envelope, says, trouble):
@@ -255,7 +256,7 @@ def test_if_every_transport_is_in_trouble_so_is_the_run(queue, envelope, says, t
     results = [handler.deliver(queue.claimed(envelope())) for _ in range(2)]
 
     assert [result.trouble for result in results] == [other, other]
-    assert handler.is_paused
+    assert handler.is_backing_off
     assert [header.attempts for header in queue.headers('new')] == [0, 0]
 
 
@@ -264,7 +265,7 @@ def test_a_message_waits_if_there_is_no_transport_at_all(queue, envelope):
 
     handler.deliver(queue.claimed(envelope()))
 
-    assert not handler.is_paused, 'there is nothing whose rest could end'
+    assert not handler.is_backing_off, 'there is nothing whose rest could end'
     assert queue.state == {'waiting': 1}
 
 
@@ -302,7 +303,7 @@ def test_a_connection_lost_after_the_final_dot_is_deferred(queue, envelope, smtp
         handler = MessageHandler([smtp(server)])
         result = handler.deliver(queue.claimed(envelope()))
         (header,) = queue.headers('new')
-        handler.routes[0].pause.end()
+        handler.routes[0].backoff.end()
         (claim,) = queue.claim_due(queue.clock() + 2 * FIVE_MINUTES)
         handler.deliver(claim)
 
@@ -390,20 +391,7 @@ class OtherClaim(Claim):
 def test_a_message_that_makes_the_program_fail_is_abandoned_and_the_others_are_delivered(says, error):
     steps = []
     good = OtherClaim(Envelope('a@x.example', ('b@x.example',), b'Hello\r\n'), steps)
-    claims = iter([OtherClaim(error, steps), good])
-
-    class Claims:
-        opens_first = is_over = False
-
-        def take(self):
-            return next(claims, None)
-
-        take_now = take
-
-        def hand_over(self, claims):
-            return False
-
-    results = [*MessageHandler([says(YES)]).deliver_all(Claims())]
+    results = deliver_all(MessageHandler([says(YES)]), Given(OtherClaim(error, steps), good))
 
     assert [claim for claim, _ in results] == [good]
     assert steps == ['abandoned', 'settled']
@@ -425,56 +413,6 @@ def test_a_message_that_cannot_be_read_is_left_alone_and_logged(says, error, tol
 
 
 # --- many messages, one after the other -------------------------------------
-
-
-class Given:
-    """
-    Claims for one thread.
-
-    :param others: whether there are other threads, which take over
-    """
-
-    def __init__(self, *claims, others=False):
-        self.claims = list(claims)
-        self.others = others
-        self.handed_over = []
-        self.opens_first = self.is_over = self.is_untried = False
-
-    def take(self):
-        return self.claims.pop(0) if self.claims else None
-
-    take_now = take
-
-    def hand_over(self, claims):
-        if self.others:
-            self.handed_over += claims
-        return self.others
-
-
-class Streams:
-    """A transport whose stream always has the next message in hand, and answers as *answers* say."""
-
-    name = 'streams'
-
-    def __init__(self, *answers, before=None):
-        self.answers = list(answers)
-        self.before = before
-        self.offered = []
-
-    def stream(self, first, more):
-        offers = [first]
-        self.offered.append(first.recipients)
-        while offers:
-            if (offer := more()) is not None:
-                offers.append(offer)
-                self.offered.append(offer.recipients)
-            answer = self.answers.pop(0)
-            if self.before:
-                self.before(offers[0].recipients)
-            if isinstance(answer, Exception):
-                raise answer
-            yield answer
-            offers.pop(0)
 
 
 @pytest.fixture
@@ -503,14 +441,8 @@ def test_nothing_is_announced_behind_a_message_that_is_large_or_has_killed_its_d
         monkeypatch.setattr(type(alone), 'deaths', property(lambda claim: int(claim is alone)))
     under_way = []
 
-    class Transport(Streams):
-        def stream(self, first, more):
-            for result in super().stream(first, more):
-                under_way.append(tuple(self.offered))
-                yield result
-
-    transport = Transport(*[YES] * 3)
-    results = list(MessageHandler([transport]).deliver_all(Given(first, alone, last)))
+    transport = Streams(YES, before=lambda _: under_way.append(tuple(transport.offered)))
+    results = deliver_all(MessageHandler([transport]), Given(first, alone, last))
 
     assert len(results) == 3
     assert under_way == [((ADA,), (BOB,)), ((ADA,), (BOB,)), ((ADA,), (BOB,), (DAN,))]
@@ -520,8 +452,11 @@ def test_each_claim_is_settled_when_it_is_yielded_and_not_before(queue, claimed,
     claims = claimed('ada', 'bob', 'eve')
     states = []
     with ScriptedSMTPServer() as server:
-        for claim, result in MessageHandler([smtp(server)]).deliver_all(Given(*claims)):
-            states.append((claim, result.accepted, queue.state.get('in progress', 0)))
+        given = Given(*claims)
+        given.on_ended = lambda claim, result: states.append(
+            (claim, result.accepted, queue.state.get('in progress', 0))
+        )
+        deliver_all(MessageHandler([smtp(server)]), given)
 
     assert states == [(claims[0], (ADA,), 2), (claims[1], (BOB,), 1), (claims[2], (EVE,), 0)]
     assert len(server.sessions) == 1
@@ -530,7 +465,7 @@ def test_each_claim_is_settled_when_it_is_yielded_and_not_before(queue, claimed,
 def test_accepted_deferred_and_refused_in_the_middle_of_a_stream_go_their_own_ways(queue, claimed, smtp):
     script = {f'RCPT TO:<{BOB}>': '451 4.3.0 later', f'RCPT TO:<{EVE}>': '550 5.1.1 no such user'}
     with ScriptedSMTPServer(script) as server:
-        results = list(MessageHandler([smtp(server)]).deliver_all(Given(*claimed('ada', 'ada bob eve dan', 'dan'))))
+        results = deliver_all(MessageHandler([smtp(server)]), Given(*claimed('ada', 'ada bob eve dan', 'dan')))
 
     assert [message.recipients for message in server.messages] == [(ADA,), (ADA, DAN), (DAN,)]
     assert [result.trouble for _, result in results] == [None] * 3
@@ -561,7 +496,7 @@ def test_who_has_a_message_is_written_down_before_its_next_transaction(
             written.append(read_header(file).recipients)
 
     with ScriptedSMTPServer({**script, 'MAIL': on_mail}, extensions=extensions) as server:
-        results = list(MessageHandler([smtp(server, **options)]).deliver_all(Given(many, *claimed('late'))))
+        results = deliver_all(MessageHandler([smtp(server, **options)]), Given(many, *claimed('late')))
 
     transactions = [message.recipients for message in server.messages]
     assert sorted(transactions) == [(ADA, BOB), (EVE, DAN), ('late@x.example',)]
@@ -581,7 +516,7 @@ def test_between_two_transactions_nothing_is_written_if_nobody_was_accepted(queu
         'MAIL': lambda command: inodes.append(queue.files('cur')[0].stat().st_ino),
     }
     with ScriptedSMTPServer(script) as server:
-        list(MessageHandler([smtp(server, max_recipients=1)]).deliver_all(Given(claim)))
+        deliver_all(MessageHandler([smtp(server, max_recipients=1)]), Given(claim))
 
     assert inodes == [before, before]
     assert recipients(queue.headers('dead')) == [(ADA,)]
@@ -598,7 +533,7 @@ def test_a_receiver_that_raises_in_the_middle_of_a_stream_disturbs_neither_neigh
     listen(MQSignal.delivery_failed, bad)
     script = {f'RCPT TO:<{BOB}>': [None, '550 5.1.1 no such user']}
     with ScriptedSMTPServer(script) as server:
-        list(MessageHandler([smtp(server)]).deliver_all(Given(*claimed('ada', 'bob', 'eve', 'bob', 'dan'))))
+        deliver_all(MessageHandler([smtp(server)]), Given(*claimed('ada', 'bob', 'eve', 'bob', 'dan')))
 
     assert [message.recipients for message in server.messages] == [(ADA,), (BOB,), (EVE,), (DAN,)]
     assert queue.state == {'dead': 1}
@@ -610,7 +545,7 @@ def test_a_message_that_cannot_be_read_is_left_out_of_a_stream(queue, claimed, s
     first, last = claimed('ada', 'bob')
     unreadable = OtherClaim(QueueFileError('Envelope-to is missing'), [])
     with ScriptedSMTPServer() as server:
-        results = list(MessageHandler([smtp(server)]).deliver_all(Given(first, unreadable, last)))
+        results = deliver_all(MessageHandler([smtp(server)]), Given(first, unreadable, last))
 
     assert [claim for claim, _ in results] == [first, last]
     assert unreadable.steps == ['released']
@@ -620,18 +555,22 @@ def test_a_message_that_cannot_be_read_is_left_out_of_a_stream(queue, claimed, s
 def test_with_nothing_to_do_nobody_is_called(says):
     transport = says(YES)
 
-    assert list(MessageHandler([transport]).deliver_all(Given())) == []
+    assert deliver_all(MessageHandler([transport]), Given()) == []
     assert transport.asked == []
 
 
-def test_who_ends_early_gives_back_what_is_in_hand_as_it_was(queue, claimed, smtp):
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_gives_back_what_is_in_hand_as_it_was(queue, claimed, smtp):
     claims = claimed('ada', 'bob', 'eve')
     inodes = {file.name: file.stat().st_ino for file in queue.files('cur')}
     given = Given(*claims)
     with ScriptedSMTPServer() as server:
-        results = MessageHandler([smtp(server)]).deliver_all(given)
-        next(results)
-        results.close()
+        given.on_ended = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            deliver_all(MessageHandler([smtp(server)]), given)
 
     assert {file.name: file.stat().st_ino for file in queue.files('new')} == {claims[1].id: inodes[claims[1].id]}
     assert given.claims == [claims[2]]
@@ -646,7 +585,7 @@ def test_who_is_still_open_in_the_middle_of_a_stream_is_offered_to_the_second_tr
     written = []
     second = Streams(SendResult({EVE: OK}), before=lambda _: written.append(recipients(queue.headers('cur'))))
 
-    results = list(MessageHandler([first, second]).deliver_all(Given(*claimed('ada', 'bob eve dan', 'ada'))))
+    results = deliver_all(MessageHandler([first, second]), Given(*claimed('ada', 'bob eve dan', 'ada')))
 
     assert (first.offered, second.offered) == ([(ADA,), (BOB, EVE, DAN), (ADA,)], [(EVE,)])
     assert written == [[(EVE, DAN)]], 'who was refused is nobody who has it'
@@ -656,23 +595,19 @@ def test_who_is_still_open_in_the_middle_of_a_stream_is_offered_to_the_second_tr
     assert queue.state == {'dead': 1}
 
 
-def test_a_transport_whose_rest_is_over_gets_its_next_message_when_the_stream_of_the_other_has_ended(
-    queue, claimed, says, trouble
-):
+def test_a_transport_whose_back_off_is_over_gets_the_next_message_and_waits_for_no_other(queue, claimed, says, trouble):
     primary, fallback = says(trouble, YES), Streams(*[YES] * 5)
     handler = MessageHandler([primary, fallback])
 
-    def end_pause(_):
+    def end_backoff(_):
         if len(fallback.offered) == 3:
-            handler.routes[0].pause.end()
+            handler.routes[0].backoff.end()
 
-    fallback.before = end_pause
-    results = list(handler.deliver_all(Given(*claimed('ada', 'bob', 'eve', 'dan', 'zoe'))))
+    fallback.before = end_backoff
+    results = deliver_all(handler, Given(*claimed('ada', 'bob', 'eve', 'dan', 'zoe')))
 
     assert (primary.asked, fallback.offered) == ([(ADA,), (DAN,), ('zoe@x.example',)], [(ADA,), (BOB,), (EVE,)])
-    assert [claim.envelope.recipients for claim, _ in results] == [
-        (ADA,), (BOB,), (EVE,), (DAN,), ('zoe@x.example',),
-    ]  # fmt: skip
+    assert len(results) == 5
     assert queue.state == {}
 
 
@@ -686,7 +621,7 @@ def test_a_server_that_broke_off_in_the_midst_of_a_message_may_be_used_for_the_n
     result = handler.deliver(*claimed('ada'))
 
     assert result.trouble.in_message
-    assert not handler.is_paused
+    assert not handler.is_backing_off
     assert queue.files('new')[0].name.endswith(',stumbles=1')
 
 
@@ -698,96 +633,87 @@ def test_if_neither_server_could_be_used_there_was_nothing_in_the_midst_of_it(qu
     assert result.trouble is troubles[1]
 
 
-# --- one session too many ---------------------------------------------------
+# --- one connection too many ------------------------------------------------
 
 
-def test_a_session_too_many_hands_over_what_it_has_in_hand_and_is_no_trouble(queue, claimed, says, trouble, caplog):
-    claims = claimed('ada', 'bob', 'eve')
+class Two:
+    """Two connections: the second opens when the first has worked, and both have messages under way."""
+
+    def __init__(self, first, second, **options):
+        self.transport = Streams(*first, by_connection=[second], **options)
+        self.fallback = Streams(YES)
+        self.fallback.name = 'fallback'
+        self.handler = MessageHandler([self.transport, self.fallback])
+
+    def deliver(self, *claims):
+        self.given = Given(*claims)
+        return deliver_all(self.handler, self.given, connections=2)
+
+
+@pytest.mark.parametrize('where', ['connect', 'MAIL'])
+def test_a_connection_too_many_leaves_what_it_has_in_hand_to_the_other_and_is_no_trouble(queue, claimed, caplog, where):
+    trouble = ServerTrouble('too many connections', in_message=where == 'MAIL', at_mail=where == 'MAIL')
+    two = Two([YES], [trouble] if where == 'connect' else [SendResult(trouble=trouble)])
+
+    results = two.deliver(*claimed('ada', 'bob', 'eve', 'dan', 'zoe'))
+
+    assert [result.trouble for _, result in results] == [None] * 5
+    assert (len(two.transport.connections), two.fallback.offered, two.handler.backoff_seconds) == (2, [], 0)
+    assert queue.state == {}
+    assert caplog.messages.count(f'{trouble} The run goes on with fewer connections.') == 1
+
+
+def test_where_there_are_no_others_the_transport_backs_off_and_the_next_one_is_asked(queue, claimed, says, trouble):
     fallback = says(YES)
     handler = MessageHandler([Streams(trouble), fallback])
-    given = Given(*claims, others=True)
 
-    assert list(handler.deliver_all(given)) == []
-    assert given.handed_over == claims[:2]
-    assert given.claims == claims[2:]
-    assert (fallback.asked, handler.rests_for) == ([], 0)
-    assert queue.state == {'in progress': 3}, 'the others have them'
-    assert caplog.messages == [f'{trouble} The run goes on with fewer connections.']
-
-
-def test_where_there_are_no_others_the_transport_rests_and_the_next_one_is_asked(queue, claimed, says, trouble):
-    fallback = says(YES)
-    handler = MessageHandler([Streams(trouble), fallback])
-
-    list(handler.deliver_all(Given(*claimed('ada', 'bob', 'eve'))))
+    deliver_all(handler, Given(*claimed('ada', 'bob', 'eve')))
 
     assert fallback.asked == [(ADA,), (BOB,), (EVE,)]
-    assert handler.rests_for == 0
-    assert handler.routes[0].pause.trouble is trouble
+    assert handler.backoff_seconds == 0
+    assert handler.routes[0].backoff.trouble is trouble
     assert queue.state == {}
 
 
-def test_a_server_that_has_not_worked_since_its_last_trouble_has_no_session_too_many(queue, claimed, says, trouble):
-    fallback = says(YES)
-    handler = MessageHandler([Streams(trouble), fallback])
-    # The pause is over, and each thread looks whether the server is back.
-    handler.routes[0].pause.begin(trouble)
-    handler.routes[0].pause._until = 0
-    given = Given(*claimed('ada', 'bob'), others=True)
+def test_a_server_that_has_not_worked_since_its_last_trouble_has_no_connection_too_many(queue, claimed, trouble):
+    two = Two([YES], [SendResult(trouble=trouble)])
 
-    list(handler.deliver_all(given))
+    def in_trouble(recipients):
+        if len(two.transport.connections) == 2:
+            two.handler.routes[0].backoff._trouble = trouble
+            two.handler.routes[0].backoff._length = 5
 
-    assert given.handed_over == []
-    assert fallback.asked == [(ADA,), (BOB,)]
+    two.transport.before = in_trouble
+    two.deliver(*claimed('ada', 'bob', 'eve', 'dan', 'zoe'))
 
-
-def test_what_was_said_of_a_message_before_its_session_was_refused_is_settled_and_told(queue, claimed, told, trouble):
-    (many,), rest = claimed('ada bob eve'), claimed('dan')
-    # Two transactions of one message, on a new session after the first.
-    transport = Streams(SendResult({ADA: OK, BOB: NEVER}), trouble)
-    given = Given(many, *rest, others=True)
-
-    results = list(MessageHandler([transport]).deliver_all(given))
-
-    assert transport.offered == [(ADA, BOB, EVE), (DAN,), (EVE,)]
-    assert [(claim, result.accepted, result.trouble) for claim, result in results] == [(many, (ADA,), None)]
-    assert given.handed_over == rest
-    assert ('sent', ADA) in told('status', 'to')
-    assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [((EVE,), 0)]
-    assert recipients(queue.headers('dead')) == [(BOB,)]
+    assert two.fallback.offered != []
+    assert queue.state == {}
 
 
 @pytest.mark.parametrize('reply', [OUTCOME_UNKNOWN, LATER])
-def test_an_outcome_that_came_with_the_trouble_is_settled_and_the_rest_handed_over(
-    queue, claimed, says, told, reply, trouble
+def test_an_outcome_that_came_with_the_trouble_is_settled_and_the_rest_left_to_the_other(
+    queue, claimed, told, reply, trouble
 ):
-    first, second = claimed('ada', 'bob')
-    fallback = says(YES)
-    given = Given(first, second, others=True)
-    handler = MessageHandler([Streams(SendResult({ADA: reply}, trouble=trouble)), fallback])
+    two = Two([YES], [SendResult({EVE: reply}, trouble=trouble), YES])
 
-    results = list(handler.deliver_all(given))
+    results = two.deliver(*claimed('ada', 'bob', 'bob', 'eve', 'dan', 'dan'))
 
-    assert [(claim, result.trouble) for claim, result in results] == [(first, None)]
-    assert given.handed_over == [second]
-    assert fallback.asked == []
-    assert [(header.recipients, header.attempts, header.last_reply) for header in queue.headers('new')] == [
-        ((ADA,), 1, str(reply).replace('(', '[').replace(')', ']')),
-    ]  # fmt: skip
+    assert [result.trouble for _, result in results] == [None] * 6
+    if reply is OUTCOME_UNKNOWN:
+        assert two.fallback.offered == []
+        assert [(it.recipients, it.attempts) for it in queue.headers('new')] == [((EVE,), 1)]
+    else:
+        assert two.fallback.offered == [(EVE,)]
+        assert queue.state == {}
 
 
-def test_a_server_that_broke_off_in_the_midst_of_a_message_hands_nothing_over(queue, claimed):
-    stumble = ServerTrouble('it hung up', in_message=True)
-    transport = Streams(stumble)
-    given = Given(*claimed('ada', 'bob'), others=True)
-    results = MessageHandler([transport]).deliver_all(given)
+def test_a_server_that_broke_off_in_the_midst_of_a_message_may_have_the_next_at_once(queue, claimed):
+    disconnect = ServerTrouble('it hung up', in_message=True)
+    given = Given(*claimed('ada', 'bob'))
 
-    _, result = next(results)
-    transport.answers = [YES]
+    results = deliver_all(MessageHandler([Streams(disconnect, YES)]), given)
 
-    assert result.trouble is stumble
-    assert [accepted.accepted for _, accepted in results] == [(BOB,)]
-    assert given.handed_over == []
+    assert [(result.trouble, result.accepted) for _, result in results] == [(disconnect, ()), (None, (BOB,))]
 
 
 # --- told to end ------------------------------------------------------------
@@ -808,7 +734,7 @@ def test_who_is_told_to_end_finishes_the_message_that_is_under_way_and_leaves_th
     given = Given(*claims)
     transport = Streams(YES, YES, before=ending(given, (ADA,)))
 
-    results = list(MessageHandler([transport]).deliver_all(given))
+    results = deliver_all(MessageHandler([transport]), given)
 
     assert [claim for claim, _ in results] == claims[:1]
     assert transport.offered == [(ADA,), (BOB,)]
@@ -820,7 +746,7 @@ def test_who_is_over_from_the_beginning_does_nothing(queue, claimed, says):
     transport, given = says(YES), Given(*claimed('ada'))
     given.is_over = True
 
-    assert list(MessageHandler([transport]).deliver_all(given)) == []
+    assert deliver_all(MessageHandler([transport]), given) == []
     assert transport.asked == []
 
 
@@ -831,7 +757,7 @@ def test_a_message_that_is_cut_short_between_two_transactions_is_settled_and_tol
     answers = [SendResult({ADA: OK, BOB: NEVER}), YES, YES]
     transport = Streams(*answers, before=ending(given, (ADA, BOB, EVE) if position == 'alone' else (DAN,)))
 
-    results = list(MessageHandler([transport]).deliver_all(given))
+    results = deliver_all(MessageHandler([transport]), given)
 
     assert {claim: result.accepted for claim, result in results}[many] == (ADA,)
     assert ('sent', ADA) in told('status', 'to')
@@ -844,7 +770,7 @@ def test_a_message_that_is_cut_short_before_the_second_transport_was_asked_is_de
     given = Given(*claimed('ada bob'))
     first, second = Streams(SendResult({ADA: LATER, BOB: OK}), before=ending(given, (ADA, BOB))), says(YES)
 
-    list(MessageHandler([first, second]).deliver_all(given))
+    deliver_all(MessageHandler([first, second]), given)
 
     assert second.asked == []
     assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [((ADA,), 1)]
@@ -857,9 +783,9 @@ def test_what_we_have_broken_off_ourselves_is_nobodys_fault(queue, claimed, told
     given = Given(*claims)
     handler = MessageHandler([Streams(ServerTrouble('closed', in_message=True), before=ending(given, (ADA,)))])
 
-    assert list(handler.deliver_all(given)) == []
+    assert deliver_all(handler, given) == []
     assert {file.name: file.stat().st_ino for file in queue.files('new')} == inodes, 'no stumble is counted in a name'
-    assert (told('status'), handler.rests_for) == ([], 0)
+    assert (told('status'), handler.backoff_seconds) == ([], 0)
     assert [record for record in caplog.records if record.levelname != 'INFO'] == []
 
 
@@ -868,7 +794,7 @@ def test_what_we_have_broken_off_behind_its_final_dot_is_deferred(queue, claimed
     trouble = ServerTrouble('closed', in_message=True)
     unknown = SendResult({ADA: OUTCOME_UNKNOWN}, trouble=trouble)
 
-    list(MessageHandler([Streams(unknown, before=ending(given, (ADA,)))]).deliver_all(given))
+    deliver_all(MessageHandler([Streams(unknown, before=ending(given, (ADA,)))]), given)
 
     waiting = {header.recipients: header for header in queue.headers('new')}
     assert [(key, header.attempts) for key, header in sorted(waiting.items())] == [((ADA,), 1), ((BOB,), 0)]

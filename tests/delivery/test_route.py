@@ -259,12 +259,12 @@ def test_the_row_is_counted_for_each_who_delivers():
 
 def test_a_success_ends_the_rest(trouble):
     route = Route(Sends(), Pause())
-    route.pause.begin(trouble)
-    assert route.pause.trouble is trouble
+    route.backoff.begin(trouble)
+    assert route.backoff.trouble is trouble
 
     route.worked({})
 
-    assert route.pause.trouble is None
+    assert route.backoff.trouble is None
 
 
 @pytest.mark.parametrize('in_message', [True, False])

@@ -863,7 +863,7 @@ def test_two_servers_that_take_long_to_fail_are_tried_once(queue, wait_since, sa
 
     def send(*args):
         # The rest of the first is over by now.
-        handler.routes[0].pause._until = 0
+        handler.routes[0].backoff._until = 0
         return second_send(*args)
 
     second.send = send
@@ -879,7 +879,7 @@ def test_trouble_that_ended_a_run_is_reported_however_long_its_end_took(queue, w
     handler = MessageHandler([says(YES, trouble)])
 
     def much_later(report):
-        handler.routes[0].pause._until = 0
+        handler.routes[0].backoff._until = 0
 
     report = Runner(queue, handler).run(on_progress=much_later)
 
@@ -904,7 +904,7 @@ def test_a_run_begins_with_no_more_messages_than_it_may(run_over, queue, wait_al
 def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
     run_over, queue, wait_all, make_event, monkeypatch
 ):
-    monkeypatch.setattr(runner, 'PATIENCE', 0)
+    monkeypatch.setattr(runner, 'STOP_SECONDS', 0)
     names = wait_all(4)
     before = snapshot(queue)
     go_on = make_event()
@@ -929,7 +929,7 @@ def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
 def test_who_is_told_to_stop_while_the_time_is_over_does_not_wait_for_ever(
     run_over, queue, wait_all, make_event, monkeypatch
 ):
-    monkeypatch.setattr(runner, 'PATIENCE', 0)
+    monkeypatch.setattr(runner, 'STOP_SECONDS', 0)
     names = wait_all(3)
     told = []
 
@@ -1209,7 +1209,7 @@ def few_threads(monkeypatch):
         started = []
 
         def start_if_there_is_room(thread):
-            if thread.name == 'mailqueue-run':
+            if thread.name in {'mailqueue-run', 'mailqueue-helper'}:
                 if len(started) == number:
                     raise RuntimeError("can't start new thread")
                 started.append(thread)

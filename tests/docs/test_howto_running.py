@@ -58,7 +58,7 @@ NAMES = [
 CARDS = [ROOT / f'docs/howto/{name}.rst' for name in NAMES]
 
 #: What a supervisor has to wait for mq-run, in seconds: what it takes, and some more.
-STOP_SECONDS = runner.PATIENCE + 5
+STOP_SECONDS = runner.STOP_SECONDS + 5
 
 
 @functools.cache
@@ -598,7 +598,7 @@ def test_uwsgi_has_threads_as_the_card_sets_it_up(monkeypatch, more, threads):
 
 
 def test_the_web_servers_wait_for_the_mailer_to_close():
-    seconds = dispatch.PATIENCE + dispatch.LAST_PATIENCE
+    seconds = dispatch.STOP_SECONDS + dispatch.ABORT_SECONDS
     gunicorn = {}
     exec(block_with('gunicorn-uwsgi-mod_wsgi', 'preload_app', 'python'), gunicorn)
     apache = block_with('gunicorn-uwsgi-mod_wsgi', 'WSGIDaemonProcess', 'apache')

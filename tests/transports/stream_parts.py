@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.results import Offer, SendResult
 from pyramid_mailqueue.testing import EXTENSIONS
+from pyramid_mailqueue.transports.base import run
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 #: What a server may offer: everything, and without what makes a difference here.
@@ -43,6 +44,38 @@ class Course(NamedTuple):
         return [{recipient: str(reply) for recipient, reply in it.replies.items()} for it in self.results]
 
 
+def stream(transport, first, more):
+    """
+    Let *first* go out, and what *more* gives, over one connection and those that replace it; yield their results.
+
+    Raises trouble that came without a reply.
+    """
+    connection, hand = transport.connect(), deque([first])
+    try:
+        connection.submit(first)
+        while hand:
+            if connection.has_room and (offer := more()) is not None:
+                hand.append(offer)
+                connection.submit(offer)
+            result = run(connection)
+            if result is None:
+                spent, connection = connection, None
+                spent.release()
+                connection = transport.connect(spent)
+                for offer in hand:
+                    connection.submit(offer)
+                continue
+            hand.popleft()
+            if result.trouble is not None and not result.replies:
+                raise result.trouble
+            yield result
+            if result.trouble is not None:
+                return
+    finally:
+        if connection is not None:
+            connection.release()
+
+
 def play(transport, *offers, asked_for_last=None):
     """Let *offers* go out in one stream; set the event *asked_for_last* when the last one is asked for."""
     left, results, trouble = list(offers), [], None
@@ -53,7 +86,7 @@ def play(transport, *offers, asked_for_last=None):
         return left.pop(0) if left else None
 
     try:
-        results.extend(without_waits(transport.stream(left.pop(0), more)))
+        results.extend(stream(transport, left.pop(0), more))
     except ServerTrouble as error:
         trouble = error
     return Course(results, trouble, left)

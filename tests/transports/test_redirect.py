@@ -6,7 +6,6 @@ import copy
 
 import pytest
 
-from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.results import Offer, Reply, SendResult
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer
@@ -14,6 +13,7 @@ from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 from pyramid_mailqueue.transports.redirect import redirecting
 from pyramid_mailqueue.transports.smtp import SMTPTransport
+from tests.transports.stream_parts import stream
 
 ME = 'me@site.example'
 BOTH = ('ada@x.example', 'bob@x.example')
@@ -97,7 +97,8 @@ def test_what_redirects_already_is_left_alone():
 def test_a_transport_has_what_it_has_and_nothing_more(tmp_path):
     inbox, queue = redirecting(DebugInbox(tmp_path / 'inbox'), ME), redirecting(MaildirBackend(tmp_path / 'queue'), ME)
 
-    assert [hasattr(inbox, name) for name in ('stream', 'abort', 'leads_to')] == [False] * 3
+    assert inbox.connect() is None
+    assert not inbox.leads_to(MaildirBackend(tmp_path / 'queue')._queue)
     assert queue.leads_to(MaildirBackend(tmp_path / 'queue')._queue)
     assert copy.copy(inbox).name == inbox.name
     assert not hasattr(inbox, 'path')
@@ -107,7 +108,7 @@ def test_a_transport_has_what_it_has_and_nothing_more(tmp_path):
 
 def test_a_stream_stays_a_stream(smtp, server):
     more = offers(('carl@x.example',), (ME,))
-    results = list(without_waits(smtp.stream(Offer('', BOTH, CONTENT), more)))
+    results = list(stream(smtp, Offer('', BOTH, CONTENT), more))
 
     assert [tuple(result.replies) for result in results] == [BOTH, ('carl@x.example',), (ME,)]
     assert {result.transport for result in results} == {f'smtp:127.0.0.1:{server.port} (redirected to {ME})'}
@@ -127,18 +128,18 @@ def test_a_stream_that_breaks_off_breaks_off(smtp, server):
     server.script['.'] = ['250 2.0.0 taken', Close('421 4.3.2 closing')]
     more = offers(('carl@x.example',), ('dora@x.example',))
 
-    results = until_trouble(without_waits(smtp.stream(Offer('', BOTH, CONTENT), more)))
+    results = until_trouble(stream(smtp, Offer('', BOTH, CONTENT), more))
 
     assert results[0].accepted == BOTH
     assert all(not result.accepted for result in results[1:])
     assert 'dora@x.example' not in {name for result in results for name in result.replies}
 
 
-def until_trouble(stream):
+def until_trouble(found):
     """What came before the trouble, which there must be."""
     results = []
     try:
-        for result in stream:
+        for result in found:
             results.append(result)
             if result.trouble is not None:
                 return results
@@ -148,9 +149,9 @@ def until_trouble(stream):
 
 
 def test_who_stops_listening_ends_the_stream(smtp, server):
-    stream = without_waits(smtp.stream(Offer('', BOTH, CONTENT), offers(('carl@x.example',))))
-    assert next(stream).accepted == BOTH
-    stream.close()
+    results = stream(smtp, Offer('', BOTH, CONTENT), offers(('carl@x.example',)))
+    assert next(results).accepted == BOTH
+    results.close()
     smtp.abort()
 
     assert len(server.messages) == 1

@@ -10,12 +10,23 @@ from socket import create_connection
 import pytest
 import trustme
 
-from pyramid_mailqueue.delivery.waiting import without_waits
 from pyramid_mailqueue.results import SendResult
 from pyramid_mailqueue.testing import Close, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.smtp.server import MAX_KNOWN, VALID_FOR, Objections
 from pyramid_mailqueue.transports.smtp.transaction import OUTCOME_UNKNOWN
-from tests.transports.stream_parts import ACCEPTED, M1, M2, M3, OFFERS, Course, letter, play, received, transport_to
+from tests.transports.stream_parts import (
+    ACCEPTED,
+    M1,
+    M2,
+    M3,
+    OFFERS,
+    Course,
+    letter,
+    play,
+    received,
+    stream,
+    transport_to,
+)
 
 #: Seconds; long enough for a slow machine to answer, short enough to wait for.
 SHORT = 1
@@ -103,7 +114,7 @@ def test_of_two_messages_one_is_under_way_and_the_next_is_asked_for_no_sooner():
 
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
         # It appends one by one, so that more() sees how many there are.
-        results.extend(without_waits(transport.stream(M1, more)))
+        results.extend(stream(transport, M1, more))
 
     assert asked_after == [0, 1, 2]
     assert len(results) == 3
@@ -112,7 +123,7 @@ def test_of_two_messages_one_is_under_way_and_the_next_is_asked_for_no_sooner():
 def test_when_an_outcome_is_told_the_next_message_has_been_announced_and_nothing_of_it_sent():
     left = [M2, M3]
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
-        for number, _ in enumerate(without_waits(transport.stream(M1, lambda: left.pop(0) if left else None)), start=1):
+        for number, _ in enumerate(stream(transport, M1, lambda: left.pop(0) if left else None), start=1):
             announced = min(number + 1, 3)
             server.wait_for(lambda announced=announced: verbs(server.sessions[0]).count('DATA') == announced)
             assert received(server) == [M1, M2, M3][:number]
@@ -122,7 +133,7 @@ def test_when_an_outcome_is_told_the_next_message_has_been_announced_and_nothing
 def test_who_ends_the_stream_early_leaves_the_announced_message_untouched():
     left = [M2]
     with ScriptedSMTPServer() as server, transport_to(server) as transport:
-        results = without_waits(transport.stream(M1, lambda: left.pop(0) if left else None))
+        results = stream(transport, M1, lambda: left.pop(0) if left else None)
         next(results)
         results.close()
         server.wait_for(lambda: server.sessions[0].is_over)
@@ -268,7 +279,7 @@ def test_a_server_that_takes_one_message_in_a_session_costs_a_new_session_and_no
 def test_a_session_that_ends_while_an_outcome_is_written_down_is_replaced_if_nothing_was_announced():
     left = [M2, M3]
     with ScriptedSMTPServer(extensions=OFFERS['stepwise']) as server, transport_to(server) as transport:
-        results = without_waits(transport.stream(M1, lambda: left.pop(0) if left else None))
+        results = stream(transport, M1, lambda: left.pop(0) if left else None)
         said = [next(results)]
         server.hang_up()
         said.extend(results)
@@ -282,7 +293,7 @@ def test_a_session_that_ends_while_an_outcome_is_written_down_is_replaced_if_not
 def test_an_idle_session_of_another_thread_is_taken_before_a_new_one_is_opened():
     left = [M3]
     with ScriptedSMTPServer(by_session={0: ENOUGH['421 to MAIL']}) as server, transport_to(server) as transport:
-        results = without_waits(transport.stream(M1, lambda: left.pop(0) if left else None))
+        results = stream(transport, M1, lambda: left.pop(0) if left else None)
         next(results)
         # Not announced yet: the first session is in the middle of a stream, so this opens a second one.
         play(transport, M2)

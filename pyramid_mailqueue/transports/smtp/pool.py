@@ -26,13 +26,11 @@ class Opening:
     """
     A connection that is being opened.
 
-    :param is_ahead: before there is a message for it
     :ivar socket: its present socket, if there is one
     :ivar is_given_up: it was broken off
     """
 
-    def __init__(self, *, is_ahead: bool) -> None:
-        self.is_ahead = is_ahead
+    def __init__(self) -> None:
         self.socket: socket.socket | None = None
         self.is_given_up = False
 
@@ -69,9 +67,9 @@ class Pool:
                 opening.socket.close()
 
     @contextmanager
-    def opening(self, *, is_ahead: bool) -> Iterator[Opening]:
+    def opening(self) -> Iterator[Opening]:
         """While in this block, a connection is opened, and may be broken off by :meth:`abort`."""
-        opening = Opening(is_ahead=is_ahead)
+        opening = Opening()
         with self._lock:
             self._openings.add(opening)
         try:
@@ -128,37 +126,18 @@ class Pool:
         session.close()
 
     def abort(self) -> None:
-        """Break off all connections, also those in use by other threads."""
-        self._give_up_openings(only_ahead=False)
-        with self._lock:
-            sessions = list(self._open)
-        for session in sessions:
-            session.shut_down()
-
-    def abort_opening(self) -> None:
-        """Break off the connections that are opened ahead."""
-        self._give_up_openings(only_ahead=True)
-
-    def _give_up_openings(self, *, only_ahead: bool) -> None:
+        """Break off the connections that other threads open or use; those that are idle are kept."""
         from pyramid_mailqueue.transports.smtp.client import shut_down
 
         with self._lock:
             for opening in self._openings:
-                if opening.is_ahead or not only_ahead:
-                    opening.is_given_up = True
-                    # With the lock held, so that this is no other connection's by now.
-                    if opening.socket is not None:
-                        shut_down(opening.socket)
-
-    def make_room(self) -> None:
-        """Close idle sessions if a message waits for a new one: perhaps the server allows no more."""
-        with self._lock:
-            if all(opening.is_ahead for opening in self._openings):
-                return
-            idle, self._idle = self._idle, []
-        for session in idle:
-            session.say_quit()
-            self.discard(session)
+                opening.is_given_up = True
+                # With the lock held, so that this is no other connection's by now.
+                if opening.socket is not None:
+                    shut_down(opening.socket)
+            in_use = self._open.difference(self._idle)
+        for session in in_use:
+            session.shut_down()
 
     def close(self) -> None:
         """Close all idle sessions."""

@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import select
 import ssl
-from collections.abc import Generator, Hashable
+from collections import deque
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from pyramid_mailqueue.delivery.waiting import Wait
+from zope.interface import implementer
+
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.interfaces import IConnection
 from pyramid_mailqueue.logs import Log
-from pyramid_mailqueue.results import Reply
+from pyramid_mailqueue.results import Offer, Reply, SendResult
+from pyramid_mailqueue.transports.base import Connection, Wait
 from pyramid_mailqueue.transports.smtp.client import READ_SIZE, Client, shut_down
 from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, Server
 from pyramid_mailqueue.transports.smtp.transaction import Capabilities, Dialogue, MailTransaction
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.transports.smtp.pool import Pool
 
 __all__ = ['Session']
 
@@ -24,52 +32,133 @@ log = Log('mailqueue.smtp')
 TLS_RECORD = 16 * 1024
 
 
-class Session:
+@implementer(IConnection)
+class Session(Connection):
     """
-    A connection on which mail can be sent: the bytes of the dialogue, and the deadlines.
+    See `IConnection`: the bytes of the dialogue, and the deadlines.
 
     The socket does not block, so that replies can be read while commands are sent: with a long group of commands the
     server may stop reading until its replies are read.
+
+    Each offer is one transaction, for at most *max_recipients*.  Of two offers one is under way, and the other has said
+    MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers PIPELINING.
 
     :ivar was_used: a transaction was completed on it
     :ivar instead_of: the reply because of which it replaces a used session
     :ivar idle_since: when it went into the pool
     """
 
-    def __init__(self, client: Client, server: Server) -> None:
+    def __init__(self, client: Client, server: Server, pool: Pool, max_recipients: int) -> None:
         assert client.sock
         self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
         self.was_used = False
         self.instead_of: Reply | None = None
         self.idle_since = 0.0
+        self._hand: deque[MailTransaction] = deque()
+        self._began = 0.0
         self._has_delivered = False
         # The number of objections since the last delivery.
         self._in_vain = 0
         self._is_broken_off = False
+        self._is_spent = False
         self._server = server
+        self._name = f'smtp:{server}'
+        self._pool = pool
+        self._max_recipients = max_recipients
         self._client = client
         self._sock = client.sock
         self._sock.settimeout(0)
         self._is_encrypted = isinstance(client.sock, ssl.SSLSocket)
 
-    def run(self, transaction: MailTransaction) -> Generator[Wait]:
-        """
-        Continue until *transaction* is done; yield whenever that has to wait for the server.
+    # --- see `IConnection` ---
 
-        Raises :class:`~.exceptions.ServerTrouble`.  What follows the last reply, such as a farewell (421), is not about
-        this transaction: it is raised for the next one.
-        """
+    def fileno(self) -> int:
+        """See `IConnection`."""
+        return self._sock.fileno()
+
+    @property
+    def is_spent(self) -> bool:  # type: ignore[override]
+        """See `IConnection`."""
+        return self._is_spent
+
+    @property
+    def objection(self) -> Reply | None:
+        """The reply because of which this session is spent, if it was one."""
+        return self._hand[0].objection if self._hand else None
+
+    @property
+    def has_room(self) -> bool:
+        """See `IConnection`."""
+        return len(self._hand) < 2 and not (self.dialogue.trouble or self._is_spent)
+
+    def submit(self, offer: Offer) -> None:
+        """See `IConnection`."""
+        if not self._hand:
+            self._began = self._server.clock()
         self.dialogue.trace = self._trace if log.isEnabledFor(logging.DEBUG) else None
+        recipients = offer.recipients[: self._max_recipients]
+        self._hand.append(self.dialogue.submit(offer.sender, recipients, offer.content, offer.is_valid))
+
+    def advance(self, events: int = 0) -> Iterator[SendResult]:
+        """See `IConnection`."""
         try:
-            yield from self._go_on_until_done(transaction)
+            if events & ~select.POLLOUT:
+                self._hear()
+            while self._hand and not self._is_spent:
+                if self._hand[0].done:
+                    yield from self._completed()
+                elif self._has_to_wait():
+                    self._check_deadline()
+                    break
         except ServerTrouble as trouble:
-            if not transaction.done:
-                trouble.in_message = transaction.announced
-                trouble.at_mail = not transaction.begun
-                raise
-        finally:
-            self._learn_from(transaction)
+            yield from self._broken(trouble)
+
+    def wait(self) -> Wait:
+        """See `IConnection`."""
+        events = select.POLLIN | select.POLLOUT if self.dialogue.data_to_send() else select.POLLIN
+        return Wait(events, self._began + self._limit - self._server.clock())
+
+    def release(self) -> None:
+        """See `IConnection`."""
+        if self._is_spent:
+            self.say_quit()
+            self._pool.discard(self)
+        else:
+            self._pool.give_back(self)
+
+    # --- the transactions in hand ---
+
+    def _completed(self) -> Iterator[SendResult]:
+        """Yield the result of the oldest transaction, which is done."""
+        transaction = self._hand[0]
+        self._learn_from(transaction)
         self.was_used = True
+        self._is_spent = self.takes_no_more(transaction)
+        if self._is_spent:
+            return
+        self._hand.popleft()
+        self._began = self._server.clock()
+        yield SendResult(transaction.replies, self._name)
+
+    def _broken(self, trouble: ServerTrouble) -> Iterator[SendResult]:
+        """
+        Yield what is known of the transactions in hand when the session has ended.
+
+        What follows the last reply, such as a farewell (421), is not about the transaction before, but about the next.
+        """
+        while self._hand and self._hand[0].done and not self._is_spent:
+            yield from self._completed()
+        if self._is_spent or not self._hand:
+            return
+        transaction = self._hand[0]
+        trouble.in_message = transaction.announced
+        trouble.at_mail = not transaction.begun
+        self._learn_from(transaction)
+        if self.takes_no_more(transaction):
+            self._is_spent = True
+            return
+        self._hand.popleft()
+        yield SendResult(transaction.replies, self._name, trouble=trouble)
 
     def _learn_from(self, transaction: MailTransaction) -> None:
         known, objection = self._server.objections, transaction.objection
@@ -85,29 +174,27 @@ class Session:
         self._has_delivered |= transaction.delivered
         self._in_vain = 0 if transaction.delivered else self._in_vain + (objection is not None)
 
-    def _go_on_until_done(self, transaction: MailTransaction) -> Generator[Wait]:
+    def _has_to_wait(self) -> bool:
         """
-        The deadline begins anew when a chunk has left and when a reply is complete.
+        Send what can be sent now; return whether the server has to be waited for.
 
-        Not with single bytes: a slow server could hold the session for ever.
+        The deadline begins anew when a chunk has left and when a reply is complete.  Not with single bytes: a slow
+        server could hold the session for ever.
         """
-        began = self._server.clock()
-        if self.dialogue.trouble and not transaction.done:
+        if self.dialogue.trouble:
             raise self.dialogue.trouble
-        while not transaction.done:
-            if chunk := self.dialogue.data_to_send():
-                count = self._send(chunk)
-                self.dialogue.sent(count)
-                if count == len(chunk):
-                    began = self._server.clock()
-                has_more = bool(self.dialogue.data_to_send())
-            else:
-                count, has_more = 0, False
-            if not (count and has_more):
-                yield self._wait_since(began, has_more=has_more)
-            # During a long content, too: the server may reply to what it has seen so far.
-            if self._hear():
-                began = self._server.clock()
+        chunk = self.dialogue.data_to_send()
+        if not chunk:
+            return True
+        count = self._send(chunk)
+        self.dialogue.sent(count)
+        if count == len(chunk):
+            self._began = self._server.clock()
+        if not (count and self.dialogue.data_to_send()):
+            return True
+        # During a long content, too: the server may reply to what it has seen so far.
+        self._hear()
+        return False
 
     def was_stale(self, transaction: MailTransaction) -> bool:
         """
@@ -150,7 +237,9 @@ class Session:
     def hear_out(self, seconds: float) -> None:
         """Close when the server has answered, or after *seconds*."""
         with suppress(OSError):
-            Wait(self._sock.fileno(), select.POLLIN, seconds).here()
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            poll.poll(max(0, seconds) * 1000)
             # A socket with something unread is reset when it is closed.
             self._sock.recv(READ_SIZE)
         self.close()
@@ -167,18 +256,21 @@ class Session:
     def _trace(self, line: str) -> None:
         log.debug('%s %s', self._server, line)
 
-    def _wait_since(self, began: float, *, has_more: bool) -> Wait:
-        limit = self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
-        remaining = began + limit - self._server.clock()
-        if remaining <= 0:
+    @property
+    def _limit(self) -> float:
+        return self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
+
+    def _check_deadline(self) -> None:
+        limit = self._limit
+        if self._server.clock() - self._began >= limit:
             self._is_broken_off = True
             raise self.dialogue.timed_out(limit)
-        return Wait(self._sock.fileno(), select.POLLIN | select.POLLOUT if has_more else select.POLLIN, remaining)
 
-    def _hear(self) -> int:
-        """Read what has arrived; return how many replies it completes."""
+    def _hear(self) -> None:
+        """Read what has arrived."""
         data = self._receive()
-        return 0 if data is None else self.dialogue.receive_data(data)
+        if data is not None and self.dialogue.receive_data(data):
+            self._began = self._server.clock()
 
     def _receive(self) -> bytes | None:
         """Return what has arrived: None for nothing yet, ``b''`` for the end of the stream."""

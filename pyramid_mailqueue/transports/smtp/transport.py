@@ -1,7 +1,7 @@
 """
 The SMTP transport: where messages go to a mail server.
 
-:class:`SMTPTransport` splits messages into mail transactions, and streams them over a session.  It stands on
+:class:`SMTPTransport` opens sessions, and keeps them for the next message.  It stands on
 
 - :class:`~.smtp.client.Connector`, which reaches the server;
 - :class:`~.smtp.session.Session`, which carries the bytes of a :class:`~.smtp.transaction.Dialogue` over a connection;
@@ -14,32 +14,30 @@ check.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from zope.interface import implementer
 
-from pyramid_mailqueue.delivery.waiting import ABOUT_TO_BLOCK, Wait, without_waits
 from pyramid_mailqueue.exceptions import ConfigurationError, ServerTrouble
 from pyramid_mailqueue.hosts import is_ehlo_argument
-from pyramid_mailqueue.interfaces import ITransport
+from pyramid_mailqueue.interfaces import IConnection, ITransport
 from pyramid_mailqueue.results import Offer, Reply, SendResult
+from pyramid_mailqueue.transports.base import Transport, run
 from pyramid_mailqueue.transports.smtp.pool import Pool
 from pyramid_mailqueue.transports.smtp.server import Connect, Server, tls_mode
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.transports.smtp.client import Connector
     from pyramid_mailqueue.transports.smtp.session import Session
-    from pyramid_mailqueue.transports.smtp.transaction import MailTransaction
 
 __all__ = ['SMTPTransport', 'tls_mode']
 
 
 @implementer(ITransport)
-class SMTPTransport:
+class SMTPTransport(Transport):
     """
     See `ITransport`.  Sends over SMTP to one mail server, and keeps sessions for the next message.
 
@@ -116,62 +114,36 @@ class SMTPTransport:
         # Each transaction brings at least one reply, so this comes to an end: see MailTransaction.finish().
         while trouble is None and (rest := tuple(r for r in recipients if r not in replies)):
             try:
-                for result in without_waits(self.stream(Offer(sender, rest, content), _nothing_more)):
-                    replies.update(result.replies)
-                    trouble = result.trouble
+                result = self._send_once(Offer(sender, rest, content))
             except ServerTrouble as error:
-                if not replies:
-                    raise
-                trouble = error
+                result = SendResult(trouble=error)
+            replies.update(result.replies)
+            trouble = result.trouble
+        if trouble is not None and not replies:
+            raise trouble
         in_order = {recipient: replies[recipient] for recipient in recipients if recipient in replies}
         return SendResult(in_order, self._name, trouble=trouble)
 
-    def open_stream(self, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
-        """See `ITransport`."""
-        return self.stream(None, more)
+    def _send_once(self, offer: Offer) -> SendResult:
+        """Make one transaction, in this thread."""
+        session = self.connect()
+        while True:
+            try:
+                session.submit(offer)
+                result = run(session)
+            finally:
+                session.release()
+            if isinstance(result, SendResult):
+                return result
+            session = self.connect(session)
 
-    def stream(self, first: Offer | None, more: Callable[[], Offer | None]) -> Generator[SendResult | Wait]:
-        """
-        See `ITransport`.  Without *first* as of :meth:`open_stream`.
-
-        Each offer is one transaction, for at most *max_recipients*.  Of two offers one is under way, and the other has
-        said MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers
-        PIPELINING.
-        """
-        session = self._pool.take() or self._connect(is_ahead=first is None)
-        try:
-            offers = deque(offer for offer in (first or more(),) if offer is not None)
-            transactions = deque(self._submit(session, offer) for offer in offers)
-            while offers:
-                if len(offers) < 2 and session.dialogue.trouble is None and (offer := more()) is not None:
-                    offers.append(offer)
-                    transactions.append(self._submit(session, offer))
-                transaction = transactions[0]
-                try:
-                    yield from session.run(transaction)
-                except ServerTrouble as trouble:
-                    if not session.takes_no_more(transaction):
-                        if not transaction.replies:
-                            raise
-                        yield SendResult(transaction.replies, self._name, trouble=trouble)
-                        return
-                if session.takes_no_more(transaction):
-                    session.say_quit()
-                    self._pool.discard(session)
-                    yield ABOUT_TO_BLOCK
-                    session = self._pool.take() or self._connect()
-                    session.instead_of = transaction.objection
-                    transactions = deque(self._submit(session, offer) for offer in offers)
-                    continue
-                offers.popleft()
-                transactions.popleft()
-                yield SendResult(transaction.replies, self._name)
-        finally:
-            self._pool.give_back(session)
-
-    def _submit(self, session: Session, offer: Offer) -> MailTransaction:
-        recipients = offer.recipients[: self._max_recipients]
-        return session.dialogue.submit(offer.sender, recipients, offer.content, offer.is_valid)
+    def connect(self, instead_of: IConnection | None = None) -> Session:
+        """See `ITransport`.  A session that was kept is preferred to a new connection."""
+        session = self._pool.take() or self._connect()
+        if instead_of is not None:
+            # One of ours.
+            session.instead_of = cast('Session', instead_of).objection
+        return session
 
     def close(self) -> None:
         """See `ITransport`.  Sessions in use go on, and are kept when their message is sent."""
@@ -182,26 +154,18 @@ class SMTPTransport:
         self._connector.forget_authorities()
         self.close()
 
-    def abort_opening(self) -> None:
-        """See `ITransport`."""
-        self._pool.abort_opening()
-
-    def make_room(self) -> None:
-        """See `ITransport`."""
-        self._pool.make_room()
-
     def abort(self) -> None:
         """See `ITransport`.  What is under way ends as if the server had closed the connection."""
         self._pool.abort()
 
     # --- sessions ---
 
-    def _connect(self, *, is_ahead: bool = False) -> Session:
+    def _connect(self) -> Session:
         from pyramid_mailqueue.transports.smtp.session import Session
 
-        with self._pool.opening(is_ahead=is_ahead) as opening:
+        with self._pool.opening() as opening:
             client = self._connector.connect(partial(self._pool.note, opening), lambda: opening.is_given_up)
-            session = Session(client, self._server)
+            session = Session(client, self._server, self._pool, self._max_recipients)
             if not self._pool.add(session, opening):
                 session.close()
                 raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
@@ -218,7 +182,3 @@ class SMTPTransport:
             credentials=self._credentials,
             local_hostname=self._local_hostname,
         )
-
-
-def _nothing_more() -> None:
-    return None

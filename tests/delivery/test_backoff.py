@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pyramid_mailqueue.delivery.pause import Pause
+from pyramid_mailqueue.delivery.backoff import BackOff
 from pyramid_mailqueue.exceptions import ServerTrouble
 from tests.parts.clock import Clock
 
@@ -20,7 +20,7 @@ def clock():
 
 @pytest.fixture
 def pause(clock):
-    return Pause(clock=clock)
+    return BackOff(clock=clock)
 
 
 def length_of(pause, clock):
@@ -77,7 +77,7 @@ def test_a_success_ends_the_pause_and_the_next_one_is_short(pause, clock):
 
 
 def test_the_lengths_can_be_set(clock):
-    pause = Pause(1, 3, clock=clock)
+    pause = BackOff(1, 3, clock=clock)
     lengths = []
     for _ in range(4):
         pause.begin(TROUBLE)

@@ -1,8 +1,8 @@
 """
 The back-off of a transport after its server's trouble.
 
-An outage must not cost a connection attempt for each message: the first trouble begins a pause of five seconds, and
-each further one without a success in between a pause of twice the length, up to five minutes.
+An outage must not cost a connection attempt for each message: the first trouble begins a back-off of five seconds, and
+each further one without a success in between one of twice the length, up to five minutes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
 
-__all__ = ['Pause']
+__all__ = ['BackOff']
 
 
-class Pause:
+class BackOff:
     """
-    Whether there is a pause, and because of which trouble.  May be used from any thread.
+    Whether there is a back-off, and because of which trouble.  May be used from any thread.
 
-    :param first: the length of the first pause, in seconds
-    :param longest: no pause is longer, in seconds
+    :param first: the length of the first one, in seconds
+    :param longest: none is longer, in seconds
     :param clock: seconds that only go forward
     """
 
@@ -41,7 +41,7 @@ class Pause:
 
     @property
     def trouble(self) -> ServerTrouble | None:
-        """The trouble that began the present pause; None if there is none."""
+        """The trouble that began the present back-off; None if there is none."""
         if self._trouble is None:
             # The usual case, checked for each message.
             return None
@@ -50,18 +50,20 @@ class Pause:
 
     @property
     def is_in_trouble(self) -> bool:
-        """Whether there was no success since the last trouble, although the pause may be over."""
+        """Whether there was no success since the last trouble, although the back-off may be over."""
+        if self._trouble is None:
+            return False
         with self._lock:
             return self._length > 0
 
     @property
-    def remaining(self) -> float:
-        """How long the pause still lasts, in seconds."""
+    def seconds(self) -> float:
+        """How long the back-off still lasts."""
         with self._lock:
             return max(0.0, self._until - self._clock())
 
     def begin(self, trouble: ServerTrouble) -> None:
-        """Begin a pause, unless another thread has already begun one."""
+        """Begin a back-off, unless another thread has already begun one."""
         with self._lock:
             now = self._clock()
             if now < self._until:
@@ -71,7 +73,7 @@ class Pause:
             self._until = now + self._length
 
     def end(self) -> None:
-        """Note a success: the pause ends, and the next one is short again."""
+        """Note a success: the back-off ends, and the next one is short again."""
         if self._trouble is None:
             return
         with self._lock:
