@@ -87,7 +87,7 @@ class Source(Protocol):
         """
         Return in how many seconds to ask again; None if there will be nothing more.
 
-        Called when nothing is in hand.
+        Called when nothing is in hand, and nothing can be begun.
         """
 
     def ended(self, claim: IClaim, result: SendResult | None) -> None:
@@ -279,9 +279,9 @@ class Engine:
         if self._ready:
             # Without a connection another thread has found trouble since this one looked.
             return math.inf if is_opening else 0.0
-        seconds = self._source.pause()
-        # What there is waits for a connection.
-        return math.inf if is_opening and seconds == 0 else seconds
+        if is_opening and self._source.look(1):
+            return math.inf
+        return self._source.pause()
 
     def _wait(self, seconds: float) -> None:
         waiting = [lane for lane in self._lanes if lane.events]

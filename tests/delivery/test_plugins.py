@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +12,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.plugins import GROUP, MQAction, MQSignal, PluginRegistry, registry
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
+from tests.parts.connections import Given, deliver_all
 
 YES, NO = True, False
 ADA, BOB, EVE = 'ada@x.example', 'bob@x.example', 'eve@x.example'
@@ -132,16 +131,15 @@ def test_plugins_come_back_in_the_midst_of_the_work_of_one_handler_when_another_
 ):
     install('good', GOOD)
     handler, other = (MessageHandler([says(YES)], plugins=['good']) for _ in range(2))
-    claims = iter([queue.claimed(envelope()) for _ in range(3)])
-    supply = SimpleNamespace(
-        opens_first=False, is_over=False, take=lambda: next(claims, None), take_now=lambda: next(claims, None)
-    )
+    given = Given(*[queue.claimed(envelope()) for _ in range(3)])
 
-    with closing(handler.deliver_all(supply)) as results:
-        next(results)
+    def after_the_first(claim, result):
+        given.on_ended = lambda claim, result: None
         other.deliver(queue.claimed(envelope()))
         other.close()
-        assert len(list(results)) == 2
+
+    given.on_ended = after_the_first
+    assert len(deliver_all(handler, given)) == 3
     handler.close()
 
     assert plugin('good').steps == ['initialized', 'terminated'] * 2

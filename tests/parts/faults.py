@@ -20,8 +20,9 @@ import signal
 import socket
 import threading
 
-from pyramid_mailqueue.delivery import waiting
+from pyramid_mailqueue.delivery import engine
 from pyramid_mailqueue.queues import maildir
+from pyramid_mailqueue.transports import base
 
 #: The functions of ``os`` and ``fcntl`` with which the queue touches files and folders.
 SYSTEM_CALLS = frozenset({
@@ -48,6 +49,9 @@ def _callers():
 
 CALLERS = _callers()
 
+#: The modules that wait for servers.
+WAITING = (base, engine)
+
 #: Those that change something.
 CHANGES = frozenset({'chmod', 'fchmod', 'makedirs', 'rename', 'unlink', 'utime', 'writev'})
 
@@ -70,12 +74,14 @@ def intercepted(around):
     try:
         for module, name in CALLERS:
             setattr(module, name, _Through(around_ours, _REAL[name], SYSTEM_CALLS))
-        waiting.select = _Select(around_ours)
+        for module in WAITING:
+            module.select = _Select(around_ours)
         yield around
     finally:
         for module, name in CALLERS:
             setattr(module, name, _REAL[name])
-        waiting.select = select
+        for module in WAITING:
+            module.select = select
 
 
 def connecting(around):
