@@ -30,14 +30,6 @@ OVERRIDES = {
     'queues.sql.tables.database_time.inherit_cache': 'documented: what an element of SQL says of itself',
     'queues.sql.tables.database_time.type': 'as inherit_cache',
     'testing.outbox.Outbox.clear': 'a list that is emptied as a whole',
-    'transports.smtp.client.Client.ehlo_msg': 'public; the command as the log shows it',
-    'transports.smtp.client.Client.getreply': 'smtplib has no deadline for a reply as a whole',
-    'transports.smtp.client.Client.putcmd': 'for the log',
-    'transports.smtp.client.Client.sock': 'we open the connection on which smtplib sends, and put TLS around it',
-    'transports.smtp.client.Client.helo_resp': 'what a server has said before TLS is forgotten',
-    'transports.smtp.client.Client.ehlo_resp': 'as helo_resp',
-    'transports.smtp.client.Client.esmtp_features': 'as helo_resp',
-    'transports.smtp.client.Client.does_esmtp': 'as helo_resp',
 }
 
 # Private names of others that are read, and why.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import threading
 import time
 from contextlib import ExitStack
@@ -91,6 +92,26 @@ def test_an_address_where_nothing_listens_is_passed_over_without_a_warning(relay
 
     assert received(second) == [M1]
     assert [record for record in caplog.records if record.levelname == 'WARNING'] == []
+
+
+def test_an_address_that_resets_the_connection_is_passed_over_with_a_warning(relay, serve, caplog):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+
+        def reset():
+            with listener.accept()[0] as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        first = type('Resetting', (), {'host': '127.0.0.1', 'port': listener.getsockname()[1]})
+        second = serve()
+        relay(first, second)
+        with to_relay() as transport:
+            play(transport, M1)
+        thread.join()
+
+    assert received(second) == [M1]
+    assert [record.levelname for record in caplog.records if 'reset by peer' in record.getMessage()] == ['WARNING']
 
 
 @pytest.fixture(scope='module')

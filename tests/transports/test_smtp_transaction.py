@@ -452,7 +452,7 @@ def test_without_smtputf8_only_the_recipients_that_need_it_are_refused():
     [
         ({}, Capabilities()),
         ({'pipelining': '', 'help': ''}, Capabilities(pipelining=True)),
-        ({'PIPELINING': '', '8BITMIME': ''}, Capabilities(pipelining=True, eight_bit_mime=True)),
+        ({'pipelining': '', '8bitmime': ''}, Capabilities(pipelining=True, eight_bit_mime=True)),
         ({'size': '35882577'}, Capabilities(size=35882577)),
         ({'size': '1000 and a word'}, Capabilities(size=1000)),
         # RFC 1870 section 4: no limit is named.

@@ -1,22 +1,20 @@
 """
-Reaching a mail server: smtplib up to the point where mail can be sent.
+Reaching a mail server.
 
-:class:`Connector` goes through connection, greeting, EHLO, STARTTLS and AUTH; :class:`Client` does each step.
+:class:`Connector` tries its addresses, and knows the authorities for TLS; :class:`Client` is a connection to one of
+them, over which a :class:`~.smtp.handshake.Handshake` is carried out.
 
-This is imported with the first connection: smtplib and ssl would take a good part of the time of an idle run.
+This is imported with the first connection: ssl would take a good part of the time of an idle run.
 """
 
 from __future__ import annotations
 
-import base64
-import hmac
 import logging
 import math
 import os
-import smtplib
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from os import PathLike
@@ -25,8 +23,8 @@ from pathlib import Path
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.hosts import domain_of_this_host
 from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.transports.smtp.handshake import Handshake, LoginRefused, StartTLS, State, unreachable
 from pyramid_mailqueue.transports.smtp.server import VALID_FOR, Address, Server
-from pyramid_mailqueue.transports.smtp.transaction import ReplyReader, printable
 
 __all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
 
@@ -36,7 +34,10 @@ log = Log('mailqueue.smtp')
 READ_SIZE = 64 * 1024
 
 # The causes of trouble with a server that can be reached, and is not as it should be.
-_WRONG_ANSWERS = smtplib.SMTPException, ssl.SSLError, TimeoutError, type(None)
+_WRONG_ANSWERS = ssl.SSLError, EOFError, BrokenPipeError, ConnectionResetError, TimeoutError, type(None)
+
+# What the handshake does for each mode of TLS; with the others TLS begins before it, or never.
+_STARTTLS = {'starttls': StartTLS.REQUIRED, 'opportunistic': StartTLS.IF_OFFERED}
 
 #: Called with each socket of a connection that is being opened, see :meth:`Connector.connect`.
 OnSocket = Callable[[socket.socket], object]
@@ -44,10 +45,6 @@ OnSocket = Callable[[socket.socket], object]
 
 def _tell_nobody(sock: socket.socket) -> None:
     pass
-
-
-class _LoginRefused(ServerTrouble):
-    """The password is wrong: no other address is tried, as too many attempts lock the account."""
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -122,7 +119,7 @@ class Connector:
                 client = self._connect_to(address, share, on_socket or _tell_nobody, context)
             except ServerTrouble as trouble:
                 troubles[address] = trouble
-                if isinstance(trouble, _LoginRefused) or is_given_up():
+                if isinstance(trouble, LoginRefused) or is_given_up():
                     break
                 self._failed[address] = self._server.clock() + VALID_FOR
                 if not is_last:
@@ -137,28 +134,25 @@ class Connector:
         self, address: Address, seconds: float, on_socket: OnSocket, context: ssl.SSLContext | None
     ) -> Client:
         deadline = self._server.clock() + seconds
+        is_implicit = self._tls == 'implicit'
+        new_client = partial(Client, self._server, address, on_socket, deadline, context, is_implicit=is_implicit)
         try:
-            return self._open(partial(Client, self._server, address, on_socket, deadline, context))
-        except (OSError, ValueError, smtplib.SMTPException) as error:
+            return self._open(new_client)
+        except (OSError, ValueError) as error:
             raise self._explained(error) from error
 
-    def _open(self, new_client: Callable[..., Client]) -> Client:
-        client = self._greeted(new_client)
+    def _open(self, new_client: Callable[[], Client]) -> Client:
+        # Before connecting: finding out our own name may take longer than a server waits.
+        handshake = self._handshake(_STARTTLS.get(self._tls, StartTLS.NEVER))
+        client = new_client()
         try:
-            if self._tls == 'starttls':
-                self._start_tls(client)
-            elif self._tls == 'opportunistic' and client.has_extn('starttls'):
-                try:
-                    self._start_tls(client)
-                except (OSError, ServerTrouble, smtplib.SMTPException) as error:
-                    log.info('%s: TLS failed, going on without: %s', self._server, error)
-                    client.close()
-                    client = self._greeted(new_client)
-            if self._credentials:
-                client.authenticate(*self._credentials)
-        except BaseException:
-            client.close()
-            raise
+            client.shake_hands(handshake)
+        except (OSError, ServerTrouble) as error:
+            if not (self._tls == 'opportunistic' and handshake.is_starting_tls):
+                raise
+            log.info('%s: TLS failed, going on without: %s', self._server, error)
+            client = new_client()
+            client.shake_hands(self._handshake(StartTLS.NEVER))
         return client
 
     def _worth_trying(self, addresses: list[Address]) -> list[Address]:
@@ -175,35 +169,17 @@ class Connector:
         each = ' '.join(f'{address}: {trouble}' for address, trouble in troubles.items())
         return ServerTrouble(f'{self._server} can be used at none of its addresses. {each}', code=last.code)
 
-    def _greeted(self, new_client: Callable[..., Client]) -> Client:
-        # Before connecting: finding out our own name may take longer than a server waits.
-        our_name = self._local_hostname
-        client = new_client(is_implicit=self._tls == 'implicit')
-        try:
-            client.greet()
-            client.local_hostname = our_name or client.address_literal
-            # Where TLS must come next nothing but EHLO is said in clear text.
-            client.introduce(may_say_helo=self._tls != 'starttls')
-        except BaseException:
-            client.close()
-            raise
-        return client
+    def _handshake(self, starttls: StartTLS) -> Handshake:
+        return Handshake(
+            str(self._server),
+            self._local_hostname,
+            starttls=starttls,
+            credentials=self._credentials,
+            trace=self._trace if log.isEnabledFor(logging.DEBUG) else None,
+        )
 
-    def _start_tls(self, client: Client) -> None:
-        if not client.has_extn('starttls'):
-            raise ServerTrouble(
-                f'{self._server} does not offer STARTTLS, and mailqueue.smtp_tls = {self._tls} requires it. If it '
-                'should, the offer may have been removed on the way; nothing was sent.'
-            )
-        try:
-            client.start_tls()
-        except smtplib.SMTPResponseException as error:
-            raise ServerTrouble(
-                f'{self._server} offers STARTTLS and refuses it: {error.smtp_code} {_text(error.smtp_error)}.',
-                code=error.smtp_code,
-            ) from error
-        # What was offered in clear text is forgotten by now.
-        client.introduce(may_say_helo=False)
+    def _trace(self, line: str) -> None:
+        log.debug('%s %s', self._server, line)
 
     @cached_property
     def _local_hostname(self) -> str:
@@ -260,14 +236,7 @@ class Connector:
             return ServerTrouble(
                 f'There is no address for {server}: {error}. Check mailqueue.smtp_hostname, and the name server.'
             )
-        if isinstance(error, smtplib.SMTPResponseException):
-            return ServerTrouble(
-                f'{server} takes no mail from us: {error.smtp_code} {_text(error.smtp_error)}.', code=error.smtp_code
-            )
-        return ServerTrouble(
-            f'Cannot reach {server}: {error}. Check mailqueue.smtp_hostname, smtp_port and smtp_tls, and that a mail '
-            'server runs there.'
-        )
+        return unreachable(str(server), error)
 
 
 def _state_of_authorities(ca_file: str | PathLike[str] | None) -> Sequence[object]:
@@ -292,22 +261,20 @@ def _state_of(path: str | PathLike[str]) -> object:
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-class Client(smtplib.SMTP):
+class Client:
     """
-    smtplib up to the point where mail can be sent.
+    A connection to one address of the server, over which a handshake is carried out.
 
-    Replies are read by our own reader: within the timeout as a whole and not for each byte, never more than was asked
-    for, and never more than fits.  So there is no buffer either in which a forged line could wait for the end of the
-    TLS handshake.
+    A reply has to come within the timeout as a whole, and not each of its bytes.
 
     :param address: where to connect to
     :param on_socket: see :meth:`Connector.connect`
     :param deadline: when mail can be sent, or another address is tried; by the clock of *server*
     :param context: for TLS
     :param is_implicit: TLS begins with the first byte
+    :ivar sock: the socket; the one with TLS, once there is TLS
+    :ivar esmtp_features: what the server offers, see :attr:`~.smtp.handshake.Handshake.esmtp_features`
     """
-
-    ehlo_msg = 'EHLO'
 
     def __init__(
         self,
@@ -319,171 +286,90 @@ class Client(smtplib.SMTP):
         *,
         is_implicit: bool,
     ) -> None:
-        super().__init__(local_hostname='', timeout=server.timeout)
+        self.esmtp_features: Mapping[str, str] = {}
         self._server = server
-        self._address = address
         self._on_socket = on_socket
         self._deadline = deadline
         self._context = context
-        self._is_implicit = is_implicit
+        self.sock = server.open(address, self._at_most(server.connect_timeout))
+        try:
+            # Nothing is to be delayed: whole groups of commands are written at once.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            on_socket(self.sock)
+            if is_implicit:
+                self._start_tls()
+        except BaseException:
+            self.close()
+            raise
+
+    def shake_hands(self, handshake: Handshake) -> None:
+        """Carry out *handshake*, with our address in EHLO if it has no name there; if that fails, close."""
+        try:
+            handshake.local_hostname = handshake.local_hostname or self._address_literal()
+            self._carry_out(handshake)
+        except BaseException:
+            self.close()
+            raise
+        self.esmtp_features = handshake.esmtp_features
+
+    def close(self) -> None:
+        """Close the connection as it is."""
+        self.sock.close()
+
+    def _address_literal(self) -> str:
+        address = self.sock.getsockname()[0].partition('%')[0]
+        return f'[IPv6:{address}]' if ':' in address else f'[{address}]'
+
+    def _carry_out(self, handshake: Handshake) -> None:
+        try:
+            while handshake.state is not State.READY:
+                if handshake.state is State.TLS:
+                    self._start_tls()
+                    handshake.tls_started()
+                self._send(handshake)
+                self._receive_reply(handshake)
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            raise handshake.connection_lost(error) from error
+
+    def _start_tls(self) -> None:
+        assert self._context
+        self.sock.settimeout(self._at_most(self._server.timeout))
+        # This takes the connection away from the old socket: only the new one can end it.
+        encrypted = self._context.wrap_socket(
+            self.sock, server_hostname=self._server.hostname, do_handshake_on_connect=False
+        )
+        self.sock = encrypted
+        self._on_socket(encrypted)
+        encrypted.do_handshake()
+
+    def _send(self, handshake: Handshake) -> None:
+        if data := handshake.data_to_send():
+            self.sock.settimeout(self._at_most(self._server.timeout))
+            self.sock.sendall(data)
+            handshake.sent(len(data))
+
+    def _receive_reply(self, handshake: Handshake) -> None:
+        limit = self._at_most(self._server.timeout)
+        deadline = self._server.clock() + limit
+        is_complete = False
+        while not is_complete:
+            data = self._receive(deadline - self._server.clock())
+            if data is None:
+                raise handshake.timed_out(limit)
+            is_complete = handshake.receive_data(data)
+
+    def _receive(self, seconds: float) -> bytes | None:
+        """Return what arrives within so many seconds, None for nothing."""
+        if seconds <= 0:
+            return None
+        self.sock.settimeout(seconds)
+        try:
+            return self.sock.recv(READ_SIZE)
+        except TimeoutError:
+            return None
 
     def _at_most(self, seconds: float) -> float:
         """Return *seconds*, or what is left of them before the deadline."""
         return min(seconds, max(self._deadline - self._server.clock(), 0.001))
-
-    def _connected(self) -> socket.socket:
-        sock = self._server.open(self._address, self._at_most(self._server.connect_timeout))
-        try:
-            sock.settimeout(self._at_most(self._server.timeout))
-            # Nothing is to be delayed: whole groups of commands are written at once.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._on_socket(sock)
-            return self._encrypted(sock) if self._is_implicit else sock
-        except BaseException:
-            sock.close()
-            raise
-
-    def _encrypted(self, sock: socket.socket) -> ssl.SSLSocket:
-        assert self._context
-        # This takes the connection away from the old socket: only the new one can end it.
-        encrypted = self._context.wrap_socket(
-            sock, server_hostname=self._server.hostname, do_handshake_on_connect=False
-        )
-        try:
-            self._on_socket(encrypted)
-            encrypted.do_handshake()
-        except BaseException:
-            encrypted.close()
-            raise
-        return encrypted
-
-    def start_tls(self) -> None:
-        """Send STARTTLS, do the handshake, and forget what was said before (RFC 3207 section 4.2)."""
-        assert self.sock
-        code, text = self.docmd('STARTTLS')
-        if code != 220:
-            raise smtplib.SMTPResponseException(code, text)
-        self.sock = self._encrypted(self.sock)
-        self.helo_resp = self.ehlo_resp = None
-        self.esmtp_features = {}
-        self.does_esmtp = False
-
-    @property
-    def address_literal(self) -> str:
-        """Our address on this connection, as EHLO takes it."""
-        assert self.sock
-        address = self.sock.getsockname()[0].partition('%')[0]
-        return f'[IPv6:{address}]' if ':' in address else f'[{address}]'
-
-    def greet(self) -> None:
-        """Connect, and read the greeting."""
-        self.sock = self._connected()
-        code, text = self.getreply()
-        if code != 220:
-            raise smtplib.SMTPConnectError(code, text)
-
-    def introduce(self, *, may_say_helo: bool) -> None:
-        """Send EHLO, and HELO if the server does not know that."""
-        code, text = self.ehlo()
-        if code not in {250, 421} and may_say_helo:
-            code, text = self.helo()
-        if code != 250:
-            raise smtplib.SMTPHeloError(code, text)
-
-    def authenticate(self, username: str, password: str) -> None:
-        """
-        Log in.
-
-        smtplib's own login tries the same wrong password with every mechanism, which locks accounts, and takes ASCII
-        only.
-        """
-        offered = self.esmtp_features.get('auth', '').upper().split()
-        for mechanism in ('PLAIN', 'LOGIN', 'CRAM-MD5'):
-            if mechanism not in offered:
-                continue
-            try:
-                code, text = self._try(mechanism, username.encode(), password.encode())
-            except (OSError, ValueError, smtplib.SMTPException) as error:
-                raise self._login_failed(username, str(error)) from error
-            if code == 235:
-                return
-            # RFC 4954 section 4: 504 is "mechanism unknown", in spite of the offer.
-            if code != 504:
-                raise self._login_failed(username, f'{code} {text}', code)
-        raise self._login_failed(
-            username, f'it offers {" ".join(offered) or "no AUTH"}, and we know PLAIN, LOGIN and CRAM-MD5'
-        )
-
-    def _login_failed(self, username: str, why: str, code: int | None = None) -> ServerTrouble:
-        kind = _LoginRefused if code is not None and code >= 500 else ServerTrouble
-        return kind(
-            f'{self._server} rejected the login of {username!r}: {_text(why)}. '
-            'Check mailqueue.smtp_username, smtp_password and smtp_tls.',
-            code=code,
-        )
-
-    def _try(self, mechanism: str, username: bytes, password: bytes) -> tuple[int, str]:
-        plain = b'\0%s\0%s' % (username, password)
-        if mechanism == 'PLAIN':
-            code, text = self._tell(plain, 'AUTH PLAIN ')
-        else:
-            code, text = self.docmd('AUTH', mechanism)
-        if code == 334 and mechanism == 'LOGIN':
-            code, text = self._tell(username)
-            if code == 334:
-                code, text = self._tell(password)
-        elif code == 334 and mechanism == 'CRAM-MD5':
-            digest = hmac.new(password, base64.b64decode(text), 'md5').hexdigest()
-            code, text = self._tell(b'%s %s' % (username, digest.encode()))
-        # Some servers repeat what they do not understand.
-        for secret in (plain, password):
-            text = text.replace(base64.b64encode(secret), b'[redacted]').replace(secret, b'[redacted]')
-        return code, _text(text)
-
-    def _tell(self, secret: bytes, command: str = '') -> tuple[int, bytes]:
-        log.debug('%s C: %s[redacted]', self._server, command)
-        self.send(f'{command}{base64.b64encode(secret).decode()}\r\n')
-        return self._read_reply('[redacted]')
-
-    def putcmd(self, cmd: str, args: str = '') -> None:
-        """Send a command; called by smtplib."""
-        log.debug('%s C: %s %s', self._server, cmd, args)
-        super().putcmd(cmd, args)
-
-    def getreply(self) -> tuple[int, bytes]:
-        """Read the reply to the last command; called by smtplib."""
-        return self._read_reply()
-
-    def _read_reply(self, shown: str | None = None) -> tuple[int, bytes]:
-        reader = ReplyReader(str(self._server))
-        limit = self._at_most(self._server.timeout)
-        deadline = self._server.clock() + limit
-        while (reply := reader.next_reply()) is None:
-            reader.feed(self._receive(deadline, limit))
-        if not reader.is_empty:
-            raise ServerTrouble(f'{self._server} said more than it was asked for; that may have been added on the way.')
-        code, lines = reply
-        if log.isEnabledFor(logging.DEBUG):
-            for line in lines:
-                log.debug('%s S: %d %s', self._server, code, shown or _text(line))
-        return code, b'\n'.join(lines)
-
-    def _receive(self, deadline: float, limit: float) -> bytes:
-        assert self.sock
-        remaining = deadline - self._server.clock()
-        data = None
-        with suppress(TimeoutError):
-            if remaining > 0:
-                self.sock.settimeout(remaining)
-                data = self.sock.recv(READ_SIZE)
-        if data is None:
-            raise TimeoutError(f'no reply within {round(limit, 1):g} seconds')
-        self.sock.settimeout(self._at_most(self._server.timeout))
-        if not data:
-            raise smtplib.SMTPServerDisconnected('it closed the connection')
-        return data
-
-
-def _text(said: bytes | str) -> str:
-    """What a server said, in one line."""
-    return ' '.join(printable(said.encode(errors='replace') if isinstance(said, str) else said).split())

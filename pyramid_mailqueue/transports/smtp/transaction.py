@@ -92,15 +92,14 @@ class Capabilities(NamedTuple):
 
     @classmethod
     def from_ehlo(cls, features: Mapping[str, str]) -> Capabilities:
-        """Read a mapping of keyword to parameters, such as :attr:`smtplib.SMTP.esmtp_features`."""
-        offered = {keyword.lower(): parameters for keyword, parameters in features.items()}
-        limit = re.match('[0-9]*', offered.get('size', ''))
+        """Read :attr:`~.smtp.handshake.Handshake.esmtp_features`."""
+        limit = re.match('[0-9]*', features.get('size', ''))
         return cls(
-            pipelining='pipelining' in offered,
-            size=int((limit and limit[0]) or 0) if 'size' in offered else None,
-            eight_bit_mime='8bitmime' in offered,
-            smtputf8='smtputf8' in offered,
-            enhanced_status_codes='enhancedstatuscodes' in offered,
+            pipelining='pipelining' in features,
+            size=int((limit and limit[0]) or 0) if 'size' in features else None,
+            eight_bit_mime='8bitmime' in features,
+            smtputf8='smtputf8' in features,
+            enhanced_status_codes='enhancedstatuscodes' in features,
         )
 
 
