@@ -239,7 +239,7 @@ class SQLAdmin:
 
     def release(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`.  Nothing is ever in doubt here."""
-        raise self._wrong_state(id, 'released')
+        raise self._wrong_state(self._whole(id), 'released')
 
     def delete(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
