@@ -712,8 +712,14 @@ def test_the_beginning_of_a_name_is_enough_where_no_other_begins_so(queue, admin
     assert admin.find(name[:-1]).id == name
     queue.put(ENVELOPE)
     common = name[:2]
-    with pytest.raises(NoSuchMessage, match=f'{common} is the beginning of 2 ids'):
+    ids = ', '.join(sorted(entry.id for entry in entries(queue)))
+    with pytest.raises(NoSuchMessage, match=f'^{common} is the beginning of 2 ids; give more of it: {ids}$'):
         admin.find(common)
+    for _ in range(5):
+        queue.put(ENVELOPE)
+    some = ', '.join(sorted(entry.id for entry in entries(queue))[:5])
+    with pytest.raises(NoSuchMessage, match=f'^{common} is the beginning of 7 ids; give more of it: {some}, ...$'):
+        admin.hold(common)
     for nobody in ('', 'nobody', '../new', f'{name}x'):
         with pytest.raises(NoSuchMessage, match='no message'):
             admin.find(nobody)
@@ -842,7 +848,8 @@ def test_whatever_nobody_delivers_can_be_deleted(queue, admin, state):
         admin.find(name)
 
 
-def test_everything_that_waits_is_due_after_a_flush(queue, admin):
+def test_everything_that_waits_is_due_after_a_flush(queue, admin, caplog):
+    caplog.set_level('INFO', 'mailqueue.queue_log')
     put(queue, due=NOW + HOUR)
     put(queue, due=NOW + 2 * HOUR)
     put(queue, due=NOW - 10)
@@ -850,6 +857,8 @@ def test_everything_that_waits_is_due_after_a_flush(queue, admin):
 
     assert (admin.flush(), admin.flush()) == (2, 0)
     assert queue.count_due(NOW) == 3
+    told = [record.mailqueue for record in caplog.records if record.mailqueue['status'] == 'flushed']
+    assert told == [{'status': 'flushed', 'messages': number} for number in (2, 0)]
 
 
 @pytest.mark.parametrize('method', POSSIBLE)
@@ -864,6 +873,34 @@ def test_each_thing_can_be_done_in_its_states_only(queue, admin, method, state):
         with pytest.raises(WrongState, match=name):
             getattr(admin, method)(name)
         assert entries(queue) == before
+
+
+REASONS = {
+    'waiting': 'it is waiting',
+    'held': 'it is held; unhold it first',
+    'dead': 'it is a dead letter; it can be retried, or deleted',
+    'in doubt': 'it is in doubt; release it, or delete it',
+}
+DONE = {'hold': 'held', 'unhold': 'unheld', 'retry': 'retried', 'release': 'released', 'delete': 'deleted'}
+
+
+@pytest.mark.parametrize('method', POSSIBLE)
+@for_queues_with('state', MAKE)
+def test_each_change_is_told_in_the_same_words(queue, admin, method, state, caplog):
+    caplog.set_level('INFO', 'mailqueue.queue_log')
+    name = MAKE[state](queue)
+    caplog.clear()
+
+    if state in POSSIBLE[method]:
+        entry = getattr(admin, method)(name[:-1])
+        (record,) = caplog.records
+        told = {'status': DONE[method], 'id': name, 'state': entry.state, 'msgid': '<1@site.example>'}
+        assert (record.levelname, record.mailqueue) == ('INFO', told)
+    else:
+        with pytest.raises(WrongState) as raised:
+            getattr(admin, method)(name[:-1])
+        assert str(raised.value) == f'{name} cannot be {DONE[method]}: {REASONS[state]}.'
+        assert caplog.records == []
 
 
 @pytest.mark.parametrize('method', POSSIBLE)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.logs import log_event, queue_log
+from pyramid_mailqueue.queues.admin import REASONS, QueueAdmin, meant_by, refusal
 from pyramid_mailqueue.queues.entries import (
     POSSIBLE,
     STATES,
@@ -26,7 +25,7 @@ __all__ = ['MemoryAdmin']
 
 
 @implementer(IQueueAdmin)
-class MemoryAdmin:
+class MemoryAdmin(QueueAdmin):
     """See `IQueueAdmin`."""
 
     def __init__(self, messages: MemoryMessages) -> None:
@@ -41,8 +40,7 @@ class MemoryAdmin:
 
     def oldest(self, states: Collection[str]) -> QueueEntry | None:
         """See `IQueueAdmin`."""
-        found = [message for message in self._messages.in_order() if message.state in states]
-        return _entry(min(found, key=lambda message: message.queued_at)) if found else None
+        return next(self.entries(states), None)
 
     def crashing(self, deaths: int, most: int) -> list[str]:
         """See `IQueueAdmin`.  A crash ends the queue, too."""
@@ -54,53 +52,38 @@ class MemoryAdmin:
 
     def find(self, id: str) -> QueueEntry:
         """See `IQueueAdmin`."""
-        return _entry(self._messages.find(id))
+        return _entry(self._find(id))
 
     def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
-        return self._messages.find(id).envelope.content[start : None if most is None else start + most]
+        return self._find(id).envelope.content[start : None if most is None else start + most]
+
+    def _find(self, id: str) -> MemoryMessage:
+        with self._messages.lock:
+            by_id = self._messages.by_id
+            found = [id] if id in by_id else [known for known in by_id if id and known.startswith(id)]
+            return by_id[meant_by(id, found)]
 
     # -- what is done to it
 
-    def hold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        return self._change(id, 'held', POSSIBLE['hold'], lambda message: replace(message, state='held'))
-
-    def unhold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        return self._change(id, 'unheld', POSSIBLE['unhold'], lambda message: replace(message, state='waiting'))
-
-    def retry(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        now = self._messages.clock()
-        return self._change(
-            id,
-            'retried',
-            POSSIBLE['retry'],
-            lambda message: message.renewed(now) if message.state == 'dead' else _due(message, now),
-        )
-
-    def release(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        now = self._messages.clock()
-        return self._change(id, 'released', POSSIBLE['release'], lambda message: message.renewed(now))
-
-    def delete(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
+    def _apply(self, action: str, id: str) -> tuple[str, QueueEntry]:
         with self._messages.lock:
-            message = self._take(id, 'deleted', POSSIBLE['delete'])
-            del self._messages.by_id[message.id]
-        return _told('deleted', message)
+            message = self._find(id)
+            if message.state not in POSSIBLE[action]:
+                raise WrongState(refusal(action, message.id, REASONS[message.state]))
+            if action == 'delete':
+                del self._messages.by_id[message.id]
+            else:
+                message = self._messages.by_id[message.id] = _changed(action, message, self._messages.clock())
+        return message.id, _entry(message)
 
-    def flush(self) -> int:
-        """See `IQueueAdmin`."""
+    def _make_due(self) -> int:
         now = self._messages.clock()
         with self._messages.lock:
             later = [
                 message for message in self._messages.in_order() if message.state == 'waiting' and message.due > now
             ]
             self._messages.by_id.update({message.id: _due(message, now) for message in later})
-        log_event(queue_log, logging.INFO, status='flushed', messages=len(later))
         return len(later)
 
     def expire(self, before: float, most: int) -> list[str]:
@@ -112,31 +95,19 @@ class MemoryAdmin:
                 del self._messages.by_id[entry.id]
         return [entry.id for entry in expired]
 
-    def _change(
-        self, id: str, done: str, states: Collection[str], change: Callable[[MemoryMessage], MemoryMessage]
-    ) -> QueueEntry:
-        """Change a message that is in one of *states*; *done* names the change."""
-        with self._messages.lock:
-            message = change(self._take(id, done, states))
-            self._messages.by_id[message.id] = message
-        return _told(done, message)
 
-    def _take(self, id: str, done: str, states: Collection[str]) -> MemoryMessage:
-        """Called with the lock held."""
-        message = self._messages.find(id)
-        if message.state not in states:
-            raise WrongState(f'{message.id} cannot be {done}: it is {message.state}.')
-        return message
+def _changed(action: str, message: MemoryMessage, now: float) -> MemoryMessage:
+    if action == 'hold':
+        return replace(message, state='held')
+    if action == 'unhold':
+        return replace(message, state='waiting')
+    if message.state == 'waiting':
+        return _due(message, now)
+    return message.renewed(now)
 
 
 def _due(message: MemoryMessage, now: float) -> MemoryMessage:
     return replace(message, due=min(message.due, now))
-
-
-def _told(done: str, message: MemoryMessage) -> QueueEntry:
-    entry = _entry(message)
-    log_event(queue_log, logging.INFO, status=done, id=entry.id, state=entry.state, msgid=entry.message_id)
-    return entry
 
 
 def _entry(message: MemoryMessage) -> QueueEntry:

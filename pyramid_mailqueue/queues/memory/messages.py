@@ -8,11 +8,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.forks import call_in_children
 from pyramid_mailqueue.logs import log_queued
 from pyramid_mailqueue.message.envelope import Envelope
-from pyramid_mailqueue.queues.entries import ExactId
 
 __all__ = ['MemoryMessage', 'MemoryMessages']
 
@@ -85,15 +83,3 @@ class MemoryMessages:
         """Return all messages, in the order in which they first came."""
         with self.lock:
             return sorted(self.by_id.values(), key=lambda message: (message.born, message.id))
-
-    def find(self, id: str) -> MemoryMessage:
-        """Return the message of this id, or the only one whose id begins so.  Raises NoSuchMessage."""
-        with self.lock:
-            found = [self.by_id[id]] if id in self.by_id else []
-            if not found and id and not isinstance(id, ExactId):
-                found = [message for message in self.by_id.values() if message.id.startswith(id)]
-        if not found:
-            raise NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
-        if len(found) > 1:
-            raise NoSuchMessage(f'{id} is the beginning of {len(found)} ids; give more of it.')
-        return found[0]
