@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -32,11 +31,12 @@ from sqlalchemy import (
 )
 from zope.interface import implementer
 
-from pyramid_mailqueue.exceptions import NoSuchMessage, WrongState
+from pyramid_mailqueue.exceptions import WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.logs import log_event, queue_log
+from pyramid_mailqueue.queues.admin import REASONS, SOME, QueueAdmin, meant_by, no_such_message, refusal
 from pyramid_mailqueue.queues.entries import (
     AGE_LIMITS,
+    POSSIBLE,
     STATES,
     DomainCount,
     ExactId,
@@ -71,9 +71,6 @@ PAGE, MANY = 500, 5000
 #: The oldest is likely to be among this many that came first.
 FEW = 100
 
-#: At most this many ids with the same beginning are named.
-SOME = 5
-
 _COLUMNS = (
     MESSAGES.c.id,
     cast(MESSAGES.c.state, Text).label('state'),
@@ -95,18 +92,15 @@ _COLUMNS = (
     SIZE,
 )
 
-_OTHER_STATE = {
-    'waiting': 'it is waiting',
-    'in progress': 'it is being delivered right now. Try again in a moment',
-    'held': 'it is held; unhold it first',
-    'dead': 'it is a dead letter; it can be retried, or deleted',
-    'in doubt': 'it is half-way to or from a directory; "mq-queue app.ini move --to-..." settles that',
-    'corrupt': 'its row is damaged; it can only be looked at, or deleted',
+_REASONS = {
+    **REASONS,
+    'in doubt': 'it is half-way to or from a directory; "mq-queue app.ini move --to-..." settles that.',
+    'corrupt': 'its row is damaged; it can only be looked at, or deleted.',
 }
 
 
 @implementer(IQueueAdmin)
-class SQLAdmin:
+class SQLAdmin(QueueAdmin):
     """See `IQueueAdmin`."""
 
     def __init__(self, database: Database, leases: Leases, clock: Callable[[], float]) -> None:
@@ -176,7 +170,7 @@ class SQLAdmin:
         self._leases.flush()
         for row in self._rows(select(*_COLUMNS).where(MESSAGES.c.id == self._whole(id))):
             return _entry(row)
-        raise _nobody(id)
+        raise no_such_message(id)
 
     def content(self, id: str, start: int = 0, most: int | None = None) -> bytes:
         """See `IQueueAdmin`."""
@@ -188,7 +182,7 @@ class SQLAdmin:
         statement = select(meant).where(MESSAGES.c.id == self._whole(id))
         content: bytes | None = self._database.run(lambda connection: connection.scalar(statement), CONTENT_SECONDS)
         if content is None:
-            raise _nobody(id)
+            raise no_such_message(id)
         return content[start:] if most is None else content
 
     def _rows(self, statement: Executable, seconds: float = LOOK_SECONDS) -> list[Row[Any]]:
@@ -199,60 +193,26 @@ class SQLAdmin:
         if isinstance(id, ExactId):
             return str(id)
         if not id.isprintable():
-            raise _nobody(id)
+            raise no_such_message(id)
         # The empty id is the beginning of all, and means only itself.
         begins_so = and_(MESSAGES.c.id >= id, MESSAGES.c.id < id + '\U0010ffff') if id else MESSAGES.c.id == id
-        found = [
-            row.id for row in self._rows(select(MESSAGES.c.id).where(begins_so).order_by(MESSAGES.c.id).limit(SOME + 1))
-        ]
-        if not found:
-            raise _nobody(id)
-        # The shortest comes first: a whole id is the beginning of those of its dead letters.
-        if found[0] != id and len(found) > 1:
-            number = self._database.run(lambda c: c.scalar(select(func.count()).where(begins_so)), LOOK_SECONDS)
-            some = ', '.join(found[:SOME]) + (', ...' if len(found) > SOME else '')
-            raise NoSuchMessage(f'{id} is the beginning of {number} ids; give more of it: {some}')
-        return str(found[0])
+        number = select(func.count()).where(begins_so).correlate(None).scalar_subquery().label('number')
+        found = self._rows(select(MESSAGES.c.id, number).where(begins_so).order_by(MESSAGES.c.id).limit(SOME))
+        return meant_by(id, [row.id for row in found], found[0].number if found else 0)
 
     # -- what is done to it
 
-    def hold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        return self._change(id, 'held', _WAITING, {'state': 'held', **UNCLAIMED})
+    def _apply(self, action: str, id: str) -> tuple[str, QueueEntry]:
+        whole = self._whole(id)
+        change: Any = delete(MESSAGES) if action == 'delete' else update(MESSAGES).values(_after(action, self._clock()))
+        for row in self._rows(change.where(MESSAGES.c.id == whole, _can(action)).returning(*_COLUMNS)):
+            return whole, _entry(row)
+        raise WrongState(refusal(action, whole, _REASONS[self.find(ExactId(whole)).state]))
 
-    def unhold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        return self._change(id, 'unheld', state_is('held'), {'state': 'waiting'})
-
-    def retry(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        now = self._clock()
-        was_dead = MESSAGES.c.state == 'dead'
-        values = {
-            'state': 'waiting',
-            'due': case((or_(was_dead, MESSAGES.c.due > now), now), else_=MESSAGES.c.due),
-            'queued_at': case((was_dead, now), else_=MESSAGES.c.queued_at),
-            'attempts': case((was_dead, 0), else_=MESSAGES.c.attempts),
-            **UNCLAIMED,
-        }
-        return self._change(id, 'retried', or_(_WAITING, state_is('dead')), values)
-
-    def release(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`.  Nothing is ever in doubt here."""
-        raise self._wrong_state(self._whole(id), 'released')
-
-    def delete(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        condition = or_(_WAITING, state_is('held', 'dead', 'corrupt'), IS_UNKNOWN)
-        return self._changed(id, 'deleted', delete(MESSAGES).where(condition))
-
-    def flush(self) -> int:
-        """See `IQueueAdmin`."""
+    def _make_due(self) -> int:
         now = self._clock()
         statement = update(MESSAGES).where(state_is('waiting'), MESSAGES.c.due > now).values(due=now)
-        flushed = self._database.run(lambda connection: connection.execute(statement).rowcount, LONG_SECONDS)
-        log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
-        return flushed
+        return self._database.run(lambda connection: connection.execute(statement).rowcount, LONG_SECONDS)
 
     def expire(self, before: float, most: int) -> list[str]:
         """See `IQueueAdmin`."""
@@ -265,26 +225,25 @@ class SQLAdmin:
         expired = delete(MESSAGES).where(*is_over, MESSAGES.c.id.in_([row.id for row in found]))
         return [row.id for row in self._rows(expired.returning(MESSAGES.c.id), STATEMENT_SECONDS)] if found else []
 
-    def _change(self, id: str, done: str, condition: ColumnElement[bool], values: Mapping[str, Any]) -> QueueEntry:
-        """Change a message for which *condition* holds; *done* names the change."""
-        return self._changed(id, done, update(MESSAGES).where(condition).values(**values))
 
-    def _changed(self, id: str, done: str, statement: Any) -> QueueEntry:
-        whole = self._whole(id)
-        statement = statement.where(MESSAGES.c.id == whole).returning(*_COLUMNS)
-        for row in self._rows(statement):
-            entry = _entry(row)
-            log_event(queue_log, logging.INFO, status=done, id=entry.id, state=entry.state, msgid=entry.message_id)
-            return entry
-        raise self._wrong_state(whole, done)
-
-    def _wrong_state(self, id: str, done: str) -> WrongState:
-        entry = self.find(ExactId(id))
-        return WrongState(f'{entry.id} cannot be {done}: {_OTHER_STATE[entry.state]}.')
+def _can(action: str) -> ColumnElement[bool]:
+    """The rows to which *action* can be applied; a message in doubt is half-way to or from another queue."""
+    states = [state for state in POSSIBLE[action] if state != 'in doubt']
+    if 'waiting' not in states:
+        return _is_in(states)
+    # It will wait after the next recovery.
+    return or_(_is_in(states), and_(state_is('in progress'), has_run_out()))
 
 
-#: What waits, or will wait after the next recovery, because its lease has run out.
-_WAITING = or_(state_is('waiting'), and_(state_is('in progress'), has_run_out()))
+def _after(action: str, now: float) -> dict[str, Any]:
+    """Return the values of a row after *action*."""
+    values: dict[str, Any] = {'state': 'held' if action == 'hold' else 'waiting', **UNCLAIMED}
+    if action == 'retry':
+        was_dead = MESSAGES.c.state == 'dead'
+        values['due'] = case((or_(was_dead, MESSAGES.c.due > now), now), else_=MESSAGES.c.due)
+        values['queued_at'] = case((was_dead, now), else_=MESSAGES.c.queued_at)
+        values['attempts'] = case((was_dead, 0), else_=MESSAGES.c.attempts)
+    return values
 
 
 def _is_in(states: Collection[str]) -> ColumnElement[bool]:
@@ -368,10 +327,6 @@ def _born(id: str) -> float:
         return int(id[:13], 16) / 1_000_000
     except ValueError:
         return -math.inf
-
-
-def _nobody(id: str) -> NoSuchMessage:
-    return NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
 
 
 def _read_blob(connection: Connection, *, id: str, start: int, most: int) -> bytes | None:
