@@ -19,21 +19,21 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import logging
 import math
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import BinaryIO
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.exceptions import NoSuchMessage, QueueError, QueueFileError, WrongState
 from pyramid_mailqueue.interfaces import IQueueAdmin
-from pyramid_mailqueue.logs import log_event, log_trouble, queue_log, why
+from pyramid_mailqueue.logs import log_trouble, why
+from pyramid_mailqueue.queues.admin import REASONS, QueueAdmin, meant_by, refusal
 from pyramid_mailqueue.queues.entries import (
-    ExactId,
+    POSSIBLE,
     Glance,
     QueueEntry,
     QueueStats,
@@ -58,6 +58,9 @@ STATE_OF = {
     'dead': 'dead',
     'corrupt': 'corrupt',
 }
+
+# What a file counts as once it is held: an interrupted delivery is over, an interrupted move has to be ended first.
+_STATE_IF_HELD = {**STATE_OF, 'cur': 'waiting', MOVING: 'in a move'}
 
 #: How many octets of a message are read to find its subject; and how many of a file if only its header is needed.
 PEEK = 64 * 1024
@@ -85,19 +88,16 @@ _BUSY = {
     'new': 'it is being delivered right now',
     'cur': 'it is being delivered right now',
 }
-_OTHER_STATE = {
-    'prepared': 'it is in doubt; release it, or delete it',
-    MOVING: 'it is half-way to or from a database; "mq-queue app.ini move --to-..." settles that',
-    'new': 'it is waiting',
-    'cur': 'its delivery was interrupted; the next mq-run resumes it',
-    'held': 'it is held; unhold it first',
-    'dead': 'it is a dead letter; it can be retried, or deleted',
-    'corrupt': 'its file is damaged; it can only be looked at, or deleted',
+_REASONS = {
+    **{folder: REASONS[state] for folder, state in STATE_OF.items()},
+    MOVING: 'it is half-way to or from a database; "mq-queue app.ini move --to-..." settles that.',
+    'cur': 'its delivery was interrupted; the next mq-run resumes it.',
+    'corrupt': 'its file is damaged; it can only be looked at, or deleted.',
 }
 
 
 @implementer(IQueueAdmin)
-class MaildirAdmin:
+class MaildirAdmin(QueueAdmin):
     """See `IQueueAdmin`."""
 
     def __init__(self, folders: MaildirFolders) -> None:
@@ -274,13 +274,7 @@ class MaildirAdmin:
                 if self._is_file(folder, name):
                     return folder, name
         found = self._look_for(id)
-        if id in found:
-            return found[id]
-        if not found or isinstance(id, ExactId):
-            raise NoSuchMessage(f'There is no message in the queue whose id begins with {id!a}.')
-        if len(found) > 1:
-            raise NoSuchMessage(f'{id} is the beginning of {len(found)} ids; give more of it: {_some(sorted(found))}')
-        return next(iter(found.values()))
+        return found[meant_by(id, found)]
 
     def _look_for(self, beginning: str) -> dict[str, tuple[str, str]]:
         """Return the folders and names of matching files by their ids; note all names that differ from their ids."""
@@ -305,38 +299,17 @@ class MaildirAdmin:
 
     # -- what is done to it
 
-    def hold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        with self._taken(id, 'held', ('new', 'cur')) as taken:
-            return taken.moved('held')
-
-    def unhold(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        with self._taken(id, 'unheld', ('held',)) as taken:
-            return taken.moved('new')
-
-    def retry(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        with self._taken(id, 'retried', ('new', 'cur', 'dead')) as taken:
-            if taken.folder == 'dead':
+    def _apply(self, action: str, id: str) -> tuple[str, QueueEntry]:
+        with self._taken(action, id) as taken:
+            if action == 'delete':
+                return taken.id, taken.removed()
+            if action == 'release' or taken.folder == 'dead':
                 taken.renew()
-            else:
+            elif action == 'retry':
                 taken.make_due()
-            return taken.as_it_is() if taken.folder == 'new' else taken.moved('new')
+            return taken.id, taken.moved('held' if action == 'hold' else 'new')
 
-    def release(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        with self._taken(id, 'released', ('prepared',)) as taken:
-            taken.renew()
-            return taken.moved('new')
-
-    def delete(self, id: str) -> QueueEntry:
-        """See `IQueueAdmin`."""
-        with self._taken(id, 'deleted', tuple(folder for folder in STATE_OF if folder != MOVING)) as taken:
-            return taken.removed()
-
-    def flush(self) -> int:
-        """See `IQueueAdmin`."""
+    def _make_due(self) -> int:
         now = self._folders.clock()
         flushed = 0
         for entry in self._folders.files('new'):
@@ -354,7 +327,6 @@ class MaildirAdmin:
             finally:
                 file.close()
             flushed += 1
-        log_event(queue_log, logging.INFO, status='flushed', messages=flushed)
         return flushed
 
     def expire(self, before: float, most: int) -> list[str]:
@@ -386,43 +358,42 @@ class MaildirAdmin:
         return []
 
     @contextlib.contextmanager
-    def _taken(self, id: str, done: str, folders: Collection[str]) -> Iterator[_Taken]:
-        """Hold a message that is in one of *folders*, to change it; *done* names the change."""
-        taken = self._take(id, done)
+    def _taken(self, action: str, id: str) -> Iterator[_Taken]:
+        """Hold a message to which *action* can be applied."""
+        taken = self._take(action, id)
         try:
-            if taken.folder not in folders:
-                raise WrongState(f'{taken.id} cannot be {done}: {_OTHER_STATE[taken.folder]}.')
+            if _STATE_IF_HELD[taken.folder] not in POSSIBLE[action]:
+                raise WrongState(refusal(action, taken.id, _REASONS[taken.folder]))
             yield taken
         except QueueFileError as error:
-            raise WrongState(f'{taken.id} cannot be {done}: its file is damaged. {error}') from error
+            raise WrongState(refusal(action, taken.id, f'its file is damaged. {error}')) from error
         except OSError as error:
-            raise QueueError(f'{taken.id} cannot be {done}: {why(error)}') from error
+            raise QueueError(refusal(action, taken.id, why(error))) from error
         finally:
             taken.file.close()
 
-    def _take(self, id: str, done: str) -> _Taken:
+    def _take(self, action: str, id: str) -> _Taken:
         for folder, name in self._tries(id):
             try:
                 file = self._folders.hold(folder, name)
             except OSError as error:
-                raise QueueError(f'{name} cannot be {done}: {why(error)}') from error
+                raise QueueError(refusal(action, name, why(error))) from error
             if file is not None:
-                return _Taken(self._folders, folder, file, done)
+                return _Taken(self._folders, folder, file)
             if self._is_file(folder, name):
                 busy = _BUSY.get(folder, 'it is in use right now')
-                raise WrongState(f'{_id_of(name)} cannot be {done}: {busy}. Try again in a moment.')
+                raise WrongState(refusal(action, _id_of(name), f'{busy}. Try again in a moment.'))
         raise _gone(id)
 
 
 class _Taken:
-    """A message that is held while it is changed; *done* names the change.  Every method may raise OSError."""
+    """A message that is held while it is changed.  Every method may raise OSError."""
 
-    def __init__(self, folders: MaildirFolders, folder: str, file: LockedFile, done: str) -> None:
+    def __init__(self, folders: MaildirFolders, folder: str, file: LockedFile) -> None:
         self._folders = folders
         self.folder = folder
         self.file = file
         self.id = _id_of(file.name)
-        self._done = done
 
     def make_due(self) -> None:
         """Make it due now, if it is not yet."""
@@ -443,28 +414,25 @@ class _Taken:
         self.file.close()
         self.file = version
 
-    def as_it_is(self) -> QueueEntry:
-        """Leave it where it is, and return it.  A power cut may undo a due time, which does no harm."""
-        return self._changed(_entry(self.folder, self.file.name, self.file.fd))
-
     def moved(self, folder: str) -> QueueEntry:
-        """Move it, durably, and return it as it is then."""
+        """
+        Move it, durably, and return it as it is then.
+
+        If it is there already nothing is made durable: a power cut may undo a due time, which does no harm.
+        """
         name = self._name_in_next_folder()
         entry = _entry(folder, name, self.file.fd)
-        self.file.move(self._folders.place(folder, name))
-        return self._changed(entry, folder, self.folder)
+        if folder != self.folder:
+            self.file.move(self._folders.place(folder, name))
+            sync_folder(self._folders.place(folder))
+            sync_folder(self._folders.place(self.folder))
+        return entry
 
     def removed(self) -> QueueEntry:
         """Remove it, durably, and return it as it was."""
         entry = _entry(self.folder, self.file.name, self.file.fd)
         self.file.remove()
-        return self._changed(entry, self.folder)
-
-    def _changed(self, entry: QueueEntry, *folders: str) -> QueueEntry:
-        for folder in dict.fromkeys(folders):
-            sync_folder(self._folders.place(folder))
-        told = {'id': self.id, 'state': entry.state, 'new_id': entry.id if entry.id != self.id else None}
-        log_event(queue_log, logging.INFO, status=self._done, **told, msgid=entry.message_id)
+        sync_folder(self._folders.place(self.folder))
         return entry
 
     def _name_in_next_folder(self) -> str:
@@ -531,7 +499,3 @@ def _content(fp: BinaryIO, start: int, most: int | None) -> bytes:
 
 def _gone(id: str) -> NoSuchMessage:
     return NoSuchMessage(f'The message {id} is on its way just now, and cannot be found.')
-
-
-def _some(ids: Sequence[str], most: int = 5) -> str:
-    return ', '.join(ids[:most]) + (', ...' if len(ids) > most else '')
