@@ -113,14 +113,6 @@ class MemoryQueue(MailQueue):
         states = [message.state for message in self._messages.in_order()]
         return {state: states.count(state) for state in STATES}
 
-    def count_misdated(self) -> int:
-        """See `IMailQueue`.  There is only one clock."""
-        return 0
-
-    def count_waiting(self, most: int) -> int:
-        """See `IMailQueue`."""
-        return self.counts()['waiting']
-
 
 def _is_due(message: MemoryMessage, now: float) -> bool:
     return message.state == 'waiting' and message.due <= now
