@@ -10,7 +10,7 @@ from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.queues.entries import ExactId, QueueEntry
 
-__all__ = ['REASONS', 'QueueAdmin', 'meant_by', 'no_such_message', 'refusal']
+__all__ = ['REASONS', 'SOME', 'QueueAdmin', 'meant_by', 'no_such_message', 'refusal']
 
 #: What an action has done with a message, in logs and errors.
 DONE = MappingProxyType(
