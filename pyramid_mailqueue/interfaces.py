@@ -530,6 +530,10 @@ class IConnection(Contract, Protocol):
         new one.
         """
 
+    @property
+    def needs_new(self) -> bool:
+        """Whether the oldest offer in hand can only be submitted to the new connection: a used one would refuse it."""
+
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
-from pyramid_mailqueue.delivery.report import Account, has_failed, heed_plugins, tell
+from pyramid_mailqueue.delivery.report import AttemptRecord, ask_plugins, has_failed, report
 from pyramid_mailqueue.delivery.retry import refusals
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.message.envelope import Envelope
@@ -118,11 +118,11 @@ class Attempt:
     def settle(self, handler: MessageHandler) -> SendResult:
         """Put the decision into effect, tell of it, and return the result."""
         result, now = _completed(self.result, self.envelope.recipients), handler.clock()
-        account = Account('', self.envelope, self.answers, attempts=0, queued_at=now, now=now)
+        record = AttemptRecord('', self.envelope, self.answers, attempts=0, queued_at=now, now=now)
         if len(result.accepted) < len(self.envelope.recipients):
-            result = heed_plugins(account, result, before=self.keep)
+            result = ask_plugins(record, result, before=self.keep)
         self.outcome = result
-        tell(account, result, Settlement(burials=self._bury(handler, result)), handler.notify)
+        report(record, result, Settlement(burials=self._bury(handler, result)), handler.notify)
         return result
 
     def _bury(self, handler: MessageHandler, result: SendResult) -> tuple[Burial, ...]:
@@ -196,17 +196,17 @@ class ClaimedAttempt(Attempt):
         claim, result = self.claim, self.outcome
         assert result is not None
         assert result.settlement is not None
-        account = Account(claim.id, self.envelope, self.answers, claim.attempts, claim.queued_at, self._now)
+        record = AttemptRecord(claim.id, self.envelope, self.answers, claim.attempts, claim.queued_at, self._now)
         settlement = result.settlement
         if has_failed(settlement):
-            result = heed_plugins(account, result, before=self.keep)
+            result = ask_plugins(record, result, before=self.keep)
             settlement = result.settlement or settlement
         unwritten = claim.settle(settlement)
         if unwritten is not None:
             settlement = settlement.unwritten()
             is_queued = result.queued or bool(settlement.waiting)
             result = replace(result, settlement=settlement, queued=is_queued, unwritten=unwritten)
-        tell(account, result, settlement, handler.notify)
+        report(record, result, settlement, handler.notify)
         return result
 
 

@@ -59,7 +59,7 @@ MAX_DISCONNECTS = 2
 #: How long the end of the loop waits for connections that it has given up while they were opened, in seconds.
 GIVE_UP_SECONDS = 2.0
 
-#: So many messages may wait for another route, or be in the hands of helpers, before another one is begun.
+#: So many messages may wait for another route before another one is begun.
 MAX_PENDING = 16
 
 #: How many times in a row the server of each route has broken off in the midst of a message of one lane.
@@ -105,6 +105,7 @@ class _Lane:
     :ivar hand: what was submitted and has no result yet, the oldest first
     :ivar has_worked: a message of this lane was taken, or refused as servers do
     :ivar spent: the connection that the next one replaces
+    :ivar writes: a message that is being settled, or kept: nothing goes out before that is written
     :ivar events: what the connection waits for; 0 if it does not
     :ivar until: when to look at it in any case (``time.monotonic()``)
     """
@@ -115,6 +116,7 @@ class _Lane:
         self.is_opening = self.is_plain = self.is_defective = self.has_worked = False
         self.hand: deque[Attempt] = deque()
         self.spent: IConnection | None = None
+        self.writes: Attempt | None = None
         self.fd = -1
         self.events = 0
         self.until = 0.0
@@ -123,7 +125,7 @@ class _Lane:
     @property
     def has_room(self) -> bool:
         """Whether something can be submitted now."""
-        if self.hand and self.hand[-1].goes_alone:
+        if self.writes is not None or (self.hand and self.hand[-1].goes_alone):
             return False
         if self.connection is None:
             return self.is_plain and not self.hand
@@ -131,13 +133,13 @@ class _Lane:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no connection, and none is being opened."""
-        return self.connection is None and not (self.is_opening or self.is_plain)
+        """Whether a connection can be opened."""
+        return self.connection is None and not (self.is_opening or self.is_plain or self.writes)
 
     @property
     def is_at_work(self) -> bool:
         """Whether it sends, or is about to."""
-        return bool(self.hand) or self.is_opening
+        return bool(self.hand or self.writes) or self.is_opening
 
     @property
     def disconnects(self) -> int:
@@ -207,9 +209,13 @@ class Engine:
         self._limits: dict[Route, int] = {}
         # What was read, and is in no hand; in its order.
         self._ready: list[Attempt] = []
+        # What only one lane may have.
+        self._kept_for: dict[Attempt, _Lane] = {}
         # What is being decided; it is in no hand any more.
         self._current: Attempt | None = None
-        # How many settlements and the like are with helpers.
+        # What is being settled, or kept.
+        self._writing: set[Attempt] = set()
+        # How much is with helpers, besides the opening of connections.
         self._helped = 0
         # What met trouble, and is not settled.  Its end decides whether it is worth while to look if a server is back.
         self._troubled: set[Attempt] = set()
@@ -217,11 +223,7 @@ class Engine:
         self._has_news = False
         self._poll = select.poll()
         self._helpers: Helpers | None = None
-        if has_helpers:
-            # Too many open files: then there is one thing at a time.
-            with suppress(OSError):
-                self._helpers = Helpers()
-                self._poll.register(self._helpers, select.POLLIN)
+        self._has_helpers = has_helpers
 
     def wake(self) -> None:
         """Look again whether the source is over.  May be called from any thread."""
@@ -238,6 +240,11 @@ class Engine:
     def run(self, source: Source) -> None:
         """Return when there is nothing more to do.  Raises what is a defect, and what interrupts it."""
         self._source = source
+        if self._has_helpers:
+            # Too many open files: then there is one thing at a time.
+            with suppress(OSError):
+                self._helpers = Helpers()
+                self._poll.register(self._helpers, select.POLLIN)
         try:
             while self._turn():
                 pass
@@ -322,12 +329,15 @@ class Engine:
         return None
 
     def _fill(self, lane: _Lane) -> None:
-        while lane.has_room and not self._source.is_over and (attempt := self._next_for(lane.route)) is not None:
+        while lane.has_room and not self._source.is_over and (attempt := self._next_for(lane)) is not None:
             self._submit(lane, attempt)
 
-    def _next_for(self, route: Route) -> Attempt | None:
-        for attempt in [*self._ready]:
-            if self._handler.next_route(attempt) is route:
+    def _next_for(self, lane: _Lane) -> Attempt | None:
+        route = lane.route
+        # First what is kept for the lane: it is to be the first of its connection.
+        for attempt in sorted(self._ready, key=lambda it: it not in self._kept_for):
+            if self._handler.next_route(attempt) is route and self._kept_for.get(attempt, lane) is lane:
+                self._kept_for.pop(attempt, None)
                 self._ready.remove(attempt)
                 if attempt.is_valid():
                     return attempt
@@ -343,7 +353,7 @@ class Engine:
 
     @property
     def _has_too_many(self) -> bool:
-        return self._helped >= MAX_PENDING or len(self._ready) >= MAX_PENDING
+        return len(self._ready) >= MAX_PENDING
 
     def _read_next(self) -> Attempt | None:
         """Return an attempt at the next message of the source that can be read, and is still ours."""
@@ -445,6 +455,8 @@ class Engine:
 
     def _opened(self, lane: _Lane, connection: IConnection | None, error: BaseException | None) -> None:
         self._has_news = True
+        if error is not None:
+            self._keep_nothing_for(lane)
         if isinstance(error, ServerTrouble):
             self._could_not_open(lane, error)
         elif error is not None:
@@ -475,7 +487,7 @@ class Engine:
         """A defect of the transport counts as an attempt at the next message."""
         if not isinstance(error, Exception):
             raise error
-        attempt = self._next_for(lane.route)
+        attempt = self._next_for(lane)
         if attempt is not None:
             self._note(attempt, lane.route.failed(error, attempt.offer.recipients))
 
@@ -486,18 +498,20 @@ class Engine:
         if not any(it.is_at_work or not lane.has_worked for it in others):
             return False
         self._lanes.remove(lane)
+        self._keep_nothing_for(lane)
         lane.is_opening = False
         self._limits[lane.route] = len(others)
         return True
+
+    def _keep_nothing_for(self, lane: _Lane) -> None:
+        self._kept_for = {attempt: it for attempt, it in self._kept_for.items() if it is not lane}
 
     def _let_go(self, lane: _Lane) -> None:
         """Release the connection of *lane*, and put back what was submitted to it."""
         connection, lane.connection = lane.connection, None
         assert connection is not None
         lane.is_defective = False
-        if lane.events:
-            self._poll.unregister(lane.fd)
-            lane.events = 0
+        self._listen_no_more(lane)
         del self._of_fd[lane.fd]
         self._put_back(*lane.hand)
         lane.hand.clear()
@@ -511,6 +525,10 @@ class Engine:
         results = lane.results(events)
         for result in results:
             goes_on = self._answered(lane, result) and not self._source.is_over
+            if goes_on and lane.writes is not None:
+                results.close()
+                self._listen_no_more(lane)
+                return
             if not goes_on:
                 results.close()
                 break
@@ -521,10 +539,14 @@ class Engine:
                 return
         if lane.connection is None:
             return
-        lane.spent = connection if connection.is_spent else None
+        if not connection.is_spent or self._source.is_over:
+            self._let_go(lane)
+            return
+        if connection.needs_new and lane.hand:
+            self._kept_for[lane.hand[0]] = lane
         self._let_go(lane)
-        if lane.spent is not None and not self._source.is_over:
-            self._open(lane)
+        lane.spent = connection
+        self._open(lane)
 
     def _wait_for(self, lane: _Lane, connection: IConnection) -> None:
         wait = connection.wait()
@@ -532,6 +554,11 @@ class Engine:
         if wait.events != lane.events:
             self._poll.register(lane.fd, wait.events)
             lane.events = wait.events
+
+    def _listen_no_more(self, lane: _Lane) -> None:
+        if lane.events:
+            self._poll.unregister(lane.fd)
+            lane.events = 0
 
     def _sent(self, lane: _Lane, result: SendResult, error: BaseException | None) -> None:
         """Take the result of a plain transport."""
@@ -547,6 +574,7 @@ class Engine:
             lane.worked()
             self._proven.add(lane.route)
             self._note(attempt, result)
+            self._wait_until_written(lane, attempt)
             return True
         if not attempt.is_valid():
             # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
@@ -556,7 +584,34 @@ class Engine:
             self._put_back(attempt)
         elif self._source.is_over or not self._is_left_to_others(lane, attempt, result):
             self._note(attempt, result)
+            self._wait_until_written(lane, attempt)
         return False
+
+    def _wait_until_written(self, lane: _Lane, attempt: Attempt) -> None:
+        """
+        Let nothing more go out over *lane* until it is written what became of its message.
+
+        So the death of this process repeats one message for each connection, at most.
+        """
+        if attempt in self._writing:
+            lane.writes = attempt
+
+    def _is_written(self, attempt: Attempt) -> None:
+        self._writing.discard(attempt)
+        for lane in [*self._lanes]:
+            if lane.writes is attempt:
+                lane.writes = None
+                self._has_news = True
+                self._resume(lane)
+
+    def _resume(self, lane: _Lane) -> None:
+        if lane.connection is None:
+            return
+        if self._source.is_over:
+            self._let_go(lane)
+        else:
+            self._fill(lane)
+            self._advance(lane)
 
     def _is_left_to_others(self, lane: _Lane, attempt: Attempt, result: SendResult) -> bool:
         """Learn from its trouble how the server is; whether the other lanes of the route go on with the message."""
@@ -592,6 +647,7 @@ class Engine:
         if self._handler.next_route(attempt) is None:
             self._conclude(attempt)
         elif attempt.has_to_keep:
+            self._writing.add(attempt)
             self._help(attempt.keep, lambda _, error: self._kept(attempt, error))
         else:
             self._put_back(attempt)
@@ -600,6 +656,7 @@ class Engine:
         if error is not None:
             raise error
         self._put_back(attempt)
+        self._is_written(attempt)
 
     def _put_back(self, *attempts: Attempt) -> None:
         if attempts:
@@ -614,6 +671,7 @@ class Engine:
         """Decide what becomes of the message, settle it, and tell of it."""
         self._current = attempt
         if attempt.decide(self._handler, lambda: self._may_be_the_server(attempt)):
+            self._writing.add(attempt)
             self._help(
                 lambda: attempt.settle(self._handler), lambda result, error: self._settled(attempt, result, error)
             )
@@ -629,6 +687,7 @@ class Engine:
         self._handler.note_unwritten(result.unwritten)
         if attempt.claim is not None:
             self._source.ended(attempt.claim, result)
+        self._is_written(attempt)
 
     def _given_up(self, attempt: Attempt) -> None:
         self._current = None

@@ -34,17 +34,26 @@ class Posted(NamedTuple):
 
 
 class _Pipe:
-    """A pipe that is closed when nobody refers to it any more: whoever writes late meets no other file."""
+    """A pipe into which may be written when it is closed: that meets no other file."""
 
     def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.pipe()
-        for fd in (self.read_fd, self.write_fd):
-            os.set_blocking(fd, False)
+        self.read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self.read_fd, False)
+        os.set_blocking(self._write_fd, False)
+        self._is_open = True
+        self._lock = threading.Lock()
 
-    def __del__(self) -> None:
-        with suppress(AttributeError):
+    def write(self) -> None:
+        # A full pipe wakes who reads it, too.
+        with self._lock, suppress(BlockingIOError):
+            if self._is_open:
+                os.write(self._write_fd, b'!')
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_open = False
             os.close(self.read_fd)
-            os.close(self.write_fd)
+            os.close(self._write_fd)
 
 
 class Helpers:
@@ -75,9 +84,7 @@ class Helpers:
 
     def wake(self) -> None:
         """Wake the loop.  May be called from any thread."""
-        # A full pipe wakes it, too.
-        with suppress(BlockingIOError):
-            os.write(self._pipe.write_fd, b'!')
+        self._pipe.write()
 
     def give(
         self,
@@ -109,6 +116,7 @@ class Helpers:
     def close(self) -> None:
         """Let the threads end.  Those that have something in hand end later; what they post is dropped."""
         self._is_closed = True
+        self._pipe.close()
         self._drop_posted()
         for _ in range(self._threads):
             self._works.put(None)

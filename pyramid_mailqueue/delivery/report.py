@@ -21,7 +21,7 @@ from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent
 
-__all__ = ['Account', 'has_failed', 'heed_plugins', 'plugins', 'tell', 'what_waits']
+__all__ = ['AttemptRecord', 'ask_plugins', 'has_failed', 'plugins', 'report', 'what_waits']
 
 #: A message that is older than this, in seconds, and still waits is worth a warning.
 LONG = 3600
@@ -29,7 +29,7 @@ LONG = 3600
 DISCARDED = 'discarded by a plugin'
 
 
-class Account(NamedTuple):
+class AttemptRecord(NamedTuple):
     """
     One attempt at a message, when it is over.
 
@@ -72,7 +72,7 @@ def has_failed(settlement: Settlement) -> bool:
     return bool(settlement.burials or (settlement.waiting and settlement.counted))
 
 
-def heed_plugins(account: Account, result: SendResult, before: Callable[[], None]) -> SendResult:
+def ask_plugins(record: AttemptRecord, result: SendResult, before: Callable[[], None]) -> SendResult:
     """
     Call the receivers of ``delivery_failed``, and return *result* with what follows from their answers.
 
@@ -85,9 +85,9 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
     if not room.registry.has_receivers(room.MQSignal.delivery_failed):
         return result
     before()
-    told = replace(result, queued=False)
-    message = _message(account, told.failed, account.attempts + 1)
-    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, message, told)
+    of_attempt = replace(result, queued=False)
+    message = _message(record, of_attempt.failed, record.attempts + 1)
+    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, message, of_attempt)
     result = replace(result, discarded=is_unwanted)
     settlement = result.settlement
     if not is_unwanted or settlement is None or not settlement.waiting:
@@ -96,44 +96,44 @@ def heed_plugins(account: Account, result: SendResult, before: Callable[[], None
     return replace(
         result,
         settlement=Settlement(counted=settlement.counted, burials=burials),
-        queued=account.is_queued_elsewhere,
+        queued=record.is_queued_elsewhere,
     )
 
 
-def _message(account: Account, recipients: tuple[str, ...], retries: int) -> object:
-    envelope = account.envelope
+def _message(record: AttemptRecord, recipients: tuple[str, ...], retries: int) -> object:
+    envelope = record.envelope
     if recipients != envelope.recipients:
         envelope = replace(envelope, recipients=recipients)
-    return plugins().PluginMessage(account.id, envelope, retries, account.queued_at)
+    return plugins().PluginMessage(record.id, envelope, retries, record.queued_at)
 
 
-def tell(
-    account: Account, result: SendResult, settlement: Settlement, notify: Callable[[MailEvent], None] | None
+def report(
+    record: AttemptRecord, result: SendResult, settlement: Settlement, notify: Callable[[MailEvent], None] | None
 ) -> None:
     """
     Report an attempt that is over, and settled.
 
     :param notify: called with each event; must not raise
     """
-    is_kept = bool(account.id)
+    is_kept = bool(record.id)
     if notify is not None or has_failed(settlement) or not is_kept or delivery_log.isEnabledFor(logging.INFO):
-        outcomes = [*_outcomes(account, settlement, is_unwritten=result.unwritten is not None)]
-        _log(account, outcomes, settlement)
+        outcomes = [*_outcomes(record, settlement, is_unwritten=result.unwritten is not None)]
+        _log(record, outcomes, settlement)
         if notify is not None:
-            for event in _events(account, outcomes, settlement):
+            for event in _events(record, outcomes, settlement):
                 notify(event)
     room = plugins()
     if result.accepted and room.registry.has_receivers(room.MQSignal.delivery_successful):
-        message = _message(account, result.accepted, account.attempts)
-        room.call_receivers(room.MQSignal.delivery_successful, message, _success(account, result))
+        message = _message(record, result.accepted, record.attempts)
+        room.call_receivers(room.MQSignal.delivery_successful, message, _success(record, result))
 
 
-def _success(account: Account, result: SendResult) -> SendResult:
+def _success(record: AttemptRecord, result: SendResult) -> SendResult:
     """Return the successful part of *result*."""
     return replace(
         result,
         replies={recipient: result.replies[recipient] for recipient in result.accepted},
-        queued=account.is_queued_elsewhere,
+        queued=record.is_queued_elsewhere,
         settlement=result.settlement and Settlement(),
     )
 
@@ -159,16 +159,16 @@ class _Outcome(NamedTuple):
     error: str = ''
 
 
-def _outcomes(account: Account, settlement: Settlement, *, is_unwritten: bool) -> Iterator[_Outcome]:
+def _outcomes(record: AttemptRecord, settlement: Settlement, *, is_unwritten: bool) -> Iterator[_Outcome]:
     said: dict[str, list[tuple[SendResult, Reply]]] = {}
-    for answer in account.answers:
+    for answer in record.answers:
         for recipient, reply in answer.replies.items():
             said.setdefault(recipient, []).append((answer, reply))
     fates = {recipient: _status_of(burial) for burial in settlement.burials for recipient in burial.recipients}
     of_waiting = 'unsettled' if is_unwritten else 'deferred' if settlement.counted else ''
     fates |= dict.fromkeys(settlement.waiting, of_waiting)
-    troubles = [str(answer.trouble) for answer in account.answers if answer.trouble is not None]
-    for recipient in account.envelope.recipients:
+    troubles = [str(answer.trouble) for answer in record.answers if answer.trouble is not None]
+    for recipient in record.envelope.recipients:
         words = said.get(recipient, [])
         # What is neither kept in a queue nor accepted is gone.
         fate = fates.get(recipient, 'discarded')
@@ -205,12 +205,12 @@ def _failed(recipient: str, fate: str, words: Sequence[tuple[SendResult, Reply]]
 # --- to the logs ------------------------------------------------------------
 
 
-def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement) -> None:
-    envelope = account.envelope
-    common = {'id': account.id, 'msgid': envelope.message_id, 'from': f'<{envelope.sender}>'}
+def _log(record: AttemptRecord, outcomes: Sequence[_Outcome], settlement: Settlement) -> None:
+    envelope = record.envelope
+    common = {'id': record.id, 'msgid': envelope.message_id, 'from': f'<{envelope.sender}>'}
     figures: dict[str, object] = {}
-    if account.id:
-        figures = {'attempts': account.attempts + settlement.counted, 'delay': f'{account.age:.1f}'}
+    if record.id:
+        figures = {'attempts': record.attempts + settlement.counted, 'delay': f'{record.age:.1f}'}
 
     def log(logger: Log, level: int, status: str, to: Sequence[str], via: str = '', **said: str) -> None:
         log_event(logger, level, status=status, **common, to=','.join(to), via=via, **figures, **said)
@@ -218,11 +218,11 @@ def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement)
     for it in outcomes:
         log(delivery_log, logging.INFO, it.status, [it.recipient], it.via, smtp=it.smtp, error=it.error)
     if settlement.waiting and settlement.counted:
-        level = logging.WARNING if account.age >= LONG else logging.INFO
+        level = logging.WARNING if record.age >= LONG else logging.INFO
         log(queue_log, level, 'deferred', settlement.waiting, error=settlement.last_reply)
     for burial in settlement.burials:
         log(queue_log, logging.ERROR, _status_of(burial), burial.recipients, error=burial.reason)
-    if not account.id:
+    if not record.id:
         for it in outcomes:
             if it.status == 'discarded':
                 log(queue_log, logging.WARNING, it.status, [it.recipient], error=it.smtp or it.error)
@@ -231,10 +231,10 @@ def _log(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement)
 # --- to the application -----------------------------------------------------
 
 
-def _events(account: Account, outcomes: Sequence[_Outcome], settlement: Settlement) -> Iterator[MailEvent]:
+def _events(record: AttemptRecord, outcomes: Sequence[_Outcome], settlement: Settlement) -> Iterator[MailEvent]:
     from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailQueued
 
-    name, envelope = account.id, account.envelope
+    name, envelope = record.id, record.envelope
     accepted: dict[tuple[str, str], list[str]] = {}
     for it in outcomes:
         if it.status in ('sent', 'queued'):
@@ -250,7 +250,7 @@ def _events(account: Account, outcomes: Sequence[_Outcome], settlement: Settleme
             envelope=envelope,
             recipients=settlement.waiting,
             reason=settlement.last_reply,
-            attempts=account.attempts + 1,
+            attempts=record.attempts + 1,
             due=settlement.due,
         )
     for burial in settlement.burials:

@@ -453,9 +453,7 @@ class _Crew:
             self._hurry(ABORT_SECONDS)
             self._break_off()
         # Where nothing is left nothing was stopped.
-        self._report.stopped = self._stop.requested and (
-            self._is_cut_short or self._is_at_work or self._due.has_more()
-        )
+        self._report.stopped = self._stop.requested and (self._is_cut_short or self._is_at_work or self._due.has_more())
 
     def _break_off(self) -> None:
         self._handler.abort()

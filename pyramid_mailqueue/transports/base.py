@@ -34,7 +34,7 @@ class Wait(NamedTuple):
 class Connection:
     """A base class for connections; see `IConnection`."""
 
-    is_spent = False
+    is_spent = needs_new = False
 
     def fileno(self) -> int:
         """See `IConnection`."""

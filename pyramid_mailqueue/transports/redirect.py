@@ -103,6 +103,10 @@ class _RedirectingConnection(Connection):
         return self.connection.is_spent
 
     @property
+    def needs_new(self) -> bool:  # type: ignore[override]
+        return self.connection.needs_new
+
+    @property
     def has_room(self) -> bool:
         return self.connection.has_room
 

@@ -257,8 +257,11 @@ def test_a_connection_whose_time_is_over_is_looked_at_though_nothing_has_come(qu
 # --- helpers ----------------------------------------------------------------
 
 
-def test_a_settlement_that_takes_long_keeps_no_message_from_the_server(queue, claimed, make_event, monkeypatch):
-    claims, written = claimed(4), make_event()
+def test_what_takes_long_to_be_written_keeps_others_from_its_connection_and_from_no_other(
+    queue, envelope, claimed, make_event, monkeypatch
+):
+    claims = [queue.put_claimed(envelope('ada', 'bob')), *claimed(4)]
+    written = make_event()
     settle = type(claims[0]).settle
 
     def settle_later(claim, settlement):
@@ -268,12 +271,35 @@ def test_a_settlement_that_takes_long_keeps_no_message_from_the_server(queue, cl
 
     monkeypatch.setattr(type(claims[0]), 'settle', settle_later)
     given = Given(*claims)
+    # What was announced behind it waits, too.
     given.on_ended = lambda *_: written.set() if len(given.results) == 3 else None
+    transport = Streams(SendResult({'ada@x.example': Reply(250, 'ok'), 'bob@x.example': LATER}), YES)
 
-    results = deliver_all(MessageHandler([Streams(NO, YES)]), given, has_helpers=True)
+    results = deliver_all(MessageHandler([transport]), given, connections=2, has_helpers=True)
 
-    assert [claim for claim, _ in results] == [*claims[1:], claims[0]]
+    assert [claim for claim, _ in results[3:]] == claims[:2]
+    assert len(transport.connections) == 2
     assert queue.state == {'waiting': 1}
+
+
+def test_a_run_that_is_over_while_that_is_written_leaves_what_was_announced_as_it_was(
+    queue, envelope, claimed, monkeypatch
+):
+    claims = [queue.put_claimed(envelope('ada', 'bob')), *claimed(2)]
+    given = Given(*claims)
+    settle = type(claims[0]).settle
+
+    def settle_last(claim, settlement):
+        given.is_over = True
+        return settle(claim, settlement)
+
+    monkeypatch.setattr(type(claims[0]), 'settle', settle_last)
+    transport = Streams(SendResult({'ada@x.example': Reply(250, 'ok'), 'bob@x.example': LATER}), YES)
+
+    results = deliver_all(MessageHandler([transport]), given, has_helpers=True)
+
+    assert ([claim for claim, _ in results], given.released) == (claims[:1], [claims[1]])
+    assert transport.offered[1:] == m(0)
 
 
 def test_without_a_pipe_the_loop_does_everything_itself(queue, claimed, monkeypatch):

@@ -82,6 +82,11 @@ class Session(Connection):
         return self._is_spent
 
     @property
+    def needs_new(self) -> bool:  # type: ignore[override]
+        """See `IConnection`."""
+        return self._is_spent and self.objection is not None
+
+    @property
     def objection(self) -> Reply | None:
         """The reply because of which this session is spent, if it was one."""
         return self._hand[0].objection if self._hand else None
