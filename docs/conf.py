@@ -28,6 +28,8 @@ extensions = [
 ]
 exclude_patterns = ['_build', '_ext']
 html_theme = 'furo'
+html_static_path = ['_static']
+html_css_files = ['tables.css']
 html_title = f'{project} {release}'
 
 # A name in single backquotes, as in "See `IMailQueue`."

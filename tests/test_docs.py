@@ -23,6 +23,9 @@ from tests.parts.pages import DOCS, ROOT, name_of, parse
 # Loggers have names like settings.
 LOGGERS = {'run', 'smtp'}
 
+# As tests are named: a file, or one test in it.
+NAMED_TEST = re.compile(r'\b(tests/[\w/]+\.py)(?:::(\w+))?')
+
 # And so have the permissions of the dashboard.
 PERMISSIONS = {name.removeprefix('mailqueue.') for name in (VIEW, CONTENT, CHANGE)}
 
@@ -43,6 +46,30 @@ def test_every_link_to_another_document_leads_there(path):
     missing = [target for target in targets if '://' not in target and not leads_somewhere(path, target)]
 
     assert not missing
+
+
+@pytest.mark.parametrize('path', DOCS, ids=name_of)
+def test_every_test_that_a_document_names_is_there(path):
+    named = NAMED_TEST.findall(path.read_text('utf-8'))
+
+    missing = ['::'.join(pair) for pair in named if not is_there(*pair)]
+
+    assert not missing
+
+
+def is_there(file, test):
+    path = ROOT / file
+    return path.is_file() and (not test or re.search(rf'^def {test}\(', path.read_text('utf-8'), re.MULTILINE))
+
+
+def test_each_line_of_the_threat_model_names_a_test():
+    for table in parse(ROOT / 'docs/threats.rst').findall(docutils.nodes.tbody):
+        for row in table.findall(docutils.nodes.row):
+            attack, _, tests = row.findall(docutils.nodes.entry)
+            found = [NAMED_TEST.fullmatch(literal.astext()) for literal in tests.findall(docutils.nodes.literal)]
+
+            assert found, attack.astext()
+            assert all(match and match[2] for match in found), attack.astext()
 
 
 def leads_somewhere(path, target):
