@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import importlib
 import re
@@ -165,6 +166,26 @@ def test_the_application_in_the_readme_works(tmp_path, waiting, monkeypatch):
         assert '400 Bad Request' in app.post('/order', {'email': several}, status=400)
     app.post('/order', status=400)
     assert waiting() == [mail]
+
+
+def strings_of(path):
+    """Return the texts in a module; what is put into one when it is run is left out."""
+    for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+        if isinstance(node, ast.JoinedStr):
+            yield ''.join(part.value for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_package_names_pages_by_their_titles():
+    """The wheel has no docs/, and the site has no page of that name."""
+    titles = {parse(path).get('title') for path in DOCS}
+    texts = [text for path in (ROOT / 'pyramid_mailqueue').rglob('*.py') for text in strings_of(path)]
+
+    named = {title for text in texts for title in re.findall(r'"([^"]+)" in the documentation', ' '.join(text.split()))}
+    assert named
+    assert named <= titles
+    assert [text for text in texts if re.search(r'docs/\S*\.rst', text)] == []
 
 
 CONFTEST, *TESTS = sorted(blocks_of('docs/testing.rst'), key=lambda block: not block.startswith('# conftest.py'))

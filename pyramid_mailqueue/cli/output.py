@@ -32,7 +32,7 @@ STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'r
 
 
 def as_json(entry: QueueEntry) -> dict[str, Any]:
-    """Return a message in the form that every command prints as JSON, documented in ``docs/operations.rst``."""
+    """Return a message in the form that every command prints as JSON (see "Operations" in the documentation)."""
     return {
         'id': entry.id,
         'state': entry.state,

@@ -213,7 +213,9 @@ def _add(
     )
     parser.set_defaults(run=run, action=name, changes=changes, parser=parser, prog=NAME)
     if run not in (queue_look.print_metrics, queue_init.init):
-        parser.add_argument('--json', action='store_true', help='print JSON, for programs (see docs/operations.rst)')
+        parser.add_argument(
+            '--json', action='store_true', help='print JSON, for programs (see "Operations" in the documentation)'
+        )
     return parser
 
 

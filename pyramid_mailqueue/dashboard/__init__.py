@@ -41,7 +41,7 @@ def _check(registry: Any) -> None:
         raise ConfigurationError(
             'pyramid_mailqueue.dashboard needs a security policy: without one, Pyramid lets everybody read and delete '
             f'your mail. Call config.set_security_policy() with one that grants {VIEW}, {CONTENT} and {CHANGE} to '
-            'those who may; docs/dashboard.rst has an example.'
+            'those who may; "Dashboard" in the documentation has an example.'
         )
     if not _has_csrf_tokens(registry):
         raise ConfigurationError(

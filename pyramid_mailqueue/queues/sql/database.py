@@ -326,11 +326,11 @@ class Database:
                     f'has no tables for the queue in the schema {schema}, the first of its search_path; those in the '
                     f'schema {elsewhere} can be the queue of another application. Create your own with: mq-queue '
                     f'app.ini init. If those are meant, let the search_path in mailqueue.sql_url begin with '
-                    f'{elsewhere} (see docs/sql.rst).'
+                    f'{elsewhere} (see "The queue in your database" in the documentation).'
                 )
             raise self._no_tables(
                 'has no tables for the queue. Create them with: mq-queue app.ini init (or in a migration, see '
-                'docs/sql.rst).'
+                '"The queue in your database" in the documentation).'
             )
         if version == NOT_NOTED:
             raise self._no_tables(
@@ -340,7 +340,7 @@ class Database:
         if version != VERSION:
             raise self._mistake(
                 f'has tables of version {version} for the queue, and this pyramid_mailqueue needs version {VERSION}. '
-                'See "Another version" in docs/sql.rst.'
+                'See "The queue in your database" in the documentation, under "Another version".'
             )
 
     def _mistake(self, problem: str) -> ConfigurationError:
@@ -362,7 +362,7 @@ class Database:
             return DatabaseAway(
                 f'The queue in {self.name} cannot be used: {first_line(error)}. That server takes no changes: it is a '
                 'standby, or was the primary before. A URL with several hosts and target_session_attrs=read-write '
-                'leads to the primary (see docs/sql.rst).'
+                'leads to the primary (see "The queue in your database" in the documentation).'
             )
         kind = QueueError if is_of_statement(error) else DatabaseAway
         return kind(f'The queue in {self.name} cannot be used: {first_line(error)}.')
@@ -371,7 +371,8 @@ class Database:
         problem = without_passwords(problem, self._engine.url)
         return self._mistake(
             f'cannot be used: {problem}. Trying again will not help: correct the URL (mailqueue.sql_url, or '
-            'sqlalchemy.url where that is not set), or what its user may do (see docs/sql.rst).'
+            'sqlalchemy.url where that is not set), or what its user may do (see "The queue in your '
+            'database" in the documentation).'
         )
 
     def _is_mistake(self, error: SQLAlchemyError) -> bool:
