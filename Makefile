@@ -2,6 +2,7 @@
 #
 #     make test           lint, types, all tests, and what a release would hold
 #     make quick          the tests that need no server but one of ours: in a minute
+#     make lint           linter, formatter and types alone
 #     make coverage       all tests with branch coverage, which takes half as long again
 #     make test-pythons   all tests on every Python from 3.10 on that is here, or can be made
 #     make demo           a sign-up page and its mail server, in your browser
@@ -30,14 +31,16 @@ PAGES := docs/. $(shell find docs *.rst -not -path docs -not -path 'docs/_build*
 WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)' 2>/dev/null)
 PYTEST = $(TEST)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: test quick coverage test-pythons test-ends suite plain demo bench docs dist format clean check-python system-packages
+.PHONY: test lint quick coverage test-pythons test-ends suite plain demo bench docs dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
-test: $(TEST)/installed-$(VERSION) system-packages
+test: lint system-packages
+	$(PYTEST)
+
+lint: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(PYTEST)
 
 # For use during development.  No separate processes, no PostgreSQL, no browser.
 NOT_QUICK = browser crash dashboard docs interop mta sql test_demo.py test_docs.py test_end_to_end.py test_forks.py \

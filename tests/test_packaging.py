@@ -98,11 +98,16 @@ def test_the_wheel_holds_the_package_its_type_marker_and_the_license_and_nothing
 
 def test_the_source_distribution_holds_all_that_make_test_needs(sdist_names):
     needed = {
+        '.github/workflows/test.yml',
+        '.pre-commit-config.yaml',
         '.readthedocs.yaml',
         'CHANGES.rst',
+        'CODE_OF_CONDUCT.rst',
         'LICENSE',
         'Makefile',
         'README.rst',
+        'SECURITY.md',
+        'noxfile.py',
         'pyproject.toml',
         'requirements-test.txt',
     }

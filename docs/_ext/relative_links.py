@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # The pages that consist of a document beside docs/.
 OUTSIDE = {
     'project/changes': '../CHANGES.rst',
+    'project/code_of_conduct': '../CODE_OF_CONDUCT.rst',
     'project/contributing': '../CONTRIBUTING.rst',
     'project/readme': '../README.rst',
 }
