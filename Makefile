@@ -8,6 +8,7 @@
 #     make demo           a sign-up page and its mail server, in your browser
 #     make bench          benchmarks, beside other packages
 #     make docs           the site of the documentation, in docs/_build/html
+#     make dist           what is uploaded for a release, in dist
 #
 # PYTHON=python3.13 chooses another Python.  Each command keeps a virtual environment of its own in this folder, and
 # installs again only if what it depends on has changed.
@@ -19,7 +20,9 @@ TEST := .venv-test
 DEMO := .venv-demo
 BENCH := .venv-bench
 PEERS := .venv-peers
+DIST := .venv-dist
 DOCS := .venv-docs
+SBOM := .venv-sbom
 SITE := docs/_build/html
 SERVERS := .mta
 SOURCES := Makefile pyproject.toml requirements-test.txt setup.cfg setup.py
@@ -112,11 +115,18 @@ $(SITE)/index.html: $(DOCS)/installed-$(VERSION) $(PAGES) $(PACKAGE)
 	$(DOCS)/bin/sphinx-build --quiet -W --keep-going -n -b html -d docs/_build/doctrees docs $(SITE)
 	@touch $@
 
-# What is uploaded for a release.
-dist: $(TEST)/installed-$(VERSION)
+# What is uploaded for a release: the same bytes for the same commit.  Beside it lies a list of what an installation with
+# the extras for users consists of, in the versions of today (a bill of materials, CycloneDX).
+dist: $(DIST)/installed-$(VERSION)
 	rm -rf dist
-	$(TEST)/bin/python -m build
-	$(TEST)/bin/twine check --strict dist/*
+	$(DIST)/bin/python -m tests.release.dist dist
+	$(DIST)/bin/twine check --strict dist/*.tar.gz dist/*.whl
+	$(PYTHON) -m venv --clear --without-pip $(SBOM)
+	$(DIST)/bin/python -m pip --python $(SBOM)/bin/python install --quiet --disable-pip-version-check \
+	    "$$(echo dist/*.whl)[sql,dashboard,cli]"
+	$(DIST)/bin/cyclonedx-py environment --output-reproducible --output-format JSON $(SBOM)/bin/python \
+	    | sed 's|"file:.*/|"|' >"$$(echo dist/*.whl | sed 's/-py3-.*/.cdx.json/')"
+	@sha256sum dist/*
 
 format: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff check --fix .
@@ -157,6 +167,11 @@ $(PEERS)/installed-$(VERSION): benchmarks/peers.txt $(SOURCES) $(PACKAGE) | $(BE
 $(DOCS)/installed-$(VERSION): docs/requirements.txt $(SOURCES) | check-python
 	$(PYTHON) -m venv --clear $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt --editable .
+	@touch $@
+
+$(DIST)/installed-$(VERSION): requirements-dist.txt | check-python
+	$(PYTHON) -m venv --clear $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dist.txt
 	@touch $@
 
 check-python:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 import pyramid_mailqueue
 from tests.pythons import suites
 from tests.pythons.minima import minima, read_setup
+from tests.release.dist import LEFTOVERS, build, epoch_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'pyramid_mailqueue'
@@ -27,20 +30,8 @@ MODULES = [
     for path in sorted(PACKAGE.rglob('*.py'))
 ]
 
-LEFTOVERS = shutil.ignore_patterns(
-    '.git',
-    '.mta',
-    '.venv*',
-    '*.egg-info',
-    '__pycache__',
-    '.*_cache',
-    '.coverage*',
-    '.hypothesis',
-    'build',
-    'dist',
-    'var',
-    '_build',
-)
+# Of a release in the tests, which may be of no commit.
+EPOCH = 1_795_505_291
 
 
 @pytest.fixture(scope='module')
@@ -52,9 +43,8 @@ def setup():
 def dist(tmp_path_factory):
     """The folder with a source distribution, and with the wheel that is built of it; both from a clean tree."""
     folder = tmp_path_factory.mktemp('release')
-    shutil.copytree(ROOT, folder / 'tree', ignore=LEFTOVERS)
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder / 'dist', folder / 'tree')
-    return folder / 'dist'
+    build(ROOT, folder, EPOCH)
+    return folder
 
 
 def run(*command):
@@ -80,6 +70,45 @@ def sdist_names(dist):
 def metadata(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))
     return BytesParser().parsebytes(wheel.read(name))
+
+
+def test_a_release_is_the_same_bytes_whoever_builds_it_and_when(dist, tmp_path):
+    shutil.copytree(ROOT, tmp_path / 'tree', ignore=LEFTOVERS)
+    for path in (tmp_path / 'tree').rglob('*'):
+        os.utime(path, (1, 1))
+        path.chmod(0o700 if path.is_dir() or path.stat().st_mode & 0o100 else 0o600)
+    # What an installation for development leaves behind names more files.
+    (tmp_path / 'tree/pyramid_mailqueue.egg-info').mkdir()
+    (tmp_path / 'tree/pyramid_mailqueue.egg-info/SOURCES.txt').write_text('setup.py\nleftover.txt\n')
+    (tmp_path / 'tree/leftover.txt').touch()
+    umask = os.umask(0o077)
+    try:
+        build(tmp_path / 'tree', tmp_path / 'again', EPOCH)
+    finally:
+        os.umask(umask)
+
+    assert hashes_of(tmp_path / 'again') == hashes_of(dist)
+
+
+def hashes_of(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_time_of_a_release_is_that_of_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    monkeypatch.setenv('SOURCE_DATE_EPOCH', '7')
+    assert epoch_of(tmp_path) == 7
+    monkeypatch.delenv('SOURCE_DATE_EPOCH')
+    with pytest.raises(SystemExit, match='set SOURCE_DATE_EPOCH'):
+        epoch_of(tmp_path)
+
+    author = ['-c', 'user.name=Ada', '-c', 'user.email=ada@x.example']
+    for name in ('AUTHOR', 'COMMITTER'):
+        monkeypatch.setenv(f'GIT_{name}_DATE', f'{EPOCH} +0000')
+    run('git', '-C', tmp_path, 'init', '--quiet')
+    run('git', '-C', tmp_path, *author, 'commit', '--quiet', '--allow-empty', '--message=x')
+
+    assert epoch_of(tmp_path) == EPOCH
 
 
 def test_a_release_passes_the_checks_of_the_package_index(dist):
@@ -109,6 +138,7 @@ def test_the_source_distribution_holds_all_that_make_test_needs(sdist_names):
         'SECURITY.md',
         'noxfile.py',
         'pyproject.toml',
+        'requirements-dist.txt',
         'requirements-test.txt',
     }
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob('tests/**/*.py')}
