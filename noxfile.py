@@ -32,7 +32,7 @@ def tests(session: nox.Session, version: str, dependencies: str) -> None:
     """The plain tests: without a browser, other mail software, and processes that are killed."""
     python = find(version)
     if python is None:
-        session.skip(f'There is no Python {version} here, so nothing was tried.')
+        session.skip(f'There is no Python {version} here, so nothing was tried')
     options = ['MINIMA=yes'] if dependencies == 'oldest' else []
     if not run('plain', python, f'{version}-{dependencies}', *options):
         session.error('The tests have failed.')
