@@ -274,7 +274,7 @@ def test_while_the_server_is_off_a_sign_up_succeeds_and_mq_run_delivers_it_later
 
     # It waits, is tried once, and waits again.
     (route,) = wsgi.registry.getUtility(IMailer).handler.routes
-    until(lambda: route.pause.is_in_trouble, 'an attempt')
+    until(lambda: route.backoff.is_in_trouble, 'an attempt')
     until(has_one, 'a waiting message')
     page = visitor.get('/')
     assert 'Turn the server on' in page.html.find(id='live-queue').get_text()

@@ -474,14 +474,9 @@ class Engine:
             return
         if not route.backoff.is_in_trouble and self._leaves(lane):
             log.warning('%s The run goes on with fewer connections.', trouble)
-        elif self._is_needed(route):
+        elif (attempt := self._next_for(lane)) is not None:
             self._handler.back_off(route, trouble)
-
-    def _is_needed(self, route: Route) -> bool:
-        """Whether there is a message for the route."""
-        if any(self._handler.next_route(attempt) is route for attempt in self._ready):
-            return True
-        return self._entry is route and self._source.look(1) > 0
+            self._note(attempt, SendResult(transport=route.name, trouble=trouble))
 
     def _failed_to_open(self, lane: _Lane, error: BaseException) -> None:
         """A defect of the transport counts as an attempt at the next message."""

@@ -261,6 +261,8 @@ class _Due:
         # Claimed, and not given to anybody yet.
         self._held: deque[IClaim] = deque()
         self._in_hand: dict[str, IClaim] = {}
+        # Something was given back when the run was over.
+        self._has_left = False
         # Not to ask the rate again before that (``time.monotonic()``).
         self._rate_asked_from = -math.inf
 
@@ -284,7 +286,7 @@ class _Due:
 
     def has_more(self) -> bool:
         """Whether there is something that was not begun, or not settled."""
-        return bool(self._in_hand) or self._hold(1) > 0
+        return self._has_left or bool(self._in_hand) or self._hold(1) > 0
 
     def release(self) -> None:
         """Give back what is not settled, for threads that do not come back, too."""
@@ -327,6 +329,8 @@ class _Due:
         self._in_hand.pop(claim.id, None)
         if result is not None:
             self.on_ended(claim, result)
+        else:
+            self._has_left |= self.is_over
 
     def _hold(self, number: int) -> int:
         """Claim what is due until so many are held; return how many are."""

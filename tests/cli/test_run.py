@@ -1195,9 +1195,9 @@ def watch(start, systemd):
 OFTEN = ('--watch', '0.05')
 SHORT_PAUSES = textwrap.dedent("""
     from pyramid_mailqueue.cli import run
-    from pyramid_mailqueue.delivery import handler
-    Pause = handler.Pause
-    handler.Pause = lambda: Pause(first=0.05, longest=0.1)
+    from pyramid_mailqueue.delivery import route
+    BackOff = route.BackOff
+    route.BackOff = lambda: BackOff(first=0.05, longest=0.1)
     run.main()
 """)
 
