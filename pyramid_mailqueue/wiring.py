@@ -6,16 +6,13 @@ A web process makes a mailer, and mq-run a runner; both use the same queue, tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
-from pyramid_mailqueue.delivery.handler import MessageHandler
-from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, described
 from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
@@ -25,6 +22,7 @@ from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.settings import Settings
 
 if TYPE_CHECKING:
+    from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.events import MailEvent
     from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.queues.maildir import MaildirQueue
@@ -118,6 +116,8 @@ def build_compose(settings: Settings) -> Callable[..., Envelope]:
 
 
 def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMailQueue) -> dict[str, IDispatcher]:
+    from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
+
     inline = InlineDispatcher(handler, queue)
     if threads_run_here():
         return {'background': BackgroundDispatcher(handler, queue), 'inline': inline}
@@ -131,7 +131,10 @@ def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMail
 
 def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
     """Return the :class:`~.delivery.runner.Runner` that *settings* describe; see :func:`build_mailer`."""
-    return Runner(build_queue(settings), build_handler(settings, lookup), keep_dead=settings.keep_dead)
+    queue = build_queue(settings)
+    # Mistakes in the settings show at every run; a handler is made when there is something to deliver.
+    make_handler = partial(_handler, settings, _transports(settings, lookup), _rate(settings))
+    return Runner(queue, make_handler, keep_dead=settings.keep_dead)
 
 
 def _warn(error: QueueError) -> None:
@@ -278,19 +281,35 @@ def build_handler(
     settings: Settings, lookup: Lookup | None = None, notify: Callable[[MailEvent], None] | None = None
 ) -> MessageHandler:
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
+    return _handler(settings, _transports(settings, lookup), _rate(settings), notify)
+
+
+def _transports(settings: Settings, lookup: Lookup | None) -> list[ITransport]:
     transports = [_redirecting(_transport(name, settings, lookup), settings) for name in settings.transports]
     if settings.redirect_all_to is not None:
         log.warning(
             'mailqueue.redirect_all_to = %s: all mail goes there instead of to its recipients.',
             settings.redirect_all_to,
         )
-    policy = ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime)
+    return transports
+
+
+def _handler(
+    settings: Settings,
+    transports: Sequence[ITransport],
+    take_from_rate: Callable[[int], float] | None,
+    notify: Callable[[MailEvent], None] | None = None,
+) -> MessageHandler:
+    # Not imported by a run that finds nothing.
+    from pyramid_mailqueue.delivery.handler import MessageHandler
+    from pyramid_mailqueue.delivery.retry import ExponentialBackoff
+
     return MessageHandler(
         transports,
-        retry_policy=policy,
+        retry_policy=ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime),
         plugins=settings.plugins,
         connections=settings.smtp_connections,
-        take_from_rate=_rate(settings),
+        take_from_rate=take_from_rate,
         notify=notify,
     )
 

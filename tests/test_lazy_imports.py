@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from pyramid_mailqueue.message.envelope import Envelope
+from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 
 # A message that is sent, one that is deferred, one that is buried, and one at which the server hangs up.
@@ -69,3 +71,35 @@ def test_everything_is_there_before_the_first_mail(tmp_path, host, queue):
     with ScriptedSMTPServer({'RCPT': answer}) as server:
         assert imported_late(host, server.port, 'opportunistic', str(tmp_path), queue) == []
         assert bool(server.sessions) == (host != 'nowhere.invalid')
+
+
+# --- what a run of cron needs -------------------------------------------------
+
+RUNS = """
+import sys
+from pyramid_mailqueue.cli import run
+
+try:
+    run.main([sys.argv[1]])
+except SystemExit as end:
+    print(end.code, *sorted(name for name in sys.modules if name.startswith('pyramid_mailqueue')))
+"""
+
+
+@pytest.mark.parametrize('is_idle', [True, False])
+def test_what_delivers_is_imported_by_a_run_that_finds_something(tmp_path, is_idle):
+    queue = MaildirQueue(tmp_path / 'queue')
+    ini = tmp_path / 'app.ini'
+    with ScriptedSMTPServer() as server:
+        ini.write_text(
+            f'[app:main]\nuse = egg:none\nmailqueue.queue_dir = {queue.path}\nmailqueue.smtp_hostname = {server.host}\n'
+            f'mailqueue.smtp_port = {server.port}\nmailqueue.smtp_tls = off\n'
+        )
+        if not is_idle:
+            queue.put(Envelope('shop@site.example', ('ada@x.example',), b'Subject: hello\r\n\r\nHello\r\n'))
+        done = subprocess.run([sys.executable, '-c', RUNS, str(ini)], capture_output=True, text=True, check=True)
+
+    status, *imported = done.stdout.splitlines()[-1].split()
+    assert status == '0'
+    delivers = [f'pyramid_mailqueue.delivery.{name}' for name in ('crew', 'dispatch', 'engine', 'handler', 'plugins')]
+    assert set(delivers) & set(imported) == (set() if is_idle else {*delivers} - {delivers[1]})

@@ -182,7 +182,7 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
     """Make one run after the other, until told to stop.  Trouble is reported once, and retried."""
     left, told = arguments.max_messages, ''
     end = math.inf if arguments.max_time is None else time.monotonic() + arguments.max_time
-    signals.reload = runner.handler.reload
+    signals.reload = runner.reload
     notify_systemd('READY=1')
     while not signals.stop.requested and left != 0 and (rest := end - time.monotonic()) > 0:
         guard_logs()
@@ -199,7 +199,7 @@ def _watch(runner: Runner, signals: _Signals, arguments: argparse.Namespace) -> 
         told = '' if trouble is None else str(trouble)
         notify_systemd(f'STATUS={told or "waiting for mail"}')
         if left != 0:
-            backoff_seconds = runner.handler.backoff_seconds
+            backoff_seconds = runner.backoff_seconds
             signals.sleep(min(max(arguments.watch, backoff_seconds), end - time.monotonic()), at_least=backoff_seconds)
     notify_systemd('STOPPING=1')
     return EX_OK

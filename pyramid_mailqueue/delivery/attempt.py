@@ -11,21 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pyramid_mailqueue.delivery.report import AttemptRecord, ask_plugins, has_failed, report
 from pyramid_mailqueue.delivery.retry import refusals
-from pyramid_mailqueue.interfaces import IClaim
+from pyramid_mailqueue.delivery.route import Route
+from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import Burial, Offer, Reply, SendResult, Settlement
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.delivery.handler import MessageHandler
+    from pyramid_mailqueue.events import MailEvent
 
-__all__ = ['Attempt', 'ClaimedAttempt']
+__all__ = ['Attempt', 'ClaimedAttempt', 'Deciding']
 
 #: Behind a content of more octets nothing is announced before it has its outcome.
 LARGE = 1024 * 1024
+
+
+class Deciding(Protocol):
+    """What decides about a message, and is told of it; see :class:`~.delivery.routes.Routes`."""
+
+    routes: list[Route]
+    retry_policy: IRetryPolicy
+    notify: Callable[[MailEvent], None] | None
+    clock: Callable[[], float]
 
 
 class Attempt:
@@ -107,7 +117,7 @@ class Attempt:
     def release(self) -> None:
         """End the attempt; the message stays as it was."""
 
-    def decide(self, handler: MessageHandler, is_servers_fault: Callable[[], bool]) -> bool:
+    def decide(self, by: Deciding, is_servers_fault: Callable[[], bool]) -> bool:
         """
         Decide what becomes of the message; return whether :meth:`settle` may take its time.
 
@@ -115,20 +125,20 @@ class Attempt:
         """
         return True
 
-    def settle(self, handler: MessageHandler) -> SendResult:
+    def settle(self, by: Deciding) -> SendResult:
         """Put the decision into effect, tell of it, and return the result."""
-        result, now = _completed(self.result, self.envelope.recipients), handler.clock()
+        result, now = _completed(self.result, self.envelope.recipients), by.clock()
         record = AttemptRecord('', self.envelope, self.answers, attempts=0, queued_at=now, now=now)
         if len(result.accepted) < len(self.envelope.recipients):
             result = ask_plugins(record, result, before=self.keep)
         self.outcome = result
-        report(record, result, Settlement(burials=self._bury(handler, result)), handler.notify)
+        report(record, result, Settlement(burials=self._bury(by, result)), by.notify)
         return result
 
-    def _bury(self, handler: MessageHandler, result: SendResult) -> tuple[Burial, ...]:
+    def _bury(self, by: Deciding, result: SendResult) -> tuple[Burial, ...]:
         """Keep who was refused where a person finds it, if a transport can; return what it has kept."""
         burials = refusals(self.envelope.recipients, result)
-        for route in handler.routes:
+        for route in by.routes:
             if burials and route.bury(self.envelope, burials):
                 return burials
         return ()
@@ -177,11 +187,11 @@ class ClaimedAttempt(Attempt):
         """Release the claim."""
         self.claim.release()
 
-    def decide(self, handler: MessageHandler, is_servers_fault: Callable[[], bool]) -> bool:
+    def decide(self, by: Deciding, is_servers_fault: Callable[[], bool]) -> bool:
         """Decide by the retry policy."""
         claim, result = self.claim, self.result
-        self._now = now = handler.clock()
-        decide = handler.retry_policy.decide
+        self._now = now = by.clock()
+        decide = by.retry_policy.decide
         settlement = decide(self.recipients, claim.attempts, claim.queued_at, result, now)
         if settlement.burials and result.trouble is not None and is_servers_fault():
             # An outage is no reason to give up a message, however old it is.
@@ -191,7 +201,7 @@ class ClaimedAttempt(Attempt):
         # What remains of the message is written and made durable, and receivers are asked.
         return bool(settlement.waiting or settlement.burials)
 
-    def settle(self, handler: MessageHandler) -> SendResult:
+    def settle(self, by: Deciding) -> SendResult:
         """Settle the claim, tell of it, and return the result."""
         claim, result = self.claim, self.outcome
         assert result is not None
@@ -206,7 +216,7 @@ class ClaimedAttempt(Attempt):
             settlement = settlement.unwritten()
             is_queued = result.queued or bool(settlement.waiting)
             result = replace(result, settlement=settlement, queued=is_queued, unwritten=unwritten)
-        report(record, result, settlement, handler.notify)
+        report(record, result, settlement, by.notify)
         return result
 
 

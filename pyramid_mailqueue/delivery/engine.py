@@ -44,8 +44,8 @@ from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.results import SendResult
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.delivery.route import Route
+    from pyramid_mailqueue.delivery.routes import Routes
 
 __all__ = ['MAX_DISCONNECTS', 'Disconnects', 'Engine', 'Nothing', 'Source']
 
@@ -183,7 +183,7 @@ class Engine:
     """
     See the module.
 
-    :param handler: the routes, the retry policy, and who is told
+    :param routes: what all engines share
     :param connections: how many connections a route may have at once
     :param has_helpers: whether threads do what may take long; if not, or if there can be none, the loop does it
     :param disconnects: those of the thread, if its engines do not live long; by default each lane counts its own
@@ -191,13 +191,13 @@ class Engine:
 
     def __init__(
         self,
-        handler: MessageHandler,
+        routes: Routes,
         *,
         connections: int = 1,
         has_helpers: bool = False,
         disconnects: Disconnects | None = None,
     ) -> None:
-        self._handler = handler
+        self._routes = routes
         self._connections = connections
         self._disconnects = disconnects
         self._numbers = itertools.count()
@@ -323,7 +323,7 @@ class Engine:
     @property
     def _entry(self) -> Route | None:
         """The route for new messages; None if there is none now."""
-        for route in self._handler.routes:
+        for route in self._routes.routes:
             if route.backoff.trouble is None and not (self._troubled and route.backoff.is_in_trouble):
                 return route
         return None
@@ -336,7 +336,7 @@ class Engine:
         route = lane.route
         # First what is kept for the lane: it is to be the first of its connection.
         for attempt in sorted(self._ready, key=lambda it: it not in self._kept_for):
-            if self._handler.next_route(attempt) is route and self._kept_for.get(attempt, lane) is lane:
+            if self._routes.next_route(attempt) is route and self._kept_for.get(attempt, lane) is lane:
                 self._kept_for.pop(attempt, None)
                 self._ready.remove(attempt)
                 if attempt.is_valid():
@@ -345,7 +345,7 @@ class Engine:
         if self._has_too_many or self._entry is not route:
             return None
         fresh = self._read_next()
-        if fresh is None or self._handler.next_route(fresh) is route:
+        if fresh is None or self._routes.next_route(fresh) is route:
             return fresh
         # Another thread has just found the server in trouble.
         self._put_back(fresh)
@@ -358,7 +358,7 @@ class Engine:
     def _read_next(self) -> Attempt | None:
         """Return an attempt at the next message of the source that can be read, and is still ours."""
         while (claim := self._source.next()) is not None:
-            self._handler.load_plugins()
+            self._routes.load_plugins()
             read = self._read(claim)
             if read is not None and read.is_valid():
                 return read
@@ -396,10 +396,10 @@ class Engine:
     def _conclude_unroutable(self, entry: Route | None) -> None:
         """Settle what no route can be tried for now."""
         for attempt in [*self._ready]:
-            if self._handler.next_route(attempt) is None:
+            if self._routes.next_route(attempt) is None:
                 self._ready.remove(attempt)
                 self._conclude(attempt)
-        if entry is None and not any(route.backoff.trouble is None for route in self._handler.routes):
+        if entry is None and not any(route.backoff.trouble is None for route in self._routes.routes):
             # What is with the helpers may end the run.
             while not (self._helped or self._source.is_over) and (fresh := self._read_next()) is not None:
                 self._go_on(fresh)
@@ -408,13 +408,13 @@ class Engine:
 
     def _open_lanes(self, entry: Route | None) -> None:
         """Open connections for what no open lane has room for."""
-        for route in self._handler.routes:
+        for route in self._routes.routes:
             lanes = [lane for lane in self._lanes if lane.route is route]
             idle = [lane for lane in lanes if lane.is_idle]
             open_ = len(lanes) - len(idle)
             if open_ >= self._most(route):
                 continue
-            wanted = sum(self._handler.next_route(attempt) is route for attempt in self._ready)
+            wanted = sum(self._routes.next_route(attempt) is route for attempt in self._ready)
             if route is entry and not self._has_too_many:
                 wanted += self._source.look(self._most(route))
             wanted += len(lanes) - len(idle) - sum(lane.is_opening for lane in lanes)
@@ -475,7 +475,7 @@ class Engine:
         if not route.backoff.is_in_trouble and self._leaves(lane):
             log.warning('%s The run goes on with fewer connections.', trouble)
         elif (attempt := self._next_for(lane)) is not None:
-            self._handler.back_off(route, trouble)
+            self._routes.back_off(route, trouble)
             self._note(attempt, SendResult(transport=route.name, trouble=trouble))
 
     def _failed_to_open(self, lane: _Lane, error: BaseException) -> None:
@@ -628,7 +628,7 @@ class Engine:
                 self._put_back(attempt)
             return True
         if not (is_one_too_many and lane.forgives(trouble)):
-            self._handler.back_off(route, trouble)
+            self._routes.back_off(route, trouble)
         return False
 
     def _note(self, attempt: Attempt, result: SendResult) -> None:
@@ -639,7 +639,7 @@ class Engine:
 
     def _go_on(self, attempt: Attempt) -> None:
         """Let the next route have the message, or settle it."""
-        if self._handler.next_route(attempt) is None:
+        if self._routes.next_route(attempt) is None:
             self._conclude(attempt)
         elif attempt.has_to_keep:
             self._writing.add(attempt)
@@ -665,13 +665,13 @@ class Engine:
     def _conclude(self, attempt: Attempt) -> None:
         """Decide what becomes of the message, settle it, and tell of it."""
         self._current = attempt
-        if attempt.decide(self._handler, lambda: self._may_be_the_server(attempt)):
+        if attempt.decide(self._routes, lambda: self._may_be_the_server(attempt)):
             self._writing.add(attempt)
             self._help(
-                lambda: attempt.settle(self._handler), lambda result, error: self._settled(attempt, result, error)
+                lambda: attempt.settle(self._routes), lambda result, error: self._settled(attempt, result, error)
             )
         else:
-            self._settled(attempt, attempt.settle(self._handler))
+            self._settled(attempt, attempt.settle(self._routes))
 
     def _settled(self, attempt: Attempt, result: SendResult, error: BaseException | None = None) -> None:
         if error is not None:
@@ -679,7 +679,7 @@ class Engine:
         self._current = None
         self._has_news = True
         self._troubled.discard(attempt)
-        self._handler.note_unwritten(result.unwritten)
+        self._routes.note_unwritten(result.unwritten)
         if attempt.claim is not None:
             self._source.ended(attempt.claim, result)
         self._is_written(attempt)

@@ -1,96 +1,24 @@
-"""Who delivers: the transports in their order, the retry policy, the plugins and the rate."""
+"""What a program calls to deliver a message of its own, or a single one of a queue."""
 
 from __future__ import annotations
 
 import copy
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pyramid_mailqueue.delivery.attempt import Attempt
-from pyramid_mailqueue.delivery.backoff import BackOff
-from pyramid_mailqueue.delivery.engine import Disconnects, Engine, Nothing
-from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
-from pyramid_mailqueue.delivery.retry import ExponentialBackoff
-from pyramid_mailqueue.delivery.route import Route
-from pyramid_mailqueue.exceptions import MailqueueError, MessageError, QueueError, ServerTrouble, WrongState
-from pyramid_mailqueue.interfaces import IClaim, IRetryPolicy, ISender
-from pyramid_mailqueue.logs import Log
+from pyramid_mailqueue.delivery.engine import Engine, Nothing
+from pyramid_mailqueue.delivery.routes import Routes
+from pyramid_mailqueue.exceptions import MessageError, ServerTrouble, WrongState
+from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import SendResult
 
-if TYPE_CHECKING:
-    from pyramid_mailqueue.events import MailEvent
-
 __all__ = ['MessageHandler']
 
-log = Log('mailqueue.delivery')
 
-#: How many seconds a process sends nothing when it cannot find out whether the rate allows it.
-RATE_TROUBLE_SECONDS = 60
-
-
-class MessageHandler:
-    """
-    Deliver messages over transports, in their order: who is still open after the first is offered to the next.
-
-    :param transports: what to offer messages to; see `ITransport`; any `ISender` will do
-    :param retry_policy: see `IRetryPolicy`
-    :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
-    :param connections: how many connections a run may use at once
-    :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
-        common rate and returns 0, or takes nothing and returns in how many seconds to ask again; of 0 recipients it
-        tells whether there could be one
-    :param notify: called with each event (see :mod:`~.events`); must not raise
-    :param clock: seconds since the epoch
-    """
-
-    def __init__(
-        self,
-        transports: Sequence[ISender],
-        *,
-        retry_policy: IRetryPolicy | None = None,
-        plugins: Sequence[str] = (),
-        connections: int = 1,
-        take_from_rate: Callable[[int], float] | None = None,
-        notify: Callable[[MailEvent], None] | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.retry_policy = retry_policy or ExponentialBackoff()
-        self.clock = clock
-        self.routes = [Route(transport) for transport in transports]
-        self.connections = connections
-        self.take_from_rate = take_from_rate
-        self.notify = notify
-        self._own = _OfThread()
-        self._rate_allows_at = 0.0
-        self._unwritten = BackOff()
-        self.plugins = tuple(plugins)
-        self._has_loaded_plugins = False
-
-    @property
-    def is_backing_off(self) -> bool:
-        """Whether every transport backs off after its server's trouble: trying a message now would be in vain."""
-        return bool(self.routes) and all(route.backoff.trouble for route in self.routes)
-
-    @property
-    def backoff_seconds(self) -> float:
-        """In how many seconds a message can be tried again; 0 if one can be tried now."""
-        backoff = min((route.backoff.seconds for route in self.routes), default=0.0)
-        return max(backoff, self._unwritten.seconds, self._rate_allows_at - time.monotonic(), 0.0)
-
-    def may_send(self, message: IClaim | Attempt) -> bool:
-        """Whether the rate allows to send this message now; then it is taken from it.  Never raises."""
-        if self.take_from_rate is None:
-            return True
-        try:
-            seconds = self.take_from_rate(len(message.recipients))
-        except (OSError, MailqueueError) as error:
-            log.error('%s Mail waits in the queue.', error)
-            seconds = RATE_TROUBLE_SECONDS
-        self._rate_allows_at = time.monotonic() + seconds
-        return not seconds
+class MessageHandler(Routes):
+    """Delivers messages; see :class:`~.delivery.routes.Routes` for the arguments."""
 
     def deliver(self, claim: IClaim) -> SendResult:
         """
@@ -105,7 +33,7 @@ class MessageHandler:
 
     def engine(self) -> Engine:
         """Return an engine for this thread: it has one connection, and waits for it here."""
-        return Engine(self, disconnects=self._own.disconnects)
+        return Engine(self, disconnects=self.disconnects)
 
     # --- for programs that bring their own messages ---
 
@@ -168,60 +96,6 @@ class MessageHandler:
         if not self.may_send(attempt):
             attempt.note(SendResult(trouble=ServerTrouble('mailqueue.rate_limit allows no more mail now.')))
         return self.engine().deliver(attempt)
-
-    def back_off(self, route: Route, trouble: ServerTrouble) -> None:
-        """Let a transport back off because of its server's trouble."""
-        route.backoff.begin(trouble)
-        if len(self.routes) > 1:
-            # If this is the only one, the caller tells of its trouble.
-            log.warning('The transport %s backs off: %s', route.name, trouble)
-
-    def note_unwritten(self, reason: QueueError | None) -> None:
-        """Back off if the outcome of a message cannot be written: the next one would be sent again and again, too."""
-        if reason is None:
-            self._unwritten.end()
-        else:
-            self._unwritten.begin(ServerTrouble(str(reason)))
-
-    def next_route(self, attempt: Attempt) -> Route | None:
-        """Return the transport to offer a message to; None if it is to be settled with what was said."""
-        while attempt.still_open and attempt.position < len(self.routes):
-            route = self.routes[attempt.position]
-            trouble = route.backoff.trouble
-            if trouble is None:
-                return route
-            attempt.note(route.still_in_trouble(trouble))
-        return None
-
-    def load_plugins(self) -> None:
-        """Called before the first attempt."""
-        if self.plugins:
-            self._has_loaded_plugins = True
-            load_plugins_module().registry.load(self.plugins)
-
-    def close(self) -> None:
-        """Close the transports' connections, and let the plugins finish.  The handler may be used again."""
-        for route in self.routes:
-            route.transport.close()
-        if self._has_loaded_plugins:
-            load_plugins_module().registry.terminate()
-
-    def reload(self) -> None:
-        """Have the transports read again what may have changed outside."""
-        for route in self.routes:
-            route.transport.reload()
-
-    def abort(self) -> None:
-        """Break off what is under way: the caller will not wait any longer."""
-        for route in self.routes:
-            route.transport.abort()
-
-
-class _OfThread(threading.local):
-    """What is of the thread that delivers, where its engines do not live long."""
-
-    def __init__(self) -> None:
-        self.disconnects: Disconnects = {}
 
 
 class _One(Nothing):

@@ -112,7 +112,7 @@ class Pool:
         """Keep *session* for the next message, if it is fit for that."""
         with self._lock:
             # Not one that was discarded, and that no new session could replace.
-            if session in self._open and session.dialogue.is_idle:
+            if session in self._open and session.is_idle:
                 session.idle_since = self._clock()
                 self._idle.append(session)
                 self._start_timer()

@@ -6,9 +6,8 @@ import logging
 import select
 import ssl
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from zope.interface import implementer
 
@@ -20,9 +19,6 @@ from pyramid_mailqueue.transports.base import Connection, Wait
 from pyramid_mailqueue.transports.smtp.client import READ_SIZE, Client, shut_down
 from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, Server
 from pyramid_mailqueue.transports.smtp.transaction import Capabilities, Dialogue, MailTransaction
-
-if TYPE_CHECKING:
-    from pyramid_mailqueue.transports.smtp.pool import Pool
 
 __all__ = ['Session']
 
@@ -43,12 +39,15 @@ class Session(Connection):
     Each offer is one transaction, for at most *max_recipients*.  Of two offers one is under way, and the other has said
     MAIL, RCPT and DATA behind it: in the same write as the end of its content, where the server offers PIPELINING.
 
+    :param give_back: called with the session when it is released
     :ivar was_used: a transaction was completed on it
     :ivar instead_of: the reply because of which it replaces a used session
     :ivar idle_since: when it went into the pool
     """
 
-    def __init__(self, client: Client, server: Server, pool: Pool, max_recipients: int) -> None:
+    def __init__(
+        self, client: Client, server: Server, give_back: Callable[[Session], None], max_recipients: int
+    ) -> None:
         assert client.sock
         self.dialogue = Dialogue(Capabilities.from_ehlo(client.esmtp_features), str(server))
         self.was_used = False
@@ -63,7 +62,7 @@ class Session(Connection):
         self._is_spent = False
         self._server = server
         self._name = f'smtp:{server}'
-        self._pool = pool
+        self._give_back = give_back
         self._max_recipients = max_recipients
         self._client = client
         self._sock = client.sock
@@ -127,9 +126,7 @@ class Session(Connection):
         """See `IConnection`."""
         if self._is_spent:
             self.say_quit()
-            self._pool.discard(self)
-        else:
-            self._pool.give_back(self)
+        self._give_back(self)
 
     # --- the transactions in hand ---
 
@@ -223,6 +220,11 @@ class Session(Connection):
             is_known = self._server.objections.holds(_about(transaction), _said(transaction.objection))
             return self._in_vain >= MAX_VAIN or not is_known
         return self.was_stale(transaction)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in hand, and the session can go on: also if it was left in the middle."""
+        return not self._hand and self.dialogue.is_idle
 
     @property
     def is_alive(self) -> bool:

@@ -165,7 +165,7 @@ class SMTPTransport(Transport):
 
         with self._pool.opening() as opening:
             client = self._connector.connect(partial(self._pool.note, opening), lambda: opening.is_given_up)
-            session = Session(client, self._server, self._pool, self._max_recipients)
+            session = Session(client, self._server, self._pool.give_back, self._max_recipients)
             if not self._pool.add(session, opening):
                 session.close()
                 raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
