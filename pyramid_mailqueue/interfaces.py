@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry, QueueStats
     from pyramid_mailqueue.results import Burial, Dropped, Offer, Recovery, SendResult, Settlement
     from pyramid_mailqueue.transactions import ITransactionSource
-    from pyramid_mailqueue.transports.base import Wait
 
 __all__ = [
     'IBindableMailer',
@@ -555,8 +554,12 @@ class IConnection(Contract, Protocol):
         :param events: what the descriptor was ready for; 0 for nothing, as after ``submit``
         """
 
-    def wait(self) -> Wait:
-        """Return what to wait for, and how long.  Called when something is in hand."""
+    def wait(self) -> tuple[int, float]:
+        """
+        Return what the descriptor has to be ready for, as of :func:`select.poll`, and how many seconds to wait at most.
+
+        Called when something is in hand.
+        """
 
     def release(self) -> None:
         """Keep the connection for the next message if that is possible, or else close it.  Called once."""

@@ -23,6 +23,7 @@ from pyramid_mailqueue import (
 from pyramid_mailqueue.events import notify
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import Reply
+from pyramid_mailqueue.transports.base import as_transport
 from pyramid_mailqueue.transports.maildir import MaildirBackend
 
 ADA, BOB, EVE = 'ada@elsewhere.example', 'bob@elsewhere.example', 'eve@elsewhere.example'
@@ -190,7 +191,7 @@ def test_a_server_in_trouble_is_no_event(listening_app, message):
             raise ServerTrouble('down')
 
     app = listening_app(lambda request: request.mailer.send(message('hello')))
-    app.app.registry.getUtility(IMailer).handler.routes[0].transport = Down()
+    app.app.registry.getUtility(IMailer).handler.routes[0].transport = as_transport(Down())
     app.get('/')
 
     assert told(app.heard) == [('MailQueued', (ADA,))]
@@ -246,7 +247,7 @@ def test_a_subscriber_that_raises_is_logged_by_its_name_and_changes_nothing(list
     ]
     assert 'a defect of the application' in caplog.text
     handler = app.app.registry.getUtility(IMailer).handler
-    assert handler.routes[0].transport.asked == 1
+    assert handler.routes[0].transport.sender.asked == 1
 
 
 def test_the_delivery_thread_outlives_a_subscriber_that_raises(listening_app, message, until):

@@ -182,7 +182,7 @@ def test_a_factory_is_called_with_the_settings(settings_of):
     settings = settings_of(transports=f'{__name__}:Kept')
     (route,) = build_handler(settings).routes
 
-    assert route.transport.settings is settings
+    assert route.transport.sender.settings is settings
 
 
 def test_the_inbox_is_in_the_directory_of_the_queue(settings_of, queue_dir, message):

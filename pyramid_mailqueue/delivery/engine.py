@@ -544,11 +544,11 @@ class Engine:
         self._open(lane)
 
     def _wait_for(self, lane: _Lane, connection: IConnection) -> None:
-        wait = connection.wait()
-        lane.until = time.monotonic() + wait.seconds
-        if wait.events != lane.events:
-            self._poll.register(lane.fd, wait.events)
-            lane.events = wait.events
+        events, seconds = connection.wait()
+        lane.until = time.monotonic() + seconds
+        if events != lane.events:
+            self._poll.register(lane.fd, events)
+            lane.events = events
 
     def _listen_no_more(self, lane: _Lane) -> None:
         if lane.events:
@@ -627,6 +627,9 @@ class Engine:
             else:
                 self._put_back(attempt)
             return True
+        if is_one_too_many and route in self._proven:
+            # The lanes that have worked are gone: it is the server, and not this message.
+            trouble.in_message = False
         if not (is_one_too_many and lane.forgives(trouble)):
             self._routes.back_off(route, trouble)
         return False

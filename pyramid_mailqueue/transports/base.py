@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.interfaces import IConnection, ISender, ITransport
 from pyramid_mailqueue.results import Burial, Offer, SendResult
 
-__all__ = ['Connection', 'Transport', 'Wait', 'as_transport', 'run']
-
-
-class Wait(NamedTuple):
-    """
-    What a connection waits for.
-
-    :param events: what its descriptor has to be ready for, as of :func:`select.poll`
-    :param seconds: how long it waits at most
-    """
-
-    events: int
-    seconds: float
+__all__ = ['Connection', 'Transport', 'as_transport', 'run']
 
 
 class Connection:
@@ -53,7 +41,7 @@ class Connection:
         """See `IConnection`."""
         raise NotImplementedError
 
-    def wait(self) -> Wait:
+    def wait(self) -> tuple[int, float]:
         """See `IConnection`."""
         raise NotImplementedError
 
@@ -98,7 +86,7 @@ class _Completed(Transport):
     """An object of an application, with the members that it lacks."""
 
     def __init__(self, sender: Any) -> None:
-        self._sender = sender
+        self.sender = sender
         self.name = getattr(sender, 'name', None) or type(sender).__name__
         for name in ('abort', 'bury', 'close', 'connect', 'leads_to', 'reload'):
             if hasattr(sender, name):
@@ -106,7 +94,7 @@ class _Completed(Transport):
 
     def send(self, sender: str, recipients: tuple[str, ...], content: bytes, /) -> SendResult | bool:
         """See `ITransport`."""
-        answer: SendResult | bool = self._sender.send(sender, recipients, content)
+        answer: SendResult | bool = self.sender.send(sender, recipients, content)
         return answer
 
 
@@ -124,6 +112,6 @@ def run(connection: IConnection) -> SendResult | bool | None:
             return result
         if connection.is_spent:
             return None
-        wait = connection.wait()
-        poll.register(connection.fileno(), wait.events)
-        events = sum(ready for _, ready in poll.poll(max(0, wait.seconds) * 1000))
+        mask, seconds = connection.wait()
+        poll.register(connection.fileno(), mask)
+        events = sum(ready for _, ready in poll.poll(max(0, seconds) * 1000))

@@ -11,7 +11,7 @@ from zope.interface import implementer
 from pyramid_mailqueue.interfaces import IConnection, ISender, ITransport
 from pyramid_mailqueue.message.redirect import original_recipients
 from pyramid_mailqueue.results import Burial, Offer, SendResult
-from pyramid_mailqueue.transports.base import Connection, Transport, Wait, as_transport
+from pyramid_mailqueue.transports.base import Connection, Transport, as_transport
 
 __all__ = ['RedirectingTransport', 'redirecting']
 
@@ -118,7 +118,7 @@ class _RedirectingConnection(Connection):
         for answer in self.connection.advance(events):
             yield self._transport.for_all(self._recipients.popleft(), answer)
 
-    def wait(self) -> Wait:
+    def wait(self) -> tuple[int, float]:
         return self.connection.wait()
 
     def release(self) -> None:

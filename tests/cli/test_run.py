@@ -905,7 +905,7 @@ def test_if_the_server_hangs_the_message_in_hand_is_given_back(busy, queue_dir, 
     server.script['DATA'] = Silence()
     names = set(names_in(queue_dir / 'new'))
     code = (
-        'from pyramid_mailqueue.delivery import runner; runner.PATIENCE = 1; '
+        'from pyramid_mailqueue.delivery import run; run.STOP_SECONDS = 1; '
         'from pyramid_mailqueue.cli import run; run.main()'
     )
     process = busy(code=code, until=b'DATA')
@@ -1104,9 +1104,9 @@ def test_after_its_time_a_run_waits_for_what_is_in_hand(start, app_ini, put_many
     code = textwrap.dedent("""
         import sys
         from pyramid_mailqueue.cli import run
-        from pyramid_mailqueue.delivery import runner
-        runner.PATIENCE = 0
-        wait = runner.Stop.wait
+        from pyramid_mailqueue.delivery import run as one_run
+        one_run.STOP_SECONDS = 0
+        wait = one_run.Stop.wait
         def tell_and_wait(self, seconds=None):
             if seconds is None:
                 print('its time is over', flush=True)
@@ -1114,7 +1114,7 @@ def test_after_its_time_a_run_waits_for_what_is_in_hand(start, app_ini, put_many
                 # Until the message is in hand.
                 sys.stdin.readline()
             wait(self, seconds)
-        runner.Stop.wait = tell_and_wait
+        one_run.Stop.wait = tell_and_wait
         run.main()
     """)
     process = start(app_ini(server), '--max-time', '0.1', code=code, stdin=subprocess.PIPE)

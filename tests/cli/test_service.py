@@ -23,7 +23,8 @@ import pytest
 
 from pyramid_mailqueue.cli import common
 from pyramid_mailqueue.cli.service import notify_systemd, reopen_log_files
-from pyramid_mailqueue.delivery import runner
+from pyramid_mailqueue.delivery.crew import ABORT_SECONDS
+from pyramid_mailqueue.delivery.run import STOP_SECONDS
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 
 DOCS = Path(__file__).parents[2] / 'docs'
@@ -383,7 +384,7 @@ def test_the_commands_are_understood(arguments):
 
 @pytest.mark.parametrize('path', SERVICES, ids=names(SERVICES))
 def test_systemd_waits_until_mq_run_has_ended_by_itself(path):
-    assert int(section(path, 'Service')['TimeoutStopSec']) > runner.PATIENCE + runner.LAST_PATIENCE
+    assert int(section(path, 'Service')['TimeoutStopSec']) > STOP_SECONDS + ABORT_SECONDS
 
 
 def test_the_units_know_the_exit_statuses():

@@ -239,7 +239,7 @@ def test_a_connection_whose_time_is_over_is_looked_at_though_nothing_has_come(qu
     class Silent(Streams):
         def connect(self, instead_of=None):
             connection = super().connect(instead_of)
-            advance, wait = connection.advance, connection.wait
+            advance = connection.advance
             looks = []
 
             def look(events=0):
@@ -247,7 +247,7 @@ def test_a_connection_whose_time_is_over_is_looked_at_though_nothing_has_come(qu
                 return advance(1 if len(looks) > 2 else 0)
 
             connection.advance = look
-            connection.wait = lambda: wait()._replace(events=select.POLLPRI, seconds=0.01)
+            connection.wait = lambda: (select.POLLPRI, 0.01)
             return connection
 
     # An event that never comes, and a descriptor that is never ready.

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from pyramid_mailqueue.delivery import runner
+from pyramid_mailqueue.delivery import crew, runner
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.runner import Runner, RunReport, Stop
@@ -904,7 +904,7 @@ def test_a_run_begins_with_no_more_messages_than_it_may(run_over, queue, wait_al
 def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
     run_over, queue, wait_all, make_event, monkeypatch
 ):
-    monkeypatch.setattr(runner, 'STOP_SECONDS', 0)
+    monkeypatch.setattr(crew, 'STOP_SECONDS', 0)
     names = wait_all(4)
     before = snapshot(queue)
     go_on = make_event()
@@ -929,7 +929,7 @@ def test_after_its_time_a_run_begins_nothing_more_and_waits_for_what_is_in_hand(
 def test_who_is_told_to_stop_while_the_time_is_over_does_not_wait_for_ever(
     run_over, queue, wait_all, make_event, monkeypatch
 ):
-    monkeypatch.setattr(runner, 'STOP_SECONDS', 0)
+    monkeypatch.setattr(crew, 'STOP_SECONDS', 0)
     names = wait_all(3)
     told = []
 

@@ -34,7 +34,8 @@ from pyramid.scripts.pshell import PShellCommand
 from pyramid_mailqueue import NoActiveTransaction, mailer_from_settings
 from pyramid_mailqueue.cli import queue, run, send_test
 from pyramid_mailqueue.cli.common import parse_runner_arguments, read_settings
-from pyramid_mailqueue.delivery import dispatch, runner
+from pyramid_mailqueue.delivery import dispatch
+from pyramid_mailqueue.delivery import run as one_run
 from pyramid_mailqueue.queues.entries import STATES
 from pyramid_mailqueue.settings import known_keys
 
@@ -58,7 +59,7 @@ NAMES = [
 CARDS = [ROOT / f'docs/howto/{name}.rst' for name in NAMES]
 
 #: What a supervisor has to wait for mq-run, in seconds: what it takes, and some more.
-STOP_SECONDS = runner.STOP_SECONDS + 5
+STOP_SECONDS = one_run.STOP_SECONDS + 5
 
 
 @functools.cache

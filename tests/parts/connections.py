@@ -8,7 +8,7 @@ import select
 from pyramid_mailqueue.delivery.engine import Engine, Nothing
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.results import SendResult
-from pyramid_mailqueue.transports.base import Connection, Transport, Wait
+from pyramid_mailqueue.transports.base import Connection, Transport
 
 
 class Answers(Connection):
@@ -54,7 +54,7 @@ class Answers(Connection):
         yield answer
 
     def wait(self):
-        return Wait(select.POLLIN, 60)
+        return select.POLLIN, 60
 
     def release(self):
         assert not self.is_released

@@ -66,6 +66,7 @@ from pyramid_mailqueue import (
 from pyramid_mailqueue.interfaces import (
     IBindableMailer,
     IClaim,
+    IConnection,
     IDispatcher,
     IMailQueue,
     IQueueAdmin,
@@ -92,6 +93,7 @@ from pyramid_mailqueue.testing import (
     mail_discarded,
     make_mailer,
 )
+from pyramid_mailqueue.transports.base import Transport
 
 # --- sending ----------------------------------------------------------------
 
@@ -163,10 +165,10 @@ def wrapped(mailer: IMailer) -> IBindableMailer:
 # --- the parts --------------------------------------------------------------
 
 
-class Pigeons:
+class Pigeons(Transport):
     name = 'pigeons'
 
-    def send(self, sender: str, recipients: Sequence[str], content: bytes) -> SendResult:
+    def send(self, sender: str, recipients: Sequence[str], content: bytes, /) -> SendResult:
         return SendResult({recipient: Reply(250, 'has left', '2.0.0') for recipient in recipients}, self.name)
 
     def close(self) -> None:
@@ -178,6 +180,13 @@ class Doves:
 
     def send(self, from_addr: str, to_addrs: tuple[str, ...], message: bytes) -> bool:
         return True
+
+
+class Flock(Pigeons):
+    """One of these leaves for each message."""
+
+    def connect(self, instead_of: IConnection | None = None) -> IConnection | None:
+        return None
 
 
 def make_pigeons(settings: Settings) -> ITransport:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from zope.interface import implementer
 
 from pyramid_mailqueue import ITransport, SendResult
+from pyramid_mailqueue.transports.base import Transport
 
 
 @implementer(ITransport)
-class Pigeons:
+class Pigeons(Transport):
     name = 'pigeons'
 
-    def send(self, sender: str, recipients: tuple[str, ...], content: bytes) -> SendResult | bool:
+    def send(self, sender: str, recipients: tuple[str, ...], content: bytes, /) -> SendResult | bool:
         return True
 
     def close(self) -> None:

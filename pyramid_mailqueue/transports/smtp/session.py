@@ -15,7 +15,7 @@ from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.interfaces import IConnection
 from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.results import Offer, Reply, SendResult
-from pyramid_mailqueue.transports.base import Connection, Wait
+from pyramid_mailqueue.transports.base import Connection
 from pyramid_mailqueue.transports.smtp.client import READ_SIZE, Client, shut_down
 from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, Server
 from pyramid_mailqueue.transports.smtp.transaction import Capabilities, Dialogue, MailTransaction
@@ -117,10 +117,10 @@ class Session(Connection):
         except ServerTrouble as trouble:
             yield from self._broken(trouble)
 
-    def wait(self) -> Wait:
+    def wait(self) -> tuple[int, float]:
         """See `IConnection`."""
         events = select.POLLIN | select.POLLOUT if self.dialogue.data_to_send() else select.POLLIN
-        return Wait(events, self._began + self._limit - self._server.clock())
+        return events, self._began + self._limit - self._server.clock()
 
     def release(self) -> None:
         """See `IConnection`."""
