@@ -248,11 +248,10 @@ class Engine:
         try:
             while self._turn():
                 pass
-        except Exception:
-            # A defect.  What it is about stays claimed: if the message is to blame its deaths are counted.
-            raise
-        except BaseException:
-            self._conclude_now()
+        except BaseException as error:
+            # What a defect is about stays claimed: if the message is to blame its deaths are counted.
+            if not isinstance(error, Exception):
+                self._conclude_now()
             raise
         finally:
             self._end()
@@ -298,10 +297,12 @@ class Engine:
         ready = self._poll.poll(None if until == math.inf else max(0.0, until - now) * 1000)
         for fd, events in ready:
             lane = self._of_fd.get(fd)
-            if lane is not None:
-                self._advance(lane, events)
-            elif self._helpers is not None:
+            if lane is None:
+                assert self._helpers is not None
                 self._collect(self._helpers)
+            elif lane.events:
+                # Else it has ceased to wait since.
+                self._advance(lane, events)
         if until <= (now := time.monotonic()):
             for lane in waiting:
                 if lane.events and lane.until <= now:
@@ -621,7 +622,8 @@ class Engine:
         # If it has not worked since its last trouble it is not our session that is one too many.
         if not route.backoff.is_in_trouble and self._leaves(lane):
             log.warning('%s The run goes on with fewer connections.', trouble)
-            self._let_go(lane)
+            if lane.connection is not None:
+                self._let_go(lane)
             if result.replies:
                 self._note(attempt, replace(result, trouble=None))
             else:

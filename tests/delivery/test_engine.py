@@ -126,6 +126,27 @@ def test_it_is_called_for_several_at_once_if_there_may_be_as_many_connections(qu
     assert transport.asked[0] == m(0)[0], 'the first is alone: it finds out whether anything works'
 
 
+def test_trouble_beside_others_leaves_the_message_to_them(queue, claimed, make_event, trouble, caplog):
+    event = make_event()
+
+    class Limited(Waits):
+        """It takes two at a time, and no more."""
+
+        def send(self, sender, recipients, content):
+            if self.under_way >= 2:
+                event.set()
+                raise trouble
+            return super().send(sender, recipients, content)
+
+    transport = Limited(event, *m(1, 2))
+
+    results = deliver_all(MessageHandler([transport]), Given(*claimed(8)), connections=3, has_helpers=True)
+
+    assert [result.trouble for _, result in results] == [None] * 8
+    assert caplog.messages.count(f'{trouble} The run goes on with fewer connections.') == 1
+    assert queue.state == {}
+
+
 # --- a connection -----------------------------------------------------------
 
 
