@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.queues.entries import STATES
@@ -148,3 +150,28 @@ class Office:
 
 def touch(path, when):
     os.utime(path, (when, when))
+
+
+class _Killed(Exception):
+    """Stands for a signal."""
+
+
+def break_off(place, to, *, at):
+    """A move that ends at a step as if it had been killed there."""
+
+    def die(*_, **__):
+        raise _Killed
+
+    with open_move(place.settings, to=to) as work:
+        if at == 'decided':
+            work._end = die
+        else:
+            decide = work._decisions.decide
+            work._decisions.decide = die
+        with pytest.raises(_Killed):
+            work.run()
+        if at != 'decided':
+            work._decisions.decide = decide
+        for side in (work.source, work.target):
+            for file in getattr(side, '_held', {}).values():
+                file.abandon()

@@ -28,7 +28,7 @@ from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.queues.sql import moving as moving_sql
 from pyramid_mailqueue.wiring import open_move
 from tests.parts.databases import create_queue_tables
-from tests.parts.move import FOLDER, Office, Place, touch
+from tests.parts.move import FOLDER, Office, Place, break_off, touch
 from tests.parts.strategies import addresses
 
 BORN = 1_700_000_000
@@ -462,31 +462,6 @@ def test_a_record_that_is_damaged_is_told_of(place):
 
 
 # --- half-way ---------------------------------------------------------------
-
-
-class _Killed(Exception):
-    """Stands for a signal."""
-
-
-def break_off(place, to, *, at):
-    """A move that ends at a step as if it had been killed there."""
-
-    def die(*_, **__):
-        raise _Killed
-
-    with open_move(place.settings, to=to) as work:
-        if at == 'decided':
-            work._end = die
-        else:
-            decide = work._decisions.decide
-            work._decisions.decide = die
-        with pytest.raises(_Killed):
-            work.run()
-        if at != 'decided':
-            work._decisions.decide = decide
-        for side in (work.source, work.target):
-            for file in getattr(side, '_held', {}).values():
-                file.abandon()
 
 
 @pytest.mark.parametrize('at', ['staged', 'decided'])

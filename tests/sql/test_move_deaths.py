@@ -21,7 +21,7 @@ from pyramid_mailqueue.queues.maildir.queue_file import QueueHeader
 from pyramid_mailqueue.wiring import open_move
 from tests.parts import faults
 from tests.parts.children import Child
-from tests.parts.move import Office, Place
+from tests.parts.move import Office, Place, break_off
 
 pytestmark = pytest.mark.forks
 
@@ -154,39 +154,61 @@ def test_the_moves_that_settle_what_others_left_may_die_too(place, to):
 # --- power cuts -------------------------------------------------------------
 
 
-def steps_of(place, to):
-    """The steps of a move of one message, in words; folders are named where they are made durable."""
-    told = []
+class Noted:
+    """The steps that are made in its block, in words; folders are named where they are made durable."""
 
-    def note(step):
-        if isinstance(step, str):
-            word = step.split()[0]
-            # PostgreSQL picks the rows in a WITH before the UPDATE.
-            told.append({'BEGIN': None, 'SELECT': None, 'PRAGMA': None, 'WITH': 'UPDATE'}.get(word, word))
-        elif step.name == 'fsync':
+    def __init__(self, place):
+        self._path = place.maildir.path
+        self._opened = 'nothing'
+        self._steps = Steps(self._note)
+        self.words = []
+
+    def __enter__(self):
+        self._steps.__enter__()
+        return self.words
+
+    def __exit__(self, *exc_info):
+        self._steps.__exit__(*exc_info)
+
+    def _note(self, step):
+        word = self._of_statement(step) if isinstance(step, str) else self._of_call(step)
+        self.words += [word] if word else []
+
+    def _of_statement(self, statement):
+        word = statement.split()[0]
+        # PostgreSQL picks the rows in a WITH before the UPDATE.
+        return {'BEGIN': None, 'SELECT': None, 'PRAGMA': None, 'WITH': 'UPDATE'}.get(word, word)
+
+    def _of_call(self, call):
+        if call.name == 'fsync':
             # What was opened last is what is made durable.
-            told.append(f'fsync {opened[-1]}')
-        elif step.name == 'open':
-            opened.append(os.path.relpath(step.args[0], place.maildir.path).split('/')[0])
-            told.append('decide' if '.decided-' in step.args[0] else None)
-        elif step.name == 'rename':
-            source, target = (os.path.relpath(path, place.maildir.path).split('/')[0] for path in step.args)
-            told.append(f'{source} -> {target}' if '.record' not in step.args[1] else None)
-        elif step.name == 'unlink':
-            told.append('forget' if '.decided-' in step.args[0] else 'unlink')
+            return f'fsync {self._opened}'
+        if call.name == 'open':
+            self._opened = self._folder(call.args[0])
+            return 'decide' if '.decided-' in call.args[0] else None
+        if call.name == 'rename' and '.record' not in call.args[1]:
+            return ' -> '.join(map(self._folder, call.args))
+        if call.name == 'unlink':
+            return 'forget' if '.decided-' in call.args[0] else 'unlink'
+        return None
 
-    opened = ['nothing']
-    with Steps(note), open_move(place.settings, to=to) as work:
+    def _folder(self, path):
+        return os.path.relpath(path, self._path).split('/')[0]
+
+
+def steps_of(place, to):
+    """The steps of a move of one message."""
+    with Noted(place) as words, open_move(place.settings, to=to) as work:
         decisions = work._decisions
         new_batch = decisions.new_batch
 
         def begin_to_note():
-            told.clear()
+            words.clear()
             return new_batch()
 
         decisions.new_batch = begin_to_note
         work.run()
-    return [step for step in told if step]
+    return words
 
 
 STEPS_OF_MOVE = {
@@ -213,3 +235,18 @@ def test_nothing_is_relied_upon_before_a_power_cut_cannot_undo_it(place, to):
 
     begin = made.index('UPDATE' if to == 'maildir' else 'new -> moving')
     assert made[begin:] == [step.strip() for step in re.split('[,;]', STEPS_OF_MOVE[to])]
+
+
+@pytest.mark.parametrize('to', OTHER)
+def test_what_a_dead_move_has_done_is_durable_before_the_next_one_relies_on_it(place, to):
+    """It was killed when its decision was to be seen already, but before a power cut could not undo it."""
+    place.put(content('one'))
+    if to == 'maildir':
+        place.move('sql')
+    break_off(place, to, at='decided')
+
+    with Noted(place) as words, open_move(place.settings, to=to) as work:
+        words.clear()
+        work.run()
+
+    assert words[:2] == ['fsync .', 'fsync moving']

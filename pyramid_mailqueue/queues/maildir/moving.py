@@ -262,6 +262,8 @@ class DirectoryRecord:
             raise QueueError(f'Another move is at work in {self._queue.path}.')
         try:
             sync_folder(self._queue.path)
+            # What a dead move has decided or removed can be seen before it is durable.
+            sync_folder(self._queue.place(MOVING))
             self._read()
             yield
         finally:
