@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, event, make_url
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError, QueueError, WrongState
@@ -449,6 +449,48 @@ def test_an_answer_that_was_lost_loses_no_message(postgres_url, tmp_path):
     assert broken
     assert work.report.moved == {'waiting': 1}
     assert [kept.content for kept in place.kept('maildir')] == [content(1)]
+    assert place.counts('sql') == {}
+
+
+def test_what_a_lost_connection_takes_later_is_not_removed_without_a_copy(postgres_url, tmp_path):
+    """The UPDATE was repeated over another connection, and took another message; then the first COMMIT arrives."""
+    place = Place(tmp_path / 'queue', postgres_url)
+    for n in range(2):
+        place.put(content(n))
+    place.move('sql')
+    broken, engine = [], create_engine(postgres_url)
+
+    def break_off_update(_connection, cursor, statement, *_):
+        if 'UPDATE' in statement and not broken:
+            broken.append(1)
+            cursor.connection.close()
+            raise psycopg.OperationalError('the connection is lost')
+
+    with engine.connect() as late, open_move(place.settings, to='maildir') as work:
+        new_batch, stage = work._decisions.new_batch, work.target.stage
+        commit = threading.Timer(0.5, late.commit)
+
+        def take_one_too_late():
+            batch = new_batch()
+            if not broken:
+                one = 'UPDATE mailqueue_message SET claim = :claim, state = :state WHERE subject = :subject'
+                of_batch = {'claim': f'move:{batch}.out.waiting', 'state': 'in doubt', 'subject': 'order 1'}
+                late.execute(text(one), of_batch)
+                commit.start()
+                event.listen(work.source._database.engine, 'before_cursor_execute', break_off_update)
+            return batch
+
+        def stage_late(*args):
+            ids = stage(*args)
+            commit.join()
+            return ids
+
+        work._decisions.new_batch, work.target.stage = take_one_too_late, stage_late
+        work.run()
+    engine.dispose()
+
+    assert broken
+    assert [kept.content for kept in place.kept('maildir')] == [content(0), content(1)]
     assert place.counts('sql') == {}
 
 

@@ -138,7 +138,7 @@ class SQLSide:
     def take(self, batch: str, state: str, ids: Sequence[str], refuse: Callable[[str, str], None]) -> list[Parcel]:
         """See `Side`."""
         claim = _claim(batch, OUT, state)
-        self._execute(self._taking(state, ids).values(**_out_of_reach(claim)))
+        self._hide(ids, self._taking(state, ids).values(**_out_of_reach(claim)))
         parcels = []
         # Not what the UPDATE returns: if its answer was lost, it was repeated, and found nothing any more.
         taken = select(*_COLUMNS).where(*_claimed(claim)).order_by(MESSAGES.c.id)
@@ -149,6 +149,19 @@ class SQLSide:
                 self._put_back(claim, state, row.id)
                 refuse(row.id, f'its row is damaged, or does not fit into a file: {error}')
         return parcels
+
+    def _hide(self, ids: Sequence[str], statement: Update) -> None:
+        connections = []
+
+        def hide(connection: Connection) -> None:
+            connections.append(connection)
+            connection.execute(statement)
+
+        self._transact(hide)
+        if len(connections) > 1:
+            # It was repeated, and has skipped what a lost connection holds.  If that is committed after the messages
+            # were read, they are removed without a copy: wait until it is or is not.
+            self._execute(select(MESSAGES.c.id).where(MESSAGES.c.id.in_(ids)).with_for_update())
 
     def _taking(self, state: str, ids: Sequence[str]) -> Update:
         found = select(MESSAGES.c.id).where(MESSAGES.c.id.in_(ids), state_is(state))
