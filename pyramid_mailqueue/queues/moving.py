@@ -19,6 +19,16 @@ repeated.  Until then such messages are *in doubt*, in both queues; they do not 
 A lock lets one move at a time work on a directory.  The name of a batch is new each time, so that a statement which
 reaches the database after its process has died cannot mix with a later batch; what it has written is put back or
 removed as an undecided batch.
+
+Why the removal of the originals is not itself the decision (a copy without its original would be published, and one
+beside its original removed):
+
+* A statement may reach the database after its process has died.  A copy could arrive when its original was put back and
+  delivered: it would be sent again.  An original could be removed after its copy was.
+* Once the files are removed, nothing in the directory would tell that copies wait in a database, and in which one.
+* Many files are not removed at once: each message would be decided alone, and has to be found in the other queue.
+
+Each of these can be answered, but only with a record in the directory again; the code does not get smaller by that.
 """
 
 from __future__ import annotations

@@ -673,6 +673,26 @@ def test_what_a_statement_wrote_after_its_process_had_died_is_removed_by_a_later
     assert place.counts('sql') == {'waiting': 1}
 
 
+def test_a_removal_that_arrives_after_its_process_has_died_does_no_harm(postgres_url, tmp_path):
+    """The COMMIT of the DELETE is still on its way when the next move begins."""
+    place = Place(tmp_path / 'queue', postgres_url)
+    place.put(content(1))
+    place.move('sql')
+    break_off(place, 'maildir', at='decided')
+    engine = create_engine(postgres_url)
+
+    with engine.connect() as late, late.begin():
+        late.exec_driver_sql('DELETE FROM mailqueue_message')
+        mover = threading.Thread(target=place.move, args=['maildir'])
+        mover.start()
+        time.sleep(0.5)
+    mover.join()
+    engine.dispose()
+
+    assert [kept.content for kept in place.kept('maildir')] == [content(1)]
+    assert (place.counts('sql'), place.in_moving()) == ({}, [])
+
+
 def test_what_is_half_way_can_be_moved_back_instead(place):
     for n in range(3):
         place.put(content(n))
