@@ -219,6 +219,9 @@ class Engine:
         self._helped = 0
         # What met trouble, and is not settled.  Its end decides whether it is worth while to look if a server is back.
         self._troubled: set[Attempt] = set()
+        self._defect: Exception | None = None
+        # The lane whose results are taken: after a defect it is in the middle of that.
+        self._advancing: _Lane | None = None
         # Something can be given out that could not before.
         self._has_news = False
         self._poll = select.poll()
@@ -246,15 +249,44 @@ class Engine:
                 self._helpers = Helpers()
                 self._poll.register(self._helpers, select.POLLIN)
         try:
-            while self._turn():
-                pass
+            self._loop()
         except BaseException as error:
-            # What a defect is about stays claimed: if the message is to blame its deaths are counted.
             if not isinstance(error, Exception):
                 self._conclude_now()
             raise
         finally:
             self._end()
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                while self._turn():
+                    pass
+            except Exception as error:
+                if self._defect is not None:
+                    raise
+                self._finish_because_of(error)
+            else:
+                break
+        if self._defect is not None:
+            raise self._defect
+
+    def _finish_because_of(self, error: Exception) -> None:
+        """
+        After a defect: begin nothing more, and finish what the other lanes have under way.
+
+        What it is about stays claimed: if the message is to blame its deaths are counted.
+        """
+        self._defect = error
+        lane, self._advancing = self._advancing, None
+        if lane is not None and lane.connection is not None:
+            self._let_go(lane)
+        # More may have been posted than was looked at.
+        self.wake()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._defect is not None or self._source.is_over
 
     def deliver(self, attempt: Attempt) -> SendResult:
         """Make an attempt at a message that is in no queue."""
@@ -266,7 +298,7 @@ class Engine:
     def _turn(self) -> bool:
         """Give out what there is, and wait for the next event; False if there will be none."""
         self._has_news = False
-        if self._source.is_over:
+        if self._is_over:
             self._conclude_ready()
             seconds = math.inf if self.is_sending else None
         else:
@@ -330,7 +362,7 @@ class Engine:
         return None
 
     def _fill(self, lane: _Lane) -> None:
-        while lane.has_room and not self._source.is_over and (attempt := self._next_for(lane)) is not None:
+        while lane.has_room and not self._is_over and (attempt := self._next_for(lane)) is not None:
             self._submit(lane, attempt)
 
     def _next_for(self, lane: _Lane) -> Attempt | None:
@@ -402,7 +434,7 @@ class Engine:
                 self._conclude(attempt)
         if entry is None and not any(route.backoff.trouble is None for route in self._routes.routes):
             # What is with the helpers may end the run.
-            while not (self._helped or self._source.is_over) and (fresh := self._read_next()) is not None:
+            while not (self._helped or self._is_over) and (fresh := self._read_next()) is not None:
                 self._go_on(fresh)
 
     # --- connections ---
@@ -471,7 +503,7 @@ class Engine:
 
     def _could_not_open(self, lane: _Lane, trouble: ServerTrouble) -> None:
         route = lane.route
-        if self._source.is_over:
+        if self._is_over:
             return
         if not route.backoff.is_in_trouble and self._leaves(lane):
             log.warning('%s The run goes on with fewer connections.', trouble)
@@ -516,11 +548,16 @@ class Engine:
     # --- results ---
 
     def _advance(self, lane: _Lane, events: int = 0) -> None:
+        before, self._advancing = self._advancing, lane
+        self._take_results(lane, events)
+        self._advancing = before
+
+    def _take_results(self, lane: _Lane, events: int) -> None:
         connection = lane.connection
         assert connection is not None
         results = lane.results(events)
         for result in results:
-            goes_on = self._answered(lane, result) and not self._source.is_over
+            goes_on = self._answered(lane, result) and not self._is_over
             if goes_on and lane.writes is not None:
                 results.close()
                 self._listen_no_more(lane)
@@ -535,7 +572,7 @@ class Engine:
                 return
         if lane.connection is None:
             return
-        if not connection.is_spent or self._source.is_over:
+        if not connection.is_spent or self._is_over:
             self._let_go(lane)
             return
         if connection.needs_new and lane.hand:
@@ -575,10 +612,10 @@ class Engine:
         if not attempt.is_valid():
             # Somebody else has it: we have broken it off ourselves, or it would be in vain to write its end.
             self._given_up(attempt)
-        elif self._source.is_over and not result.replies:
+        elif self._is_over and not result.replies:
             # We have broken it off ourselves: it is nobody's fault.
             self._put_back(attempt)
-        elif self._source.is_over or not self._is_left_to_others(lane, attempt, result):
+        elif self._is_over or not self._is_left_to_others(lane, attempt, result):
             self._note(attempt, result)
             self._wait_until_written(lane, attempt)
         return False
@@ -603,7 +640,7 @@ class Engine:
     def _resume(self, lane: _Lane) -> None:
         if lane.connection is None:
             return
-        if self._source.is_over:
+        if self._is_over:
             self._let_go(lane)
         else:
             self._fill(lane)

@@ -364,6 +364,28 @@ def test_a_defect_in_a_helper_ends_the_loop_and_its_message_stays_claimed(queue,
     assert claims[0].id in [file.name for file in queue.files('cur')]
 
 
+@with_and_without_helpers
+def test_after_a_defect_the_other_connections_finish_what_they_have_under_way(queue, claimed, has_helpers):
+    class Policy:
+        asked = 0
+
+        def decide(self, recipients, *attempt):
+            if recipients == m(3)[0]:
+                raise ZeroDivisionError
+            return MessageHandler([]).retry_policy.decide(recipients, *attempt)
+
+    transport = Streams(YES)
+    given = Given(*claimed(9))
+
+    with pytest.raises(ZeroDivisionError):
+        deliver_all(MessageHandler([transport], retry_policy=Policy()), given, connections=3, has_helpers=has_helpers)
+
+    answered = {claim.envelope.recipients for claim, _ in given.results} | {*m(3)}
+    assert {*transport.answered} == answered, 'what a server has is not given back'
+    assert {claim.envelope.recipients for claim in given.released}.isdisjoint(answered)
+    assert len(queue.files('cur')) == 1 + len(given.claims), 'the message of the defect stays claimed'
+
+
 def test_a_connection_that_opens_when_everything_is_done_is_released(queue, claimed, make_event, until, monkeypatch):
     monkeypatch.setattr(engine_module, 'GIVE_UP_SECONDS', 0.01)
     go_on = make_event()

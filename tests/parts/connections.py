@@ -50,7 +50,7 @@ class Answers(Connection):
             answer = SendResult(trouble=answer)
         if isinstance(answer, BaseException):
             raise answer
-        self.hand.pop(0)
+        self.transport.answered.append(self.hand.pop(0).recipients)
         yield answer
 
     def wait(self):
@@ -78,6 +78,7 @@ class Streams(Transport):
         self.by_connection = [self.answers, *map(list, by_connection)]
         self.before = before
         self.offered = []
+        self.answered = []
         self.connections = []
         self.instead_of = []
 
