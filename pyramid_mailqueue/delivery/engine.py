@@ -278,9 +278,13 @@ class Engine:
         What it is about stays claimed: if the message is to blame its deaths are counted.
         """
         self._defect = error
-        lane, self._advancing = self._advancing, None
-        if lane is not None and lane.connection is not None:
-            self._let_go(lane)
+        for lane in self._lanes:
+            was_about_it = lane is self._advancing or (lane.writes is not None and lane.writes not in self._writing)
+            if was_about_it and lane.connection is not None:
+                self._let_go(lane)
+            if was_about_it:
+                lane.writes = None
+        self._advancing = None
         # More may have been posted than was looked at.
         self.wake()
 
@@ -691,6 +695,7 @@ class Engine:
 
     def _kept(self, attempt: Attempt, error: BaseException | None) -> None:
         if error is not None:
+            self._writing.discard(attempt)
             raise error
         self._put_back(attempt)
         self._is_written(attempt)
@@ -717,6 +722,7 @@ class Engine:
 
     def _settled(self, attempt: Attempt, result: SendResult, error: BaseException | None = None) -> None:
         if error is not None:
+            self._writing.discard(attempt)
             raise error
         self._current = None
         self._has_news = True

@@ -413,14 +413,12 @@ def test_what_becomes_of_a_message_is_what_the_table_says(
     assert unknown == ([] if (state, retries) == ('waiting', 0) else [status is None])
 
 
-def test_mail_waits_as_it_was_where_nobody_listens(http_mail, api, make_settings, make_mailer, message):
-    api.server_close()
-    mailer = make_mailer(make_settings(transports='shop.http_mail.from_settings'))
-
+def test_mail_waits_as_it_was_where_nobody_listens(http_mail, make_settings, make_mailer, message, monkeypatch):
     # The port is taken, so that nobody else answers there.
     with socket.socket() as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        deaf.bind(api.server_address)
+        deaf.bind(('127.0.0.1', 0))
+        monkeypatch.setattr(http_mail, 'HOST', f'127.0.0.1:{deaf.getsockname()[1]}')
+        mailer = make_mailer(make_settings(transports='shop.http_mail.from_settings'))
         mailer.send_immediately(message('An order'))
 
     assert [it.retries for it in mailer.queue.admin.entries({'waiting'})] == [0]
