@@ -163,20 +163,20 @@ class _Lane:
     def results(self, events: int) -> Generator[SendResult]:
         """Advance the connection, and yield the results of what is in hand.  Raises no Exception of the transport."""
         assert self.connection is not None
-        answers = iter(self.connection.advance(events))
-        while True:
-            try:
-                answer = next(answers, None)
-            except ServerTrouble as trouble:
+        try:
+            # A connection need not be a generator: the call may raise, too.
+            for answer in self.connection.advance(events):
+                if not self.hand:
+                    return
+                yield self.route.read(answer, self.hand[0].offer.recipients, may_go_on=True)
+        except ServerTrouble as trouble:
+            if self.hand:
                 answer = SendResult(trouble=trouble)
-            except Exception as error:  # noqa: BLE001 - it is logged
-                self.is_defective = True
-                if self.hand:
-                    yield self.route.failed(error, self.hand[0].offer.recipients)
-                return
-            if answer is None or not self.hand:
-                return
-            yield self.route.read(answer, self.hand[0].offer.recipients, may_go_on=True)
+                yield self.route.read(answer, self.hand[0].offer.recipients, may_go_on=True)
+        except Exception as error:  # noqa: BLE001 - it is logged
+            self.is_defective = True
+            if self.hand:
+                yield self.route.failed(error, self.hand[0].offer.recipients)
 
 
 class Engine:

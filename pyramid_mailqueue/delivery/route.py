@@ -34,11 +34,11 @@ class Route:
         """Call the transport's ``send``.  Raises no Exception."""
         try:
             answer = self.transport.send(offer.sender, offer.recipients, offer.content)
+            return self.read(answer, offer.recipients, may_go_on=False)
         except ServerTrouble as trouble:
             return SendResult(transport=self.name, trouble=trouble)
         except Exception as error:  # noqa: BLE001 - it is logged
             return self.failed(error, offer.recipients)
-        return self.read(answer, offer.recipients, may_go_on=False)
 
     def failed(self, error: Exception, recipients: tuple[str, ...]) -> SendResult:
         """

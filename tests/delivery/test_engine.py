@@ -13,6 +13,7 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.transports.base import Transport
+from tests.delivery.conftest import Says
 from tests.parts.connections import Given, Streams, deliver_all
 
 YES, NO = True, False
@@ -254,6 +255,51 @@ def test_trouble_that_a_connection_raises_is_that_of_its_oldest_message(queue, c
     assert results[0][1].trouble is trouble
     assert len(transport.connections) == 1
     assert queue.state == {'waiting': 2}
+
+
+@pytest.mark.parametrize(
+    ('error', 'said'),
+    [
+        (ServerTrouble('mail.example:25 is down'), []),
+        (KeyError('region'), ["451 4.3.0 the transport failed: KeyError: 'region'"]),
+    ],
+)
+def test_a_connection_that_is_no_generator_may_raise_at_once(queue, claimed, error, said):
+    class Raises(Streams):
+        def connect(self, instead_of=None):
+            connection = super().connect(instead_of)
+
+            def advance(events=0):
+                raise error
+
+            connection.advance = advance
+            return connection
+
+    results = deliver_all(MessageHandler([Raises(YES)]), Given(*claimed(1)))
+
+    assert [str(reply) for reply in results[0][1].replies.values()] == said
+    assert queue.state == {'waiting': 1}
+
+
+def test_a_connection_that_answers_with_nothing_has_not_taken_the_message(queue, claimed):
+    assert len(deliver_all(MessageHandler([Streams(None, YES)]), Given(*claimed(2)))) == 2
+    assert [header.recipients for header in queue.headers('new')] == m(0)
+
+
+class _Odd:
+    """An answer that is neither true nor false."""
+
+    def __bool__(self):
+        raise ValueError('ambiguous')
+
+
+@with_and_without_helpers
+@pytest.mark.parametrize('kind', [Says, Streams])
+def test_an_answer_that_cannot_be_read_is_an_attempt_and_the_others_are_sent(queue, claimed, kind, has_helpers):
+    results = deliver_all(MessageHandler([kind(_Odd(), YES)]), Given(*claimed(3)), has_helpers=has_helpers)
+
+    assert len(results) == 3
+    assert [(header.recipients, header.attempts) for header in queue.headers('new')] == [(*m(0), 1)]
 
 
 def test_a_connection_whose_time_is_over_is_looked_at_though_nothing_has_come(queue, claimed, trouble):
