@@ -280,6 +280,8 @@ class Engine:
         self._defect = error
         for lane in self._lanes:
             was_about_it = lane is self._advancing or (lane.writes is not None and lane.writes not in self._writing)
+            # What was submitted to it, and was not looked at since, would not be looked at any more.
+            was_about_it |= lane.writes is None and not lane.events
             if was_about_it and lane.connection is not None:
                 self._let_go(lane)
             if was_about_it:

@@ -432,6 +432,35 @@ def test_after_a_defect_the_other_connections_finish_what_they_have_under_way(qu
     assert len(queue.files('cur')) == 1 + len(given.claims), 'the message of the defect stays claimed'
 
 
+@with_and_without_helpers
+def test_after_a_defect_what_was_submitted_and_not_sent_is_not_waited_for(queue, claimed, has_helpers):
+    class Picky(Streams):
+        def connect(self, instead_of=None):
+            connection = super().connect(instead_of)
+            submit = connection.submit
+
+            def submit_if_fit(offer):
+                if offer.recipients == m(1)[0]:
+                    raise ValueError('no')
+                submit(offer)
+
+            connection.submit = submit_if_fit
+            return connection
+
+    class Policy:
+        def decide(self, *attempt):
+            raise ZeroDivisionError
+
+    given = Given(*claimed(3))
+    transport = Picky(YES)
+
+    with pytest.raises(ZeroDivisionError):
+        deliver_all(MessageHandler([transport], retry_policy=Policy()), given, has_helpers=has_helpers)
+
+    assert [claim.envelope.recipients for claim in given.released] == m(0)
+    assert transport.connections[0].is_released
+
+
 def test_a_connection_that_opens_when_everything_is_done_is_released(queue, claimed, make_event, until, monkeypatch):
     monkeypatch.setattr(engine_module, 'GIVE_UP_SECONDS', 0.01)
     go_on = make_event()
