@@ -157,6 +157,8 @@ class ClaimedAttempt(Attempt):
         self.goes_alone = len(self.envelope.content) > LARGE or claim.deaths > 0
         self.offer = self.offer._replace(is_valid=claim.is_valid)
         self._now = 0.0
+        # How many of the accepted recipients are written down.
+        self._kept = 0
 
     def note(self, result: SendResult) -> None:
         """As for any attempt; but who may have the message already waits, before another route sends it again."""
@@ -175,12 +177,17 @@ class ClaimedAttempt(Attempt):
     @property
     def has_to_keep(self) -> bool:
         """Whether something has to be written down before the message goes on."""
-        return bool(self.answers[-1].accepted)
+        return len(self._accepted) > self._kept
+
+    @property
+    def _accepted(self) -> set[str]:
+        return {recipient for answer in self.answers for recipient in answer.accepted}
 
     def keep(self) -> None:
         """Write down who has the message before it goes on: nobody is to get it twice if we die meanwhile."""
         if self.has_to_keep:
-            accepted = {recipient for answer in self.answers for recipient in answer.accepted}
+            accepted = self._accepted
+            self._kept = len(accepted)
             self.claim.keep(tuple(recipient for recipient in self.recipients if recipient not in accepted))
 
     def release(self) -> None:

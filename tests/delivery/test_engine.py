@@ -86,6 +86,33 @@ def test_a_server_that_takes_its_time_keeps_no_message_from_another_server(queue
     assert queue.state == {}
 
 
+@with_and_without_helpers
+def test_who_has_it_is_written_down_though_the_next_server_backs_off(queue, envelope, trouble, has_helpers):
+    seen = []
+    partly = SendResult({'ada@x.example': Reply(250, 'ok'), 'bob@x.example': LATER})
+    third = Streams(YES, before=lambda _: seen.extend(header.recipients for header in queue.headers('cur')))
+    handler = MessageHandler([Streams(partly), Streams(YES), third])
+    handler.routes[1].backoff.begin(trouble)
+
+    deliver_all(handler, Given(queue.put_claimed(envelope('ada', 'bob'))), has_helpers=has_helpers)
+
+    assert third.offered == seen == [('bob@x.example',)]
+    assert queue.state == {}
+
+
+def test_a_back_off_that_ends_while_a_message_is_read_leaves_it_to_the_server(queue, claimed, trouble):
+    handler = MessageHandler([Streams(YES)])
+    handler.routes[0].backoff.begin(trouble)
+
+    class Reads(Given):
+        def next(self):
+            handler.routes[0].backoff.end()
+            return super().next()
+
+    assert len(deliver_all(handler, Reads(*claimed(2)))) == 2
+    assert queue.state == {}
+
+
 def test_only_so_many_messages_wait_for_another_transport(queue, claimed, make_event):
     go_on = make_event()
     first, second = Streams(NO), Waits(go_on, *m(0))
