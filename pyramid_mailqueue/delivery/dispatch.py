@@ -161,6 +161,11 @@ class _Delivery:
     def is_over(self) -> bool:
         return self._is_over()
 
+    @property
+    def rate_seconds(self) -> float:
+        # What has to wait for it is postponed.
+        return 0.0
+
     def look(self, number: int) -> int:
         while self._handler.backoff_seconds and (claim := self._given()) is not None:
             claim.release()

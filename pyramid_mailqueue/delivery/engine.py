@@ -77,6 +77,10 @@ class Source(Protocol):
     def is_over(self) -> bool:
         """Whether to end: what is under way is finished, and nothing else is begun."""
 
+    @property
+    def rate_seconds(self) -> float:
+        """In how many seconds the rate allows more; 0 if it is not the rate that one has to wait for."""
+
     def look(self, number: int) -> int:
         """Return how many messages could be begun now, at most *number*: connections are opened for them."""
 
@@ -309,7 +313,7 @@ class Engine:
             seconds = math.inf if self.is_sending else None
         else:
             self._feed()
-            seconds = math.inf if self.is_sending else self._seconds_to_more()
+            seconds = self._seconds_to_more()
         if self._has_news:
             return True
         if seconds is None:
@@ -320,11 +324,12 @@ class Engine:
     def _seconds_to_more(self) -> float | None:
         """Return how long to wait for something to do; None if there will be nothing."""
         is_opening = any(lane.is_opening for lane in self._lanes)
+        if self.is_sending or (is_opening and (self._ready or self._source.look(1))):
+            # Other connections need not wait for these.
+            return self._source.rate_seconds or math.inf
         if self._ready:
             # Without a connection another thread has found trouble since this one looked.
-            return math.inf if is_opening else 0.0
-        if is_opening and self._source.look(1):
-            return math.inf
+            return 0.0
         return self._source.pause()
 
     def _wait(self, seconds: float) -> None:
@@ -827,6 +832,7 @@ class Nothing:
     """See `Source`.  It is empty."""
 
     is_over = False
+    rate_seconds = 0.0
 
     def look(self, number: int) -> int:
         """See `Source`."""

@@ -169,6 +169,11 @@ class Due:
         """See `Source`."""
         return self._has_ended or self._is_stopped()
 
+    @property
+    def rate_seconds(self) -> float:
+        """See `Source`."""
+        return max(0.0, self._rate_asked_from - time.monotonic())
+
     def look(self, number: int) -> int:
         """See `Source`."""
         if self.is_over or not self._hold(number) or not self._rate_allows(0):
@@ -190,7 +195,7 @@ class Due:
         """See `Source`."""
         if self.is_over or not self._hold(1):
             return None
-        seconds = max(0.0, self._rate_asked_from - time.monotonic())
+        seconds = self.rate_seconds
         self.is_rate_reached = seconds > RATE_WAIT_SECONDS
         return None if self.is_rate_reached else seconds
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import select
 import threading
+import time
 
 import pytest
 
 from pyramid_mailqueue.delivery import engine as engine_module
 from pyramid_mailqueue.delivery.engine import MAX_PENDING, Engine
 from pyramid_mailqueue.delivery.handler import MessageHandler
+from pyramid_mailqueue.delivery.run import Due
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.transports.base import Transport
@@ -594,6 +596,35 @@ def test_a_source_that_says_when_to_ask_again_is_asked_again(queue, claimed):
 
     assert len(deliver_all(MessageHandler([Streams(YES)]), given, has_helpers=True)) == 2
     assert given.asked >= 3
+
+
+def test_what_waits_for_the_rate_does_not_wait_for_a_slow_server(queue, claimed, make_event):
+    go_on = make_event()
+    first, second = Streams(NO, YES), Waits(go_on, *m(0))
+
+    allowed_at = 0.0
+
+    def one_each_time(recipients):
+        nonlocal allowed_at
+        seconds = max(0.0, allowed_at - time.monotonic())
+        if recipients and not seconds:
+            allowed_at = time.monotonic() + 0.1
+        return seconds
+
+    ended = []
+
+    def note(claim, result):
+        ended.append(claim.envelope.recipients)
+        if len(ended) == 2:
+            go_on.set()
+
+    due = Due(iter(claimed(3)), limit=None, is_stopped=lambda: False)
+    due.take_from_rate, due.on_ended = one_each_time, note
+
+    Engine(MessageHandler([first, second]), has_helpers=True).run(due)
+
+    assert ended == m(1, 2, 0)
+    assert not due.is_rate_reached
 
 
 def test_a_server_that_is_down_is_tried_once_and_all_messages_have_the_reason(queue, claimed):
