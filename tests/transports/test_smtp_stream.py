@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import select
 import ssl
 import threading
 from socket import create_connection
@@ -47,6 +48,25 @@ def of_m2(reply):
 
 def verbs(session):
     return [command.partition(' ')[0] for command in session.commands]
+
+
+def test_an_answer_that_has_come_in_time_counts_however_late_it_is_read():
+    now = 0.0
+    with ScriptedSMTPServer() as server, transport_to(server, clock=lambda: now) as transport:
+        connection = transport.connect()
+        poll, results = select.poll(), []
+        poll.register(connection.fileno(), select.POLLIN)
+        connection.submit(M1)
+        while not connection.dialogue.awaits_end_of_data:
+            results += connection.advance(select.POLLIN if poll.poll(100) else 0)
+        assert results == []
+        assert poll.poll(10_000), 'the answer is there'
+
+        now = 10_000.0
+        results += connection.advance()
+        connection.release()
+
+    assert [(it.trouble, [str(reply) for reply in it.replies.values()]) for it in results] == [(None, [ACCEPTED])]
 
 
 # --- how they travel --------------------------------------------------------

@@ -106,7 +106,8 @@ class Session(Connection):
     def advance(self, events: int = 0) -> Iterator[SendResult]:
         """See `IConnection`."""
         try:
-            if events & ~select.POLLOUT:
+            # Whoever was busy elsewhere when its time was over has not seen yet what has come.
+            if events & ~select.POLLOUT or (self._hand and self._is_late):
                 self._hear()
             while self._hand and not self._is_spent:
                 if self._hand[0].done:
@@ -267,11 +268,14 @@ class Session(Connection):
     def _limit(self) -> float:
         return self._server.data_timeout if self.dialogue.awaits_end_of_data else self._server.timeout
 
+    @property
+    def _is_late(self) -> bool:
+        return self._server.clock() - self._began >= self._limit
+
     def _check_deadline(self) -> None:
-        limit = self._limit
-        if self._server.clock() - self._began >= limit:
+        if self._is_late:
             self._is_broken_off = True
-            raise self.dialogue.timed_out(limit)
+            raise self.dialogue.timed_out(self._limit)
 
     def _hear(self) -> None:
         """Read what has arrived."""
