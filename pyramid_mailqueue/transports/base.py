@@ -88,7 +88,11 @@ class _Completed(Transport):
     def __init__(self, sender: Any) -> None:
         self.sender = sender
         self.name = getattr(sender, 'name', None) or type(sender).__name__
-        for name in ('abort', 'bury', 'close', 'connect', 'leads_to', 'reload'):
+        names = ['abort', 'close', 'leads_to', 'reload']
+        if ITransport.providedBy(sender):
+            # Any other sender may have a method of this name for itself.
+            names.append('connect')
+        for name in names:
             if hasattr(sender, name):
                 setattr(self, name, getattr(sender, name))
 
@@ -96,6 +100,14 @@ class _Completed(Transport):
         """See `ITransport`."""
         answer: SendResult | bool = self.sender.send(sender, recipients, content)
         return answer
+
+    def bury(self, sender: str, content: bytes, burials: Sequence[Burial]) -> bool:
+        """See `ITransport`.  If it returns nothing and raises nothing it was done."""
+        bury = getattr(self.sender, 'bury', None)
+        if bury is None:
+            return False
+        is_kept = bury(sender, content, burials)
+        return is_kept is None or bool(is_kept)
 
 
 def as_transport(sender: ISender) -> ITransport:

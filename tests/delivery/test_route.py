@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from zope.interface import implementer
 
 from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.exceptions import ServerTrouble
+from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import Burial, Offer, Reply, SendResult
 from pyramid_mailqueue.transports.base import Transport, as_transport
@@ -161,6 +163,7 @@ def test_dead_letters_are_kept_where_that_can_be_done(caplog):
 
 
 def test_every_member_that_an_object_has_is_used_and_all_others_are_added():
+    @implementer(ITransport)
     class Whole(Sends):
         name = 'whole'
         called = ()
@@ -186,6 +189,25 @@ def test_every_member_that_an_object_has_is_used_and_all_others_are_added():
     assert whole.called == ('close', 'abort', 'reload')
     assert [as_transport(it).connect() for it in (whole, least)] == ['a connection', None]
     assert [as_transport(it).name for it in (whole, least)] == ['whole', 'Sends']
+
+
+def test_a_connect_of_its_own_is_left_to_a_sender_that_is_no_declared_transport():
+    class Client(Sends):
+        def connect(self):
+            raise AssertionError
+
+    assert as_transport(Client()).connect() is None
+
+
+def test_a_dead_letter_is_kept_where_nothing_is_returned_as_well():
+    class Keeps(Sends):
+        def __init__(self, answer):
+            self.answer = answer
+
+        def bury(self, *letter):
+            return self.answer
+
+    assert [Route(Keeps(it)).bury(ENVELOPE, BURIALS) for it in (None, True, False)] == [True, True, False]
 
 
 def test_a_transport_that_is_whole_is_left_as_it_is():
