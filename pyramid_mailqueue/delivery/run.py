@@ -158,7 +158,9 @@ class Due:
         self.end()
         if isinstance(self._claims, Generator):
             # What it has claimed and not given it gives back by itself.
-            self._claims.close()
+            with suppress(ValueError):
+                # A thread that does not come back is in the midst of it.
+                self._claims.close()
         for claim in (*self._held, *self._in_hand.values()):
             claim.release()
 
