@@ -234,8 +234,9 @@ class Engine:
 
     def wake(self) -> None:
         """Look again whether the source is over.  May be called from any thread."""
-        if self._helpers is not None:
-            self._helpers.wake()
+        helpers = self._helpers
+        if helpers is not None:
+            helpers.wake()
 
     @property
     def is_sending(self) -> bool:
@@ -554,7 +555,10 @@ class Engine:
         del self._of_fd[lane.fd]
         self._put_back(*lane.hand)
         lane.hand.clear()
-        connection.release()
+        try:
+            connection.release()
+        except Exception as error:  # noqa: BLE001 - it is logged
+            lane.route.failed(error, ())
 
     # --- results ---
 

@@ -248,6 +248,23 @@ def test_a_message_that_a_connection_cannot_take_is_an_attempt_and_the_others_ar
     assert [header.recipients for header in queue.headers('new')] == m(1)
 
 
+@with_and_without_helpers
+def test_a_connection_that_cannot_be_released_keeps_no_message_from_being_sent(queue, claimed, caplog, has_helpers):
+    class Stays(Streams):
+        def connect(self, instead_of=None):
+            connection = super().connect(instead_of)
+
+            def fail():
+                raise KeyError('no such region')
+
+            connection.release = fail
+            return connection
+
+    assert len(deliver_all(MessageHandler([Stays(YES)]), Given(*claimed(3)), has_helpers=has_helpers)) == 3
+    assert queue.state == {}
+    assert 'The transport streams failed' in caplog.text
+
+
 def test_more_answers_than_offers_are_left_alone(queue, claimed):
     class Talks(Streams):
         def connect(self, instead_of=None):
@@ -625,6 +642,25 @@ def test_what_waits_for_the_rate_does_not_wait_for_a_slow_server(queue, claimed,
 
     assert ended == m(1, 2, 0)
     assert not due.is_rate_reached
+
+
+def test_a_thread_that_hangs_while_it_claims_keeps_nobody_from_releasing_the_rest(queue, claimed, make_event, until):
+    go_on = make_event()
+    claims = claimed(1)
+    asked = []
+
+    def claim_due():
+        yield from claims
+        asked.append(True)
+        go_on.wait(30)
+
+    due = Due(claim_due(), limit=None, is_stopped=lambda: False)
+    threading.Thread(target=due.look, args=[2], daemon=True).start()
+    until(lambda: asked)
+
+    due.release()
+
+    assert queue.state == {'waiting': 1}
 
 
 def test_a_server_that_is_down_is_tried_once_and_all_messages_have_the_reason(queue, claimed):
