@@ -1,6 +1,6 @@
 # From a fresh clone, with Python 3.10 or later, git and make:
 #
-#     make test           lint, types, all tests, and what a release would hold
+#     make test           lint, types, the site, all tests, and what a release would hold
 #     make quick          the tests that need no server but one of ours: in a minute
 #     make lint           linter, formatter and types alone
 #     make coverage       all tests with branch coverage, which takes half as long again
@@ -37,7 +37,7 @@ PYTEST = $(TEST)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile 
 .PHONY: test lint quick coverage test-pythons test-ends suite plain demo bench docs dist format clean check-python system-packages
 .DELETE_ON_ERROR:
 
-test: lint system-packages
+test: lint docs system-packages
 	$(PYTEST)
 
 lint: $(TEST)/installed-$(VERSION)
@@ -75,13 +75,15 @@ suite: $(TEST)/installed-$(VERSION)
 # interrupted, waits for the end of a time limit, other mail software, and a browser; and type checkers, which read the
 # hints of other packages, too.  So are tests that involve only this package.
 LEFT_OUT = browser crash docs interop mta dashboard/test_change.py dashboard/test_hostile.py test_addresses.py test_demo.py \
-    test_end_to_end.py test_forks.py test_imports.py test_lazy_imports.py test_packaging.py test_scripts.py test_types.py \
-    cli/test_progress.py cli/test_queue.py cli/test_run.py cli/test_send_test.py delivery/test_dispatch.py \
-    delivery/test_runner.py queues/test_contents.py queues/test_locked_file.py queues/test_maildir_admin.py \
+    test_docs.py test_end_to_end.py test_forks.py test_imports.py test_lazy_imports.py test_packaging.py test_scripts.py \
+    test_types.py cli/test_no_queue.py cli/test_progress.py cli/test_queue.py cli/test_run.py cli/test_send_test.py \
+    cli/test_service.py delivery/test_dispatch.py delivery/test_engine.py delivery/test_runner.py queues/test_contents.py \
+    queues/test_locked_file.py queues/test_maildir.py queues/test_maildir_admin.py queues/test_maildir_inspection.py \
     queues/test_maildir_model.py queues/test_rate_file.py sql/test_damaged_rows.py sql/test_deadlines.py \
     sql/test_failover.py sql/test_interrupts.py sql/test_leases.py sql/test_move.py sql/test_move_command.py \
-    sql/test_poison.py sql/test_rights.py sql/test_workers.py transports/test_smtp_addresses.py \
-    transports/test_smtp_limits.py transports/test_smtp_stream.py transports/test_smtp_transaction.py
+    sql/test_poison.py sql/test_rights.py sql/test_workers.py transports/test_contract.py \
+    transports/test_smtp_addresses.py transports/test_smtp_handshake.py transports/test_smtp_limits.py \
+    transports/test_smtp_stream.py transports/test_smtp_transaction.py
 PLAIN = tests $(LEFT_OUT:%=--ignore=tests/%) --ignore-glob='*_deaths.py'
 
 plain: $(TEST)/installed-$(VERSION)
