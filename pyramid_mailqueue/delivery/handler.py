@@ -18,7 +18,19 @@ __all__ = ['MessageHandler']
 
 
 class MessageHandler(Routes):
-    """Delivers messages; see :class:`~.delivery.routes.Routes` for the arguments."""
+    """
+    Deliver messages over transports, in their order: who is still open after the first is offered to the next.
+
+    :param transports: what to offer messages to; see `ITransport`; any `ISender` will do
+    :param retry_policy: see `IRetryPolicy`
+    :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
+    :param connections: how many connections a run may use at once
+    :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
+        common rate and returns 0, or takes nothing and returns in how many seconds to ask again; of 0 recipients it
+        tells whether there could be one
+    :param notify: called with each event (see :mod:`~.events`); must not raise
+    :param clock: seconds since the epoch
+    """
 
     def deliver(self, claim: IClaim) -> SendResult:
         """

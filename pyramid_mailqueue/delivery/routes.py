@@ -35,19 +35,7 @@ class _OfThread(threading.local):
 
 
 class Routes:
-    """
-    Transports in their order: who is still open after the first is offered to the next.
-
-    :param transports: what to offer messages to; see `ITransport`; any `ISender` will do
-    :param retry_policy: see `IRetryPolicy`
-    :param plugins: the names of plugins to load before the first delivery; ``'*'`` is every one that is installed
-    :param connections: how many connections a run may use at once
-    :param take_from_rate: called with a number of recipients before a message for them is sent: takes so much from a
-        common rate and returns 0, or takes nothing and returns in how many seconds to ask again; of 0 recipients it
-        tells whether there could be one
-    :param notify: called with each event (see :mod:`~.events`); must not raise
-    :param clock: seconds since the epoch
-    """
+    """Transports in their order: who is still open after the first is offered to the next; see `MessageHandler`."""
 
     def __init__(
         self,
