@@ -45,12 +45,13 @@ lint: $(TEST)/installed-$(VERSION)
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
 
-# For use during development.  No separate processes, no PostgreSQL, no browser.
-NOT_QUICK = browser crash dashboard docs interop mta sql test_demo.py test_docs.py test_end_to_end.py test_forks.py \
-    test_from_mailqueue_runner.py test_lazy_imports.py test_packaging.py test_redirect.py test_scripts.py test_types.py \
-    cli/test_no_queue.py cli/test_progress.py cli/test_queue.py cli/test_run.py cli/test_send_test.py cli/test_service.py \
-    delivery/test_runner.py queues/test_maildir_model.py queues/test_rate_file.py transports/test_smtp_addresses.py \
-    transports/test_smtp_limits.py
+# For use during development.  No separate processes, no PostgreSQL, no browser, no waits for a time limit.
+NOT_QUICK = browser crash dashboard docs interop mta sql testing test_demo.py test_docs.py test_end_to_end.py test_fields.py \
+    test_foreign_names.py test_forks.py test_from_mailqueue_runner.py test_lazy_imports.py test_packaging.py \
+    test_redirect.py test_scripts.py test_types.py cli/test_no_queue.py cli/test_progress.py cli/test_queue.py \
+    cli/test_run.py cli/test_send_test.py cli/test_service.py delivery/test_dispatch.py delivery/test_runner.py \
+    queues/test_contents.py queues/test_maildir_model.py queues/test_rate_file.py transports/test_smtp.py \
+    transports/test_smtp_addresses.py transports/test_smtp_limits.py transports/test_smtp_stream.py
 
 quick: $(TEST)/installed-$(VERSION)
 	$(PYTEST) -m 'not postgresql' tests $(NOT_QUICK:%=--ignore=tests/%)
