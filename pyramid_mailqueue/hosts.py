@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 import socket
 
-__all__ = ['domain_of_this_host', 'is_ehlo_argument', 'is_loopback', 'name_of_this_host']
+__all__ = [
+    'domain_of_this_host',
+    'is_ehlo_argument',
+    'is_ip_address',
+    'is_loopback',
+    'name_of_this_host',
+    'to_a_labels',
+]
 
 _LABEL = '[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?'
+# RFC 6874: an address of one link may name it.
+_ZONE = re.compile(r'%[^%]+\Z')
+_LOOPBACK_IPV6 = bytes(15) + b'\1'
 _EHLO_ARGUMENT = re.compile(rf'\[[0-9A-Za-z:.-]+\]|{_LABEL}(?:\.{_LABEL})*')
 
 
@@ -15,16 +25,24 @@ def is_loopback(hostname: str) -> bool:
     """Whether *hostname* is this host: ``localhost``, ``127.0.0.0/8`` or ``::1``.  Asks no name server."""
     if hostname.lower().rstrip('.') == 'localhost':
         return True
-    address = hostname.strip('[]')
-    if ':' not in address and not address[-1:].isdecimal():
-        # A domain name, as most are, does not need this slow import.
-        return False
-    from ipaddress import ip_address
+    packed = _packed(hostname.strip('[]'))
+    return packed == _LOOPBACK_IPV6 or (len(packed) == 4 and packed[0] == 127)
 
+
+def is_ip_address(text: str) -> bool:
+    """Whether *text* is an IP address, of version 4 or 6."""
+    return bool(_packed(text))
+
+
+def _packed(address: str) -> bytes:
+    """Return the 4 or 16 octets of an IP address; none if it is not one."""
+    # Not by ipaddress: socket is here anyway, and an idle run imports nothing that it can do without.
     try:
-        return ip_address(address).is_loopback
-    except ValueError:
-        return False
+        if ':' in address:
+            return socket.inet_pton(socket.AF_INET6, _ZONE.sub('', address))
+        return socket.inet_pton(socket.AF_INET, address)
+    except (OSError, ValueError):
+        return b''
 
 
 def is_ehlo_argument(name: str) -> bool:
@@ -40,16 +58,18 @@ def domain_of_this_host() -> str:
     """
     try:
         name = socket.getfqdn()
-        return name if is_ehlo_argument(name) else _a_labels(name)
+        ascii_name = name if is_ehlo_argument(name) else to_a_labels(name)
     except (OSError, UnicodeError):
         return ''
+    return ascii_name if is_ehlo_argument(ascii_name) else ''
 
 
-def _a_labels(name: str) -> str:
+def to_a_labels(name: str) -> str:
+    """Return a domain name in another script as A-labels (RFC 5891).  Raises UnicodeError if it cannot be one."""
+    # Few names need it, and its tables take a while to load.
     import idna
 
-    ascii_name = idna.encode(name, uts46=True).decode('ascii')
-    return ascii_name if is_ehlo_argument(ascii_name) else ''
+    return idna.encode(name, uts46=True, transitional=False).decode('ascii')
 
 
 def name_of_this_host() -> str:

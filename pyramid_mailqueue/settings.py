@@ -10,6 +10,7 @@ error messages are made from it, and a test compares the docs with it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pyramid_mailqueue.exceptions import AddressError, ConfigurationError
-from pyramid_mailqueue.hosts import is_loopback
+from pyramid_mailqueue.hosts import is_ip_address, is_loopback
 from pyramid_mailqueue.message.addresses import check_address, parse_mailbox
 
 __all__ = ['Key', 'Rate', 'Settings', 'default_tls', 'known_keys', 'parse_duration']
@@ -238,7 +239,7 @@ def _host(value: object) -> str:
     host = _text(value)
     if host.startswith('[') and host.endswith(']'):
         host = host[1:-1]
-    if _is_ip_address(host) or (_HOST_NAME.fullmatch(host) and len(host) <= 253):
+    if is_ip_address(host) or (_HOST_NAME.fullmatch(host) and len(host) <= 253):
         return host
     if re.fullmatch(r'(?:\[.*\]|[^:]*):[0-9]*', host):
         raise ValueError('must be a host name or an IP address alone; the port is set by smtp_port')
@@ -250,20 +251,10 @@ def _ehlo_name(value: object) -> str:
     name = _text(value)
     literal = _ADDRESS_LITERAL.fullmatch(name)
     if (_DOMAIN.fullmatch(name) and len(name) <= 255) or (
-        literal and (':' in literal['address']) == bool(literal['ipv6']) and _is_ip_address(literal['address'])
+        literal and (':' in literal['address']) == bool(literal['ipv6']) and is_ip_address(literal['address'])
     ):
         return name
     raise ValueError('must be a domain name, or an address such as [192.0.2.1] or [IPv6:2001:db8::1]')
-
-
-def _is_ip_address(text: str) -> bool:
-    from ipaddress import ip_address
-
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _address(value: object) -> str:
@@ -293,7 +284,7 @@ def _attribute(value: object) -> str:
 
 def _ca_file(value: object) -> Path:
     path = _path(value)
-    # Imported here: it takes milliseconds, and only this key needs it.
+    # Only this key needs it, and it takes a tenth of an idle run.
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -572,9 +563,6 @@ _SECRET_NAME = re.compile('pass|pw|secret|token|url', re.IGNORECASE)
 
 
 def _unknown(name: str, value: object, full: FullName) -> str:
-    # Needed for a mistake only.
-    import difflib
-
     keys = known_keys()
     near = difflib.get_close_matches(name.lower(), keys, n=1)
     # A misspelt name of a secret may have none of the words that would reveal it as one.

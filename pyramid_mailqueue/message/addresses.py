@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pyramid_mailqueue.exceptions import AddressError, NoRecipients
+from pyramid_mailqueue.hosts import is_ip_address, to_a_labels
 
 __all__ = [
     'AddressGroup',
@@ -38,7 +39,7 @@ _QUOTED_LOCAL_PART = re.compile(r'"(?:[^"\\]|\\[ -~])+"(?=@)')
 _NEEDS_QUOTES = re.compile(r'[ ()<>\[\]:;,\\"]')
 # What may be one is enough: readers differ in how liberal they are.
 _ENCODED_WORD = re.compile(r'\A"?=\?|=\?.*\?=')
-_LITERAL = re.compile(r'\[(?:([0-9.]+)|IPv6:([0-9A-F:.]+))\]', re.IGNORECASE)
+_LITERAL = re.compile(r'\[(?:([0-9.]+)|IPv6:([0-9A-F.]*:[0-9A-F:.]*))\]', re.IGNORECASE)
 
 
 def check_address(address: str) -> str:
@@ -117,7 +118,7 @@ def _check_domain(domain: str, address: str) -> str:
 
 def _check_literal(domain: str, address: str) -> str:
     literal = _LITERAL.fullmatch(domain)
-    if not (literal and _is_ip_address(*literal.groups())):
+    if not (literal and is_ip_address(literal[1] or literal[2])):
         raise AddressError(
             f'The address {_shown(address)} does not end in an IP address; these are written '
             '[192.0.2.1] or [IPv6:2001:db8::1].'
@@ -125,22 +126,9 @@ def _check_literal(domain: str, address: str) -> str:
     return domain
 
 
-def _is_ip_address(ipv4: str | None, ipv6: str | None) -> bool:
-    from ipaddress import IPv4Address, IPv6Address
-
-    try:
-        IPv4Address(ipv4) if ipv4 else IPv6Address(ipv6)
-    except ValueError:
-        return False
-    return True
-
-
 def _to_a_labels(domain: str, address: str) -> str:
-    # Rarely needed, and its tables take a while to load.
-    import idna
-
     try:
-        return idna.encode(domain, uts46=True, transitional=False).decode('ascii')
+        return to_a_labels(domain)
     except UnicodeError as exc:
         raise AddressError(f'The domain of the address {_shown(address)} cannot exist: {_shown(str(exc))}.') from exc
 
