@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import zlib
 from typing import NamedTuple
 
 from zope.interface import implementer
@@ -282,11 +283,8 @@ class MaildirClaim(Claim):
         self._write(self._burial_path(burial.recipients), header).close()
 
     def _burial_path(self, recipients: tuple[str, ...]) -> str:
-        # Few runs need it.
-        import hashlib
-
-        names = hashlib.sha256('\0'.join(recipients).encode()).hexdigest()
-        return self._folders.place('dead', f'{self.id}.{names[:8]}')
+        names = zlib.crc32('\0'.join(recipients).encode())
+        return self._folders.place('dead', f'{self.id}.{names:08x}')
 
     def _rewrite(self, settlement: Settlement) -> None:
         """Replace the message by its next version, held from its first moment on."""

@@ -105,10 +105,9 @@ def serialize_header(header: QueueHeader) -> bytes:
 
 
 def _format_date(seconds: float) -> str:
-    # Imported here: only writing needs it.
-    from email.utils import format_datetime
-
-    return format_datetime(datetime.fromtimestamp(int(seconds), timezone.utc))
+    # As email.utils.format_datetime() does, which takes a while to import.
+    date = datetime.fromtimestamp(int(seconds), timezone.utc)
+    return f'{_DAYS[date.weekday()]}, {date:%d} {_MONTHS[date.month - 1]} {date.year:04} {date:%H:%M:%S} +0000'
 
 
 _COMMENT_SUBSTITUTES = str.maketrans({'(': '[', ')': ']', '\\': '/'})
@@ -277,13 +276,12 @@ def _decoded(name: str, value: str) -> str:
     """Decode RFC 2047 words.  Beside anything else they are a part of an address."""
     if not _WORDS.fullmatch(value):
         return value
-    # Seldom needed.
-    from email.errors import HeaderParseError
-    from email.header import decode_header
+    # Only mailqueue-runner writes these, and an idle run does without the email package.
+    from email import errors, header
 
     try:
-        return ''.join(word.decode(charset or 'ascii') for word, charset in decode_header(value))
-    except (HeaderParseError, LookupError, UnicodeError) as exc:
+        return ''.join(word.decode(charset or 'ascii') for word, charset in header.decode_header(value))
+    except (errors.HeaderParseError, LookupError, UnicodeError) as exc:
         raise QueueFileError(f'{name} holds RFC 2047 words that cannot be decoded: {ascii(value[:100])}.') from exc
 
 
@@ -294,6 +292,7 @@ def _checked(name: str, address: str) -> str:
         raise QueueFileError(f'{name} cannot be used: {exc}') from exc
 
 
+_DAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
 _MONTHS = ('Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep', 'Oct', 'Nov', 'Dec')
 _DATE = re.compile(
     rf'[A-Z][a-z]{{2}}, ([0-9]{{1,2}}) ({"|".join(_MONTHS)}) ([0-9]{{4}})'
