@@ -19,13 +19,15 @@ from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
 from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import completed
+from pyramid_mailqueue.queues.maildir import MaildirQueue
+from pyramid_mailqueue.queues.maildir.inspection import NoQueue
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.events import MailEvent
     from pyramid_mailqueue.mailer import Mailer
-    from pyramid_mailqueue.queues.maildir import MaildirQueue
     from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.sql import SQLQueue
     from pyramid_mailqueue.transactions import ITransactionSource
@@ -89,7 +91,7 @@ def _import_for_delivery(settings: Settings) -> None:
     A fork during an import in another thread leaves the child with half a module, which it can never use.
     """
     # The last one is needed to look for plugins, and is imported late since Python 3.15.
-    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'hashlib', 'zipfile']
+    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'zipfile']
     if 'smtp' in settings.transports:
         names += [f'{__package__}.transports.smtp.{name}' for name in ('client', 'session')]
     if settings.queue == 'sql':
@@ -165,9 +167,6 @@ def build_queue(
 
 def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue:
     """Return the queue in a directory; see :func:`build_queue`."""
-    from pyramid_mailqueue.queues.maildir import MaildirQueue
-    from pyramid_mailqueue.queues.maildir.inspection import NoQueue
-
     if settings.queue_dir is None:
         raise ConfigurationError('mailqueue.queue_dir is missing: name the directory in which messages are to wait.')
     try:
@@ -349,8 +348,6 @@ def _redirecting(transport: ITransport, settings: Settings) -> ITransport:
 
 
 def _smtp(settings: Settings) -> ITransport:
-    from pyramid_mailqueue.transports.smtp import SMTPTransport
-
     if settings.smtp_hostname is None:
         raise ConfigurationError('mailqueue.smtp_hostname is missing: name the mail server to send over.')
     return SMTPTransport(

@@ -15,6 +15,7 @@ from pyramid_mailqueue.cli.config import has_app, read_app_settings, read_mqrunn
 from pyramid_mailqueue.display import printable, user_name
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
 from pyramid_mailqueue.settings import Settings, parse_duration
+from pyramid_mailqueue.wiring import build_maildir_queue
 
 __all__ = [
     'EX_CONFIG',
@@ -156,8 +157,6 @@ def read_settings(
 def require_queue(settings: Settings) -> None:
     """Raise ConfigurationError if there is no queue.  Call it before log files are opened: that creates directories."""
     if settings.queue == 'maildir' and settings.queue_dir is not None:
-        from pyramid_mailqueue.wiring import build_maildir_queue
-
         build_maildir_queue(settings, 'look')
 
 

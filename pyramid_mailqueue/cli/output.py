@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -51,7 +52,7 @@ def as_json(entry: QueueEntry) -> dict[str, Any]:
 
 def print_json(value: object) -> None:
     """Print *value* as JSON, in ASCII, which every terminal or pipe can take."""
-    print(_json(value))
+    print(json.dumps(value))
 
 
 def print_json_list(values: Iterable[object]) -> None:
@@ -59,18 +60,11 @@ def print_json_list(values: Iterable[object]) -> None:
     before = '['
     try:
         for value in values:
-            print(before + _json(value), end='')
+            print(before + json.dumps(value), end='')
             before = ',\n '
     finally:
         # After a failure the output is a complete list, too.
         print(']' if before != '[' else '[]')
-
-
-def _json(value: object) -> str:
-    # Imported here: mq-run, which has nothing to do most of the time, does without.
-    import json
-
-    return json.dumps(value)
 
 
 # --- tables -----------------------------------------------------------------

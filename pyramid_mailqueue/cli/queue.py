@@ -35,6 +35,7 @@ from pyramid_mailqueue.interfaces import IMailQueue
 from pyramid_mailqueue.queues.base import has_admin
 from pyramid_mailqueue.queues.entries import POSSIBLE, STATES
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.wiring import build_queue
 
 __all__ = ['main']
 
@@ -145,8 +146,6 @@ def _with_settings(work: Callable[[Settings, argparse.Namespace], T], arguments:
 
 
 def _open_queue(settings: Settings, arguments: argparse.Namespace) -> IMailQueue:
-    from pyramid_mailqueue.wiring import build_queue
-
     queue = build_queue(settings, access='use' if arguments.changes else 'look')
     if not has_admin(queue):
         raise ConfigurationError(f'mailqueue.queue = {settings.queue}: this queue has nothing for {NAME} to show.')

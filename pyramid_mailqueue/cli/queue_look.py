@@ -14,6 +14,7 @@ from pyramid_mailqueue.cli.output import STYLES, Column, as_json, print_json, pr
 from pyramid_mailqueue.display import few, numbered, printable, size_in_words, span_in_words, timestamp
 from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.queues.contents import MOST_OCTETS, pieces_of, read_contents
 from pyramid_mailqueue.queues.entries import AGE_LIMITS, STATES, UNDELIVERED, Choice, QueueEntry, Tally, header_lines
 
 __all__ = [
@@ -105,9 +106,6 @@ def _address(sender: str | None) -> str:
 
 def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
     """Print all that is known about one message, or the message itself."""
-    # Imports the email package.
-    from pyramid_mailqueue.queues.contents import MOST_OCTETS, pieces_of
-
     admin = queue.admin
     try:
         entry = admin.find(arguments.ids[0])
@@ -132,9 +130,6 @@ def show_message(queue: IMailQueue, arguments: argparse.Namespace) -> int:
 
 def _shown(content: bytes) -> Iterator[str]:
     """Yield a content as lines to read: everything decoded, and parts that are not text only named."""
-    # Imports the email package.
-    from pyramid_mailqueue.queues.contents import read_contents
-
     contents = read_contents(content)
     for number, (name, value) in enumerate(contents.header):
         yield from ([] if number else [''])

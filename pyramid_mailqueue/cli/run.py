@@ -47,10 +47,11 @@ from pyramid_mailqueue.cli.service import guard_logs, notify_systemd, reopen_log
 from pyramid_mailqueue.cli.signals import EarlySignals
 from pyramid_mailqueue.delivery.runner import STOP_SECONDS, Runner, RunReport, Stop
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError
-from pyramid_mailqueue.interfaces import IMailQueue
+from pyramid_mailqueue.interfaces import IMailer, IMailQueue
 from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.results import Recovery
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.wiring import build_runner
 
 __all__ = ['main']
 
@@ -321,8 +322,6 @@ def _build_runner(arguments: argparse.Namespace) -> Runner:
 
 
 def _runner_of_ini(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
-    from pyramid_mailqueue.wiring import build_runner
-
     settings = read_settings(arguments.ini, arguments.name, arguments.queue_dir, overrides)
     refuse_root(settings.queue_dir, 'mq-run')
     require_queue(settings)
@@ -341,8 +340,6 @@ def _look_up(name: str) -> None:
 
 def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Runner:
     """Return a runner for the queue and the transports of the mailer that the application has registered."""
-    from pyramid_mailqueue.interfaces import IMailer
-
     # Mistakes in the file first: PasteDeploy's words for them may show a password.  The settings are not checked: the
     # application may set the rest in its code.
     settings = read_app_settings(arguments.ini, arguments.name, overrides)

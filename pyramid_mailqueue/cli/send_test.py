@@ -45,8 +45,10 @@ from pyramid_mailqueue.logs import delivery_log, queue_log
 from pyramid_mailqueue.message.addresses import parse_mailbox
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import WrappedClaim
+from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.results import SendResult, Settlement
 from pyramid_mailqueue.settings import Settings, default_tls
+from pyramid_mailqueue.wiring import build_compose, build_handler, build_queue
 
 __all__ = ['main']
 
@@ -141,15 +143,11 @@ def _send(arguments: argparse.Namespace) -> int:
 
 
 def _build(settings: Settings) -> tuple[IMailQueue, MessageHandler]:
-    from pyramid_mailqueue.wiring import build_handler, build_queue
-
     # Plugins may record the outcomes of real mail.
     handler = build_handler(replace(_impatient(settings), plugins=()), _look_up)
     handler.retry_policy = OneAttempt()
     if settings.queue == 'maildir' and settings.queue_dir is None:
         # A [mqrunner] section needs no queue directory for this.
-        from pyramid_mailqueue.queues.memory import MemoryQueue
-
         return MemoryQueue(), handler
     return build_queue(settings), handler
 
@@ -170,8 +168,6 @@ def _look_up(name: str) -> None:
 
 
 def _compose(settings: Settings, sender: str | None, recipient: str) -> Envelope:
-    from pyramid_mailqueue.wiring import build_compose
-
     host = settings.smtp_local_hostname or domain_of_this_host() or 'localhost'
     message = EmailMessage()
     message['Subject'] = f'Test from {host}'

@@ -12,6 +12,7 @@ __all__ = ['main']
 def main() -> NoReturn:
     """Run ``mq-run`` with the arguments of the process, and exit."""
     signals = EarlySignals()
+    # From here on signals are heard.
     from pyramid_mailqueue.cli import run
 
     run.main(signals=signals)
