@@ -10,18 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from pyramid_mailqueue.delivery.plugins import MQSignal, PluginMessage, call_receivers, registry
+from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailEvent, MailQueued
 from pyramid_mailqueue.logs import Log, delivery_log, log_event, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.results import Burial, Reply, SendResult, Settlement
 
-if TYPE_CHECKING:
-    from pyramid_mailqueue.events import MailEvent
-
-__all__ = ['AttemptRecord', 'ask_plugins', 'has_failed', 'plugins', 'report', 'what_waits']
+__all__ = ['AttemptRecord', 'ask_plugins', 'has_failed', 'report', 'what_waits']
 
 #: A message that is older than this, in seconds, and still waits is worth a warning.
 LONG = 3600
@@ -59,14 +56,6 @@ class AttemptRecord(NamedTuple):
         return any(answer.queued for answer in self.answers)
 
 
-@cache
-def plugins() -> ModuleType:
-    """Imported with the first message: it would take a good part of the time of an idle run."""
-    from pyramid_mailqueue.delivery import plugins
-
-    return plugins
-
-
 def has_failed(settlement: Settlement) -> bool:
     """Whether a recipient has to wait because of this attempt, or is given up."""
     return bool(settlement.burials or (settlement.waiting and settlement.counted))
@@ -81,13 +70,12 @@ def ask_plugins(record: AttemptRecord, result: SendResult, before: Callable[[], 
     :param result: the outcome, with the intended settlement
     :param before: called before the first of them, if there is any
     """
-    room = plugins()
-    if not room.registry.has_receivers(room.MQSignal.delivery_failed):
+    if not registry.has_receivers(MQSignal.delivery_failed):
         return result
     before()
     of_attempt = replace(result, queued=False)
     message = _message(record, of_attempt.failed, record.attempts + 1)
-    is_unwanted = room.call_receivers(room.MQSignal.delivery_failed, message, of_attempt)
+    is_unwanted = call_receivers(MQSignal.delivery_failed, message, of_attempt)
     result = replace(result, discarded=is_unwanted)
     settlement = result.settlement
     if not is_unwanted or settlement is None or not settlement.waiting:
@@ -100,11 +88,11 @@ def ask_plugins(record: AttemptRecord, result: SendResult, before: Callable[[], 
     )
 
 
-def _message(record: AttemptRecord, recipients: tuple[str, ...], retries: int) -> object:
+def _message(record: AttemptRecord, recipients: tuple[str, ...], retries: int) -> PluginMessage:
     envelope = record.envelope
     if recipients != envelope.recipients:
         envelope = replace(envelope, recipients=recipients)
-    return plugins().PluginMessage(record.id, envelope, retries, record.queued_at)
+    return PluginMessage(record.id, envelope, retries, record.queued_at)
 
 
 def report(
@@ -122,10 +110,9 @@ def report(
         if notify is not None:
             for event in _events(record, outcomes, settlement):
                 notify(event)
-    room = plugins()
-    if result.accepted and room.registry.has_receivers(room.MQSignal.delivery_successful):
+    if result.accepted and registry.has_receivers(MQSignal.delivery_successful):
         message = _message(record, result.accepted, record.attempts)
-        room.call_receivers(room.MQSignal.delivery_successful, message, _success(record, result))
+        call_receivers(MQSignal.delivery_successful, message, _success(record, result))
 
 
 def _success(record: AttemptRecord, result: SendResult) -> SendResult:
@@ -232,8 +219,6 @@ def _log(record: AttemptRecord, outcomes: Sequence[_Outcome], settlement: Settle
 
 
 def _events(record: AttemptRecord, outcomes: Sequence[_Outcome], settlement: Settlement) -> Iterator[MailEvent]:
-    from pyramid_mailqueue.events import MailBuried, MailDeferred, MailDelivered, MailQueued
-
     name, envelope = record.id, record.envelope
     accepted: dict[tuple[str, str], list[str]] = {}
     for it in outcomes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pyramid_mailqueue.delivery.attempt import Attempt
 from pyramid_mailqueue.delivery.backoff import BackOff
-from pyramid_mailqueue.delivery.report import plugins as load_plugins_module
+from pyramid_mailqueue.delivery.plugins import registry
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.delivery.route import Route
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, ServerTrouble
@@ -116,14 +116,14 @@ class Routes:
         """Called before the first attempt."""
         if self.plugins:
             self._has_loaded_plugins = True
-            load_plugins_module().registry.load(self.plugins)
+            registry.load(self.plugins)
 
     def close(self) -> None:
         """Close the transports' connections, and let the plugins finish.  The handler may be used again."""
         for route in self.routes:
             route.transport.close()
         if self._has_loaded_plugins:
-            load_plugins_module().registry.terminate()
+            registry.terminate()
 
     def reload(self) -> None:
         """Have the transports read again what may have changed outside."""
