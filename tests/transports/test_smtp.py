@@ -30,8 +30,8 @@ from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.results import Offer, Reply
 from pyramid_mailqueue.testing import Close, Drip, ReceivedMessage, ScriptedSMTPServer, Silence, Wait
 from pyramid_mailqueue.transports.base import run
-from pyramid_mailqueue.transports.smtp.client import Connector, shut_down
-from pyramid_mailqueue.transports.smtp.server import Server
+from pyramid_mailqueue.transports.smtp.client import Connector
+from pyramid_mailqueue.transports.smtp.server import Server, shut_down
 from pyramid_mailqueue.transports.smtp.transport import SMTPTransport, tls_mode
 
 A, B, C = 'a@x.example', 'b@x.example', 'c@x.example'

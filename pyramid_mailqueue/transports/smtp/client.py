@@ -26,7 +26,7 @@ from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.transports.smtp.handshake import Handshake, LoginRefused, StartTLS, State, unreachable
 from pyramid_mailqueue.transports.smtp.server import VALID_FOR, Address, Server
 
-__all__ = ['Client', 'Connector', 'OnSocket', 'shut_down']
+__all__ = ['Client', 'Connector', 'OnSocket']
 
 log = Log('mailqueue.smtp')
 
@@ -45,19 +45,6 @@ OnSocket = Callable[[socket.socket], object]
 
 def _tell_nobody(sock: socket.socket) -> None:
     pass
-
-
-def shut_down(sock: socket.socket) -> None:
-    """
-    End a connection that another thread uses, which notices at once.
-
-    Not with the method of SSLSocket: what the other thread sends in that moment would go out in clear text.
-    """
-    with suppress(OSError):
-        if isinstance(sock, ssl.SSLSocket):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        else:
-            sock.shutdown(socket.SHUT_RDWR)
 
 
 class Connector:
@@ -100,9 +87,9 @@ class Connector:
 
         :param on_socket: called with the socket when there is one, before the server has said anything, and with each
             one that replaces it: the one with TLS, before the handshake, and that of a second connection, if
-            opportunistic TLS fails.  Another thread may :func:`shut_down` the last of them, which ends this call.  A
-            shutdown that came too late, for a socket that was just replaced, is repeated here: shut down the new one,
-            or raise ServerTrouble
+            opportunistic TLS fails.  Another thread may :func:`~.smtp.server.shut_down` the last of them, which ends
+            this call.  A shutdown that came too late, for a socket that was just replaced, is repeated here: shut down
+            the new one, or raise ServerTrouble
         :param is_given_up: whether one of them was shut down by another thread, so that no other address is tried
         """
         try:

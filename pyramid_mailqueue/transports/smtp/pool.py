@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pyramid_mailqueue.exceptions import ServerTrouble
 from pyramid_mailqueue.forks import call_in_children
+from pyramid_mailqueue.transports.smtp.server import shut_down
 
 if TYPE_CHECKING:
     import socket
@@ -127,8 +128,6 @@ class Pool:
 
     def abort(self) -> None:
         """Break off the connections that other threads open or use; those that are idle are kept."""
-        from pyramid_mailqueue.transports.smtp.client import shut_down
-
         with self._lock:
             for opening in self._openings:
                 opening.is_given_up = True

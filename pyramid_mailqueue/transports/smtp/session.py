@@ -8,6 +8,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
+from os import PathLike
 
 from zope.interface import implementer
 
@@ -16,11 +17,11 @@ from pyramid_mailqueue.interfaces import IConnection
 from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.results import Offer, Reply, SendResult
 from pyramid_mailqueue.transports.base import Connection
-from pyramid_mailqueue.transports.smtp.client import READ_SIZE, Client, shut_down
-from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, Server
+from pyramid_mailqueue.transports.smtp.client import READ_SIZE, Client, Connector, OnSocket
+from pyramid_mailqueue.transports.smtp.server import MAX_VAIN, Server, shut_down
 from pyramid_mailqueue.transports.smtp.transaction import Capabilities, Dialogue, MailTransaction
 
-__all__ = ['Session']
+__all__ = ['Opener', 'Session']
 
 log = Log('mailqueue.smtp')
 
@@ -306,6 +307,39 @@ class Session(Connection):
             # It may have said why before it closed.
             self._hear()
             raise self.dialogue.connection_lost(f'broke off the connection ({error})') from error
+
+
+class Opener:
+    """
+    Opens the sessions with one server.
+
+    :param give_back: called with a session that is released
+    :param max_recipients: the most recipients of one mail transaction
+    :ivar connector: connects to it, with the other arguments
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        give_back: Callable[[Session], None],
+        max_recipients: int,
+        *,
+        tls: str,
+        tls_ca_file: str | PathLike[str] | None,
+        credentials: tuple[str, str] | None,
+        local_hostname: str | None,
+    ) -> None:
+        self._server = server
+        self._give_back = give_back
+        self._max_recipients = max_recipients
+        self.connector = Connector(
+            server, tls=tls, tls_ca_file=tls_ca_file, credentials=credentials, local_hostname=local_hostname
+        )
+
+    def open(self, on_socket: OnSocket, is_given_up: Callable[[], bool]) -> Session:
+        """Return a new session, in use; see :meth:`~.smtp.client.Connector.connect`."""
+        client = self.connector.connect(on_socket, is_given_up)
+        return Session(client, self._server, self._give_back, self._max_recipients)
 
 
 def _about(transaction: MailTransaction) -> Hashable:

@@ -30,8 +30,7 @@ from pyramid_mailqueue.transports.smtp.pool import Pool
 from pyramid_mailqueue.transports.smtp.server import Connect, Server, tls_mode
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.transports.smtp.client import Connector
-    from pyramid_mailqueue.transports.smtp.session import Session
+    from pyramid_mailqueue.transports.smtp.session import Opener, Session
 
 __all__ = ['SMTPTransport', 'tls_mode']
 
@@ -151,7 +150,7 @@ class SMTPTransport(Transport):
 
     def reload(self) -> None:
         """See `ITransport`.  The authorities that certificates are checked against are read again."""
-        self._connector.forget_authorities()
+        self._opener.connector.forget_authorities()
         self.close()
 
     def abort(self) -> None:
@@ -161,22 +160,22 @@ class SMTPTransport(Transport):
     # --- sessions ---
 
     def _connect(self) -> Session:
-        from pyramid_mailqueue.transports.smtp.session import Session
-
         with self._pool.opening() as opening:
-            client = self._connector.connect(partial(self._pool.note, opening), lambda: opening.is_given_up)
-            session = Session(client, self._server, self._pool.give_back, self._max_recipients)
+            session = self._opener.open(partial(self._pool.note, opening), lambda: opening.is_given_up)
             if not self._pool.add(session, opening):
                 session.close()
                 raise ServerTrouble(f'The connection to {self._server} was given up by this process.')
             return session
 
     @cached_property
-    def _connector(self) -> Connector:
-        from pyramid_mailqueue.transports.smtp.client import Connector
+    def _opener(self) -> Opener:
+        # With the first connection: ssl takes a tenth of an idle run.
+        from pyramid_mailqueue.transports.smtp.session import Opener
 
-        return Connector(
+        return Opener(
             self._server,
+            self._pool.give_back,
+            self._max_recipients,
             tls=self._tls,
             tls_ca_file=self._tls_ca_file,
             credentials=self._credentials,
