@@ -10,7 +10,6 @@ error messages are made from it, and a test compares the docs with it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -563,6 +562,9 @@ _SECRET_NAME = re.compile('pass|pw|secret|token|url', re.IGNORECASE)
 
 
 def _unknown(name: str, value: object, full: FullName) -> str:
+    # Needed for a mistake only.
+    import difflib
+
     keys = known_keys()
     near = difflib.get_close_matches(name.lower(), keys, n=1)
     # A misspelt name of a secret may have none of the words that would reveal it as one.
