@@ -20,7 +20,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from pyramid_mailqueue.cli.service import stream_at
 from pyramid_mailqueue.exceptions import ConfigurationError, described
 from pyramid_mailqueue.logs import Log
 from pyramid_mailqueue.settings import Settings, known_keys
@@ -30,10 +29,8 @@ __all__ = ['has_app', 'parse_override', 'read_app_settings', 'read_mqrunner_sect
 #: Repeats what a command prints, for logs that go elsewhere.
 run_log = Log('mailqueue.run')
 
-# The schemes that plaster gives to plain paths with these suffixes: known without searching the installed packages.
-_INI_SCHEMES = ('file+ini', 'file+conf', 'file+cfg')
-# Such a path, of characters that plaster leaves as they are: parsed without plaster, which takes longer to import
-# than all the rest of a run that has nothing to do.
+# A path, of characters that plaster leaves as they are: parsed without plaster, which takes a quarter of an idle run
+# to import, and then searches all that is installed.
 _INI_PATH = re.compile(r'((?!//)[\w./+~-]*[\w+~-]\.(?:ini|conf|cfg))(?:#([\w.+~-]*))?', re.ASCII)
 
 _SCHEME = re.compile(r'([A-Za-z]+):')
@@ -108,17 +105,20 @@ def setup_logging(
 
     :param printed: loggers whose messages the command also prints; handlers on stdout or stderr skip them
     """
-    if settings.logging_conf:
-        _configure_logging(_IniFile(settings.logging_conf, overrides))
-    elif uri is None:
-        _log_warnings_to_stderr()
-    else:
-        _setup_logging_of(uri, overrides)
+    file = _IniFile(settings.logging_conf, overrides) if settings.logging_conf else _logging_of(uri, overrides)
+    paths = {key: path for key in ('delivery_log', 'queue_log') if (path := getattr(settings, key))}
+    if file is None and not paths:
+        _print_once(frozenset(printed))
+        return
+    # Where all is left to its default, an idle run does without.
+    from pyramid_mailqueue.cli import log_files
+
+    if file is not None:
+        with _blame(f'{file.path}: the logging configuration'):
+            log_files.configure(file.parser)
     _print_once(frozenset(printed))
-    for key in ('delivery_log', 'queue_log'):
-        path = getattr(settings, key)
-        if path:
-            _log_to_file(f'mailqueue.{key}', path)
+    for key, path in paths.items():
+        log_files.log_to(f'mailqueue.{key}', path)
 
 
 # --- where the settings are -------------------------------------------------
@@ -136,33 +136,11 @@ class _Source(NamedTuple):
 def _locate(uri: str, overrides: Mapping[str, str]) -> _Source:
     if plain := _INI_PATH.fullmatch(uri):
         return _Source(plain[1], plain[2] or None, overrides)
-    import plaster
+    # See _INI_PATH.
+    from pyramid_mailqueue.cli.sources import locate
 
-    try:
-        url = plaster.parse_uri(uri)
-    except plaster.InvalidURI:
-        # A file without a suffix.
-        path, _, name = uri.partition('#')
-        return _Source(path, name or None, overrides)
-    source = _Source(url.path, url.fragment or None, {**url.options, **overrides})
-    if url.scheme in _INI_SCHEMES:
-        return source
-    try:
-        loader = plaster.get_loader(url, ['wsgi'])
-    except plaster.LoaderNotFound as exc:
-        if url.scheme.startswith('file+'):
-            return source
-        raise ConfigurationError(f'{uri}: nothing is installed that reads such a source. Name an ini file.') from exc
-    except plaster.MultipleLoadersFound as exc:
-        raise ConfigurationError(f'{uri}: {exc}') from exc
-    return source if _reads_ini_files(loader) else source._replace(loader=loader)
-
-
-def _reads_ini_files(loader: Any) -> bool:
-    """``pastedeploy://app.ini`` is an ini file too; ``egg://name`` is not."""
-    import plaster_pastedeploy
-
-    return isinstance(loader, plaster_pastedeploy.Loader) and loader.filepath is not None
+    path, name, options, loader = locate(uri)
+    return _Source(path, name, {**options, **overrides}, loader)
 
 
 @contextmanager
@@ -392,24 +370,18 @@ def _look_for_queue_dir_in_defaults(file: _IniFile) -> None:
 # --- logging ----------------------------------------------------------------
 
 
-def _setup_logging_of(uri: str, overrides: Mapping[str, str]) -> None:
-    source = _locate(uri, overrides)
-    if source.loader is not None:
+def _logging_of(uri: str | None, overrides: Mapping[str, str]) -> _IniFile | None:
+    """Return the file that has the logging configuration; None if that was left to a loader, or if there is none."""
+    source = None if uri is None else _locate(uri, overrides)
+    if source is not None and source.loader is not None:
         with _blame(f'{uri}:'):
             source.loader.setup_logging(dict(overrides))
-        return
-    file = _IniFile(source.path, source.variables)
-    if file.parser.has_section('loggers'):
-        _configure_logging(file)
-    else:
-        _log_warnings_to_stderr()
-
-
-def _configure_logging(file: _IniFile) -> None:
-    from logging.config import fileConfig
-
-    with _blame(f'{file.path}: the logging configuration'):
-        fileConfig(file.parser, disable_existing_loggers=False)
+        return None
+    file = None if source is None else _IniFile(source.path, source.variables)
+    if file is not None and file.parser.has_section('loggers'):
+        return file
+    _log_warnings_to_stderr()
+    return None
 
 
 def _print_once(names: Collection[str]) -> None:
@@ -432,24 +404,3 @@ def _log_warnings_to_stderr() -> None:
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter('%(levelname)s %(name)s: %(message)s'))
     logging.getLogger().addHandler(handler)
-
-
-def _log_to_file(name: str, path: Path) -> None:
-    """Log to *path*, and only there; after a rotation the file is reopened."""
-    from logging.handlers import WatchedFileHandler
-
-    try:
-        handler: logging.Handler
-        if stream := stream_at(path):
-            handler = logging.StreamHandler(stream)
-        else:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-            handler = WatchedFileHandler(path, encoding='utf-8')
-    except OSError as exc:
-        raise ConfigurationError(f'{name} = {path}: cannot be written ({exc.strerror}).') from exc
-    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S%z'))
-    logger = logging.getLogger(name)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from pyramid_mailqueue.cli.columns import Column
+from pyramid_mailqueue.cli.terminal import painter_on
 from pyramid_mailqueue.display import printable, timestamp
 
 if TYPE_CHECKING:
     from pyramid_mailqueue.queues.entries import QueueEntry
 
 __all__ = [
-    'STYLES',
-    'Column',
     'as_json',
     'print_json',
     'print_json_list',
@@ -25,8 +24,6 @@ __all__ = [
 
 #: A table is laid out so many rows at a time, so that the first ones need not wait for the last.
 ROWS_AT_ONCE = 500
-
-STYLES = {'held': 'yellow', 'in progress': 'cyan', 'dead': 'red', 'in doubt': 'red', 'corrupt': 'red'}
 
 
 # --- JSON -------------------------------------------------------------------
@@ -70,39 +67,15 @@ def print_json_list(values: Iterable[object]) -> None:
 # --- tables -----------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """
-    A column of a table.
-
-    :param title: its heading
-    :param is_number: it is aligned to the right
-    :param is_whole: it is never broken or cut off, so that it can be copied
-    :param from_width: a terminal with fewer columns does not show it
-    :param styles: the style of a cell that has this text, on a terminal
-    """
-
-    title: str
-    is_number: bool = False
-    is_whole: bool = False
-    from_width: int = 0
-    styles: Mapping[str, str] = MappingProxyType({})
-
-
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print *rows*: with rich if it is installed and this is a terminal, else in plain columns, two blanks apart."""
     safe = (tuple(map(printable, row)) for row in rows)
-    is_rich = sys.stdout.isatty() and _has_rich()
-    show = _show_rich if is_rich else _show_plain
+    painter = painter_on(sys.stdout)
+    show = _show_plain if painter is None else painter.print_table
     for number, chunk in enumerate(_chunks(safe)):
         show(columns, chunk, with_titles=number == 0)
-    if is_rich:
-        _tell_left_out(columns)
-
-
-def _has_rich() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec('rich') is not None
+    if painter is not None:
+        _tell_left_out(columns, painter.width)
 
 
 def _chunks(rows: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
@@ -123,32 +96,7 @@ def _show_plain(columns: Sequence[Column], rows: list[tuple[str, ...]], *, with_
         print('  '.join(cells).rstrip())
 
 
-def _show_rich(columns: Sequence[Column], rows: list[tuple[str, ...]], *, with_titles: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    shown = [console.width >= column.from_width for column in columns]
-    table = Table(box=None, pad_edge=False, show_header=with_titles, header_style='bold')
-    for column in itertools.compress(columns, shown):
-        table.add_column(
-            column.title,
-            justify='right' if column.is_number else 'left',
-            no_wrap=column.is_whole,
-            overflow='fold',
-        )
-    for row in rows:
-        # Text, not markup: a subject such as "[red]" means itself.
-        cells = (Text(cell, column.styles.get(cell, '')) for column, cell in zip(columns, row, strict=True))
-        table.add_row(*itertools.compress(cells, shown))
-    console.print(table)
-
-
-def _tell_left_out(columns: Sequence[Column]) -> None:
-    from rich.console import Console
-
-    width = Console().width
+def _tell_left_out(columns: Sequence[Column], width: int) -> None:
     left_out = [column.title for column in columns if width < column.from_width]
     if left_out:
         print(f'\nnot shown in {width} columns: {", ".join(left_out)}')

@@ -7,19 +7,15 @@ systemd.  A separate thread draws; delivery only updates the counts.
 
 from __future__ import annotations
 
-import logging
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple, TextIO, cast
+from typing import NamedTuple, TextIO
 
-from pyramid_mailqueue.cli.service import all_handlers
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from pyramid_mailqueue.cli.service import is_terminal
+from pyramid_mailqueue.cli.terminal import painter_on
 
 __all__ = ['Progress', 'open_progress']
 
@@ -29,10 +25,6 @@ _BETWEEN_BARS = 0.2
 _BETWEEN_LINES = 2
 # Seconds over which the rate is averaged.
 _WINDOW = 10
-
-# Columns.  With room for less than the smaller one no bar is drawn.
-_SMALLEST_BAR = 10
-_LARGEST_BAR = 40
 
 
 class Progress:
@@ -66,7 +58,7 @@ def open_progress(
     :param clock: seconds, from any beginning
     """
     progress = Progress(total)
-    if stream is None or not _is_terminal(stream):
+    if stream is None or not is_terminal(stream):
         yield progress
         return
     over = threading.Event()
@@ -79,14 +71,6 @@ def open_progress(
         # It is not, if its start was interrupted.
         if painter.is_alive():
             painter.join()
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except ValueError:
-        # It is closed.
-        return False
 
 
 def _paint(stream: TextIO, progress: Progress, clock: Callable[[], float], is_over: Callable[[float], bool]) -> None:
@@ -165,68 +149,15 @@ def _span(seconds: float) -> str:
 @contextmanager
 def _display(stream: TextIO) -> Iterator[tuple[Callable[[_State], None], float]]:
     """Yield the function that shows the progress, and the seconds between two calls of it."""
-    console = _console(stream)
-    if console is None:
+    painter = painter_on(stream)
+    if painter is None or not painter.can_repaint:
         # Line and line end in one write: print() would let a log line of another thread in between.
         yield lambda state: _write(stream, f'mq-run: {state.words}\n'), _BETWEEN_LINES
         return
-    from rich.live import Live
-
-    # The bar goes before the handlers get their streams back: what is logged in between would be painted over.
-    with (
-        _diverted_logging(console),
-        Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as live,
-    ):
-        yield lambda state: live.update(_row(state, console.width), refresh=True), _BETWEEN_BARS
+    with painter.bar() as show:
+        yield lambda state: show(state.words, state.done, state.total), _BETWEEN_BARS
 
 
 def _write(stream: TextIO, text: str) -> None:
     stream.write(text)
     stream.flush()
-
-
-def _console(stream: TextIO) -> Console | None:
-    """Return None if there is no rich, or if the terminal cannot paint over a line (``TERM=dumb``)."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        return None
-    console = Console(file=stream)
-    return console if console.is_interactive else None
-
-
-def _row(state: _State, width: int) -> RenderableType:
-    """Return one line for any width: a longer one would leave remains on the terminal."""
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    text = Text(state.words, no_wrap=True, overflow='crop')
-    room = min(width - len(state.words) - 1, _LARGEST_BAR)
-    if room < _SMALLEST_BAR:
-        return text
-    row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(state.total, state.done, width=room), text)
-    return row
-
-
-@contextmanager
-def _diverted_logging(console: Console) -> Iterator[None]:
-    """
-    Let log handlers write above the bar.
-
-    Each holds the stream that it was created with, so it does not use the one with which rich replaces ``sys.stderr``.
-    """
-    from rich.file_proxy import FileProxy
-
-    terminals = [stream for stream in (sys.stderr, sys.stdout) if stream and _is_terminal(stream)]
-    diverted = []
-    try:
-        for handler in all_handlers():
-            if isinstance(handler, logging.StreamHandler) and handler.stream in terminals:
-                proxy = cast('TextIO', FileProxy(console, handler.stream))
-                diverted.append((handler, handler.setStream(proxy)))
-        yield
-    finally:
-        for handler, former in diverted:
-            handler.setStream(former)

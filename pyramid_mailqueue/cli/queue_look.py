@@ -8,9 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from pyramid_mailqueue.cli.columns import STYLES, Column
 from pyramid_mailqueue.cli.common import EX_NOT_DONE, EX_OK, complain
 from pyramid_mailqueue.cli.monitor import judge, prometheus_text
-from pyramid_mailqueue.cli.output import STYLES, Column, as_json, print_json, print_json_list, print_table
+from pyramid_mailqueue.cli.output import as_json, print_json, print_json_list, print_table
 from pyramid_mailqueue.display import few, numbered, printable, size_in_words, span_in_words, timestamp
 from pyramid_mailqueue.exceptions import NoSuchMessage
 from pyramid_mailqueue.interfaces import IMailQueue

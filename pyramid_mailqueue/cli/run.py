@@ -14,13 +14,11 @@ if __name__ == '__main__':
     SIGNALS = EarlySignals()
 
 import argparse
-import logging
 import math
 import re
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -354,7 +352,11 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
     )
     setup_logging(arguments.ini, overrides, places)
     guard_logs()
-    registry = _load_app(arguments, overrides)
+    with _import_warnings_ignored():
+        # Pyramid, and plaster.
+        from pyramid_mailqueue.cli.application import load
+
+        registry = load(arguments.ini, arguments.name, overrides)
     mailer: Any = registry and registry.queryUtility(IMailer)
     if mailer is None:
         raise ConfigurationError('the application has no mailer. Does it call config.include("pyramid_mailqueue")?')
@@ -369,44 +371,13 @@ def _runner_of_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> 
         ) from error
 
 
-def _load_app(arguments: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    """Load the application, and return its registry; None if it is not one of Pyramid."""
-    import plaster
-
-    try:
-        loader = plaster.get_loader(arguments.ini, protocols=['wsgi'])
-        with warnings.catch_warnings():
-            # Warnings of other packages on import, meant for developers, are no reason for cron to send mail.
-            if not sys.warnoptions:
-                warnings.simplefilter('ignore')
-            with _trouble_left_unsaid():
-                app = loader.get_wsgi_app(arguments.name, overrides)
-    except Exception as error:
-        # Pyramid wraps what is raised while it executes a deferred action.
-        cause = getattr(error, 'evalue', error)
-        if not isinstance(cause, ConfigurationError):
-            traceback.print_exc()
-            cause = ConfigurationError(f'the application cannot be loaded: {error}')
-        raise cause from error
-    from pyramid.config import global_registries
-
-    # Middleware around an application has no registry.
-    return getattr(app, 'registry', None) or global_registries.last
-
-
 @contextmanager
-def _trouble_left_unsaid() -> Iterator[None]:
-    """Suppress records about queue errors: the run comes next, and reports an unavailable database itself."""
-    logger = logging.getLogger('mailqueue.delivery')
-
-    def is_said(record: logging.LogRecord) -> bool:
-        return not any(isinstance(argument, QueueError) for argument in record.args or ())
-
-    logger.addFilter(is_said)
-    try:
+def _import_warnings_ignored() -> Iterator[None]:
+    """Ignore warnings of other packages on import, meant for developers: they are no reason for cron to send mail."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter('ignore')
         yield
-    finally:
-        logger.removeFilter(is_said)
 
 
 def _summarize(report: RunReport, runner: Runner, *, verbose: bool) -> None:

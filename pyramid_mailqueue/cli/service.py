@@ -23,7 +23,15 @@ from typing import Any, TextIO, cast
 
 from pyramid_mailqueue.exceptions import described
 
-__all__ = ['all_handlers', 'guard_logs', 'notify_systemd', 'reopen_log_files', 'steady_outputs', 'stream_at']
+__all__ = [
+    'all_handlers',
+    'guard_logs',
+    'is_terminal',
+    'notify_systemd',
+    'reopen_log_files',
+    'steady_outputs',
+    'stream_at',
+]
 
 #: How long to wait for a reader that has stopped reading, in seconds; after that not at all, until it reads again.
 READER_PATIENCE = 0.5
@@ -128,6 +136,15 @@ def _is_writable(fd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether *stream* is a terminal, and open."""
+    try:
+        return stream.isatty()
+    except ValueError:
+        # It is closed.
+        return False
 
 
 def stream_at(path: Path) -> TextIO | None:

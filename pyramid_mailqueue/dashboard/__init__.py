@@ -12,7 +12,7 @@ database session but the queue's own.  They are protected by the application's s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyramid.csrf import LegacySessionCSRFStoragePolicy, SessionCSRFStoragePolicy
 from pyramid.interfaces import ICSRFStoragePolicy, IDefaultCSRFOptions, ISecurityPolicy, ISessionFactory
@@ -22,9 +22,6 @@ from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.queues.base import has_admin
-
-if TYPE_CHECKING:
-    from pyramid_mailqueue.dashboard.pages import Pages
 
 __all__ = ['CHANGE', 'CONTENT', 'VIEW', 'includeme']
 
@@ -69,16 +66,6 @@ def _has_csrf_tokens(registry: Any) -> bool:
     return policy is not None
 
 
-def _make_pages() -> Pages:
-    try:
-        from pyramid_mailqueue.dashboard.pages import Pages
-    except ImportError as error:
-        raise ConfigurationError(
-            f"pyramid_mailqueue.dashboard needs Jinja2 ({error}): pip install 'pyramid_mailqueue[dashboard]'"
-        ) from error
-    return Pages()
-
-
 def includeme(config: Any) -> None:
     """
     Add the pages to an application, at ``route_prefix``, by default at ``/mailqueue``.
@@ -88,11 +75,15 @@ def includeme(config: Any) -> None:
     configuration is committed, if there is no security policy, nowhere to keep CSRF tokens, or no queue with an
     ``admin``.
     """
-    pages = _make_pages()
-    from pyramid_mailqueue.dashboard import change, look
-
+    try:
+        # Jinja2 is an extra, which others can do without who import the permissions.
+        from pyramid_mailqueue.dashboard import change, look, pages
+    except ImportError as error:
+        raise ConfigurationError(
+            f"pyramid_mailqueue.dashboard needs Jinja2 ({error}): pip install 'pyramid_mailqueue[dashboard]'"
+        ) from error
     config.include('pyramid_mailqueue')
-    pages.register(config.registry)
+    pages.Pages().register(config.registry)
     with config.route_prefix_context(None if config.route_prefix else PREFIX):
         config.add_static_view('static', 'pyramid_mailqueue.dashboard:static')
         look.add_views(config)

@@ -14,12 +14,12 @@ from paste.deploy import loadapp
 
 from pyramid_mailqueue.cli.config import (
     _INI_PATH,
-    _INI_SCHEMES,
     parse_override,
     read_app_settings,
     read_mqrunner_section,
     setup_logging,
 )
+from pyramid_mailqueue.cli.sources import _INI_SCHEMES
 from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.settings import Settings
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from pyramid_mailqueue.cli import output
-from pyramid_mailqueue.cli.output import Column, as_json, print_json, print_json_list, print_table
+from pyramid_mailqueue.cli.columns import Column
+from pyramid_mailqueue.cli.output import as_json, print_json, print_json_list, print_table
 from pyramid_mailqueue.display import few, numbered, printable, size_in_words, span_in_words, timestamp
 from pyramid_mailqueue.queues.entries import QueueEntry
 

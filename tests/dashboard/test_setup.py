@@ -161,7 +161,9 @@ def test_a_queue_that_tells_nothing_is_found_at_the_start(make_dashboard):
 
 def test_a_missing_jinja2_is_told_with_its_cure(monkeypatch, make_dashboard):
     monkeypatch.setitem(sys.modules, 'jinja2', None)
-    monkeypatch.delitem(sys.modules, 'pyramid_mailqueue.dashboard.pages', raising=False)
+    for name in ('change', 'look', 'pages'):
+        monkeypatch.delitem(sys.modules, f'pyramid_mailqueue.dashboard.{name}', raising=False)
+        monkeypatch.delattr(f'pyramid_mailqueue.dashboard.{name}', raising=False)
 
     with pytest.raises(ConfigurationError, match=r"pip install 'pyramid_mailqueue\[dashboard\]'"):
         make_dashboard()
