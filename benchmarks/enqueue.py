@@ -22,8 +22,8 @@ from pathlib import Path
 import transaction
 
 from benchmarks.common import KIB, Measured, new_message, options, print_table, progress
+from pyramid_mailqueue.application import build_mailer
 from pyramid_mailqueue.settings import Settings
-from pyramid_mailqueue.wiring import build_mailer
 
 SIZE = 4 * KIB
 

@@ -14,8 +14,8 @@ from benchmarks.common import RECIPIENT, SENDER, new_message
 
 
 def ours(folder: Path, messages: int, size: int) -> None:
+    from pyramid_mailqueue.application import build_mailer
     from pyramid_mailqueue.settings import Settings
-    from pyramid_mailqueue.wiring import build_mailer
 
     settings = {'mailqueue.queue_dir': folder / 'queue', 'mailqueue.smtp_hostname': '127.0.0.1'}
     mailer = build_mailer(Settings.from_mapping({**settings, 'mailqueue.delivery': 'queue'}))

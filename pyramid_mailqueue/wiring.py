@@ -1,12 +1,13 @@
 """
-From settings to objects: the only place that names classes.
+From settings to objects: queues, transports, and the runner of ``mq-run``.
 
-A web process makes a mailer, and mq-run a runner; both use the same queue, transports and handler.
+An idle run imports all of this, so what delivers is made by :mod:`~.sending`, and what only applications need by
+:mod:`~.application`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, described
-from pyramid_mailqueue.interfaces import IDispatcher, IMailQueue, ITransport
+from pyramid_mailqueue.interfaces import IMailQueue, ITransport
 from pyramid_mailqueue.logs import Log
-from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.inspection import NoQueue
@@ -27,20 +27,16 @@ from pyramid_mailqueue.transports.smtp import SMTPTransport
 if TYPE_CHECKING:
     from pyramid_mailqueue.delivery.handler import MessageHandler
     from pyramid_mailqueue.events import MailEvent
-    from pyramid_mailqueue.mailer import Mailer
     from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.sql import SQLQueue
-    from pyramid_mailqueue.transactions import ITransactionSource
 
 __all__ = [
-    'build_compose',
     'build_handler',
     'build_maildir_queue',
-    'build_mailer',
     'build_queue',
     'build_runner',
+    'build_smtp',
     'build_sql_queue',
-    'init_smtp_mailer',
     'open_move',
 ]
 
@@ -51,96 +47,12 @@ DAY = 86400
 Lookup = Callable[[str], Any]
 
 
-def build_mailer(
-    settings: Settings,
-    *,
-    transactions: ITransactionSource | None = None,
-    lookup: Lookup | None = None,
-    notify: Callable[[MailEvent], None] | None = None,
-) -> Mailer:
-    """
-    Return the :class:`~.mailer.Mailer` that *settings* describe.
-
-    :param transactions: knows the transaction to join; None is the manager of the thread
-    :param lookup: finds a registered transport by its name, or returns None
-    :param notify: called with each event (see :mod:`~.events`); must not raise
-    :raises ConfigurationError: something that the settings name cannot be used
-    """
-    # Not imported by mq-run, which has no transactions.
-    from pyramid_mailqueue.mailer import Mailer
-
-    queue = build_queue(settings, access='create', on_away=_warn)
-    handler = build_handler(settings, lookup, notify)
-    _import_for_delivery(settings)
-    dispatchers = _build_dispatchers(settings, handler, queue)
-    return Mailer(
-        queue,
-        handler,
-        dispatchers,
-        build_compose(settings),
-        delivery=settings.delivery,
-        transactions=transactions,
-        notify=notify,
-    )
-
-
-def _import_for_delivery(settings: Settings) -> None:
-    """
-    Import what a delivery thread needs, before there is one.
-
-    A fork during an import in another thread leaves the child with half a module, which it can never use.
-    """
-    # The last one is needed to look for plugins, and is imported late since Python 3.15.
-    names = [f'{__package__}.delivery.plugins', f'{__package__}.events', 'encodings.idna', 'zipfile']
-    if 'smtp' in settings.transports:
-        names += [f'{__package__}.transports.smtp.{name}' for name in ('client', 'session')]
-    if settings.queue == 'sql':
-        names += [f'{__package__}.queues.sql.{name}' for name in ('session', 'staging')]
-    for name in names:
-        import_module(name)
-
-
-def build_compose(settings: Settings) -> Callable[..., Envelope]:
-    """Return a function that makes an envelope of a message, a sender and recipients."""
-    compose = partial(
-        Envelope.from_message,
-        default_sender=settings.default_sender,
-        max_size=settings.max_message_size,
-        local_hostname=settings.smtp_local_hostname,
-    )
-    to = settings.redirect_all_to
-    if to is None:
-        return compose
-    from pyramid_mailqueue.message.redirect import redirected
-
-    # Here, so that a queue never holds what must not be sent.
-    return lambda *args, **options: redirected(compose(*args, **options), to)
-
-
-def _build_dispatchers(settings: Settings, handler: MessageHandler, queue: IMailQueue) -> dict[str, IDispatcher]:
-    from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher, threads_run_here
-
-    inline = InlineDispatcher(handler, queue)
-    if threads_run_here():
-        return {'background': BackgroundDispatcher(handler, queue), 'inline': inline}
-    if settings.delivery == 'background':
-        log.warning(
-            'mailqueue.delivery = background needs threads, and uWSGI runs without them: mail is delivered before the '
-            'request returns. Start uWSGI with enable-threads, or set mailqueue.delivery = queue.'
-        )
-    return {'background': inline, 'inline': inline}
-
-
 def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
-    """Return the :class:`~.delivery.runner.Runner` that *settings* describe; see :func:`build_mailer`."""
+    """Return the :class:`~.delivery.runner.Runner` that *settings* describe; see :func:`~.application.build_mailer`."""
     queue = build_queue(settings)
     # Mistakes in the settings show at every run; a handler is made when there is something to deliver.
-    make_handler = partial(_handler, settings, _transports(settings, lookup), _rate(settings))
-    return Runner(queue, make_handler, keep_dead=settings.keep_dead)
-
-
-def _warn(error: QueueError) -> None:
-    log.warning('%s', error)
+    transports = _transports(settings, lookup)
+    return Runner(queue, lambda: _handler(settings, transports), keep_dead=settings.keep_dead)
 
 
 def _leave_unsaid(_error: QueueError) -> None:
@@ -259,70 +171,30 @@ def _check_tables(queue: SQLQueue, settings: Settings) -> None:
         ) from error
 
 
-def init_smtp_mailer(settings: Mapping[str, object]) -> ITransport:
-    """
-    Return a transport for the mail server that *settings* name, for a custom handler.
-
-    :param settings: a mapping with keys such as ``smtp_hostname``, with ``mailqueue.`` in front or without; of the keys
-        with another beginning only ``max_recipients`` and ``redirect_all_to`` matter
-    :raises ConfigurationError: a key is missing, unknown or malformed, or contradicts another one
-    """
-    own = {
-        key: value
-        for key, value in settings.items()
-        if key.startswith(('mailqueue.', 'smtp_')) or key in ('max_recipients', 'redirect_all_to')
-    }
-    read = Settings.from_program(own)
-    return _redirecting(_smtp(read), read)
-
-
 def build_handler(
     settings: Settings, lookup: Lookup | None = None, notify: Callable[[MailEvent], None] | None = None
 ) -> MessageHandler:
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
-    return _handler(settings, _transports(settings, lookup), _rate(settings), notify)
+    return _handler(settings, _transports(settings, lookup), notify)
+
+
+def _handler(
+    settings: Settings, transports: Sequence[ITransport], notify: Callable[[MailEvent], None] | None = None
+) -> MessageHandler:
+    # All that delivers, which an idle run does without.
+    from pyramid_mailqueue.sending import make_handler
+
+    return make_handler(settings, transports, notify)
 
 
 def _transports(settings: Settings, lookup: Lookup | None) -> list[ITransport]:
-    transports = [_redirecting(_transport(name, settings, lookup), settings) for name in settings.transports]
+    transports = [_transport(name, settings, lookup) for name in settings.transports]
     if settings.redirect_all_to is not None:
         log.warning(
             'mailqueue.redirect_all_to = %s: all mail goes there instead of to its recipients.',
             settings.redirect_all_to,
         )
     return transports
-
-
-def _handler(
-    settings: Settings,
-    transports: Sequence[ITransport],
-    take_from_rate: Callable[[int], float] | None,
-    notify: Callable[[MailEvent], None] | None = None,
-) -> MessageHandler:
-    # Not imported by a run that finds nothing.
-    from pyramid_mailqueue.delivery.handler import MessageHandler
-    from pyramid_mailqueue.delivery.retry import ExponentialBackoff
-
-    return MessageHandler(
-        transports,
-        retry_policy=ExponentialBackoff(settings.retry_first, settings.retry_max, settings.lifetime),
-        plugins=settings.plugins,
-        connections=settings.smtp_connections,
-        take_from_rate=take_from_rate,
-        notify=notify,
-    )
-
-
-def _rate(settings: Settings) -> Callable[[int], float] | None:
-    if settings.rate_limit is None:
-        return None
-    from pyramid_mailqueue.queues.rate_file import RateFile
-
-    if settings.queue_dir is None:
-        raise ConfigurationError(
-            'mailqueue.queue_dir is missing: mailqueue.rate_limit keeps its count in a file of this directory.'
-        )
-    return RateFile(settings.queue_dir / 'rate', settings.rate_limit).take
 
 
 def _transport(name: str, settings: Settings, lookup: Lookup | None) -> ITransport:
@@ -339,15 +211,8 @@ def _transport(name: str, settings: Settings, lookup: Lookup | None) -> ITranspo
     return found
 
 
-def _redirecting(transport: ITransport, settings: Settings) -> ITransport:
-    if settings.redirect_all_to is None:
-        return transport
-    from pyramid_mailqueue.transports.redirect import redirecting
-
-    return redirecting(transport, settings.redirect_all_to)
-
-
-def _smtp(settings: Settings) -> ITransport:
+def build_smtp(settings: Settings) -> SMTPTransport:
+    """Return the transport for the mail server that *settings* name.  Raises ConfigurationError."""
     if settings.smtp_hostname is None:
         raise ConfigurationError('mailqueue.smtp_hostname is missing: name the mail server to send over.')
     return SMTPTransport(
@@ -374,7 +239,7 @@ def _inbox(settings: Settings) -> ITransport:
     return DebugInbox(settings.queue_dir / 'inbox')
 
 
-_TRANSPORTS: dict[str, Callable[[Settings], ITransport]] = {'smtp': _smtp, 'inbox': _inbox}
+_TRANSPORTS: dict[str, Callable[[Settings], ITransport]] = {'smtp': build_smtp, 'inbox': _inbox}
 
 
 def _call_factory(key: str, name: str, settings: Settings) -> Any:

@@ -16,13 +16,15 @@ ROOT = Path(pyramid_mailqueue.__file__).parent
 # for all of its modules, except for those that are named on their own.
 LAYERS = (
     (
-        'exceptions', 'contract', 'interfaces', 'display', 'forks', 'hosts', 'including',
+        'exceptions', 'contract', 'interfaces', 'display', 'forks', 'hosts', 'version',
         'message.addresses', 'message.encoded_words', 'message.line_ends',
     ),
     ('message', 'settings', 'results', 'logs'),
-    ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions'),
-    ('mailer',),
+    ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions', 'requests'),
+    ('mailer', 'sending'),
     ('wiring',),
+    ('application',),
+    ('including',),
     ('testing', '__init__', 'cli', 'queue_runner', 'dashboard'),
 )  # fmt: skip
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyramid_mailqueue.application import init_smtp_mailer
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.exceptions import ConfigurationError, MessageError, QueueError
 from pyramid_mailqueue.message.envelope import Envelope
@@ -19,7 +20,6 @@ from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.queue_file import read_envelope
 from pyramid_mailqueue.testing import ScriptedSMTPServer
 from pyramid_mailqueue.transports.maildir import MaildirBackend
-from pyramid_mailqueue.wiring import init_smtp_mailer
 
 ADA, BOB = 'ada@x.example', 'bob@x.example'
 SHOP = 'shop@site.example'

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyramid_mailqueue import IMailer, ITransport, init_smtp_mailer
+from pyramid_mailqueue.application import build_mailer
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.exceptions import AddressError
 from pyramid_mailqueue.message.addresses import check_address
@@ -23,7 +24,7 @@ from pyramid_mailqueue.queue_runner import one_shot_queue_run
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transports.redirect import redirecting
-from pyramid_mailqueue.wiring import build_mailer, build_runner
+from pyramid_mailqueue.wiring import build_runner
 
 ME = 'me@site.example'
 CONTENT = b'Message-ID: <1@site.example>\r\nTo: ada@x.example\r\nSubject: hello\r\n\r\nHello\r\n'

@@ -45,7 +45,7 @@ PUBLIC = ('pyramid_mailqueue', *(f'pyramid_mailqueue.{name}' for name in ('inter
 
 #: Methods by which the parts of the package speak to each other, over objects that users have.
 INTERNAL = {
-    'MessageHandler': {'back_off', 'engine', 'may_send', 'next_route'},
+    'MessageHandler': {'back_off', 'crew', 'engine', 'may_send', 'next_route'},
     'Outbox': {'begin', 'end'},
 }
 

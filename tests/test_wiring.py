@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
+from pyramid_mailqueue.application import build_mailer
 from pyramid_mailqueue.delivery.dispatch import BackgroundDispatcher, InlineDispatcher
 from pyramid_mailqueue.delivery.runner import Runner
 from pyramid_mailqueue.exceptions import ConfigurationError
@@ -19,7 +20,7 @@ from pyramid_mailqueue.mailer import Mailer
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.testing import ScriptedSMTPServer
-from pyramid_mailqueue.wiring import build_handler, build_mailer, build_queue, build_runner
+from pyramid_mailqueue.wiring import build_handler, build_queue, build_runner
 from tests.parts.databases import create_queue_tables
 
 

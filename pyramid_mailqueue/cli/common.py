@@ -60,12 +60,13 @@ _CONFIGURATIONS = (Path('~/.mailqueue-runner.conf'), Path('/etc/mailqueue-runner
 
 
 class _TellVersion(argparse.Action):
-    """Looks up the version only on request: that takes longer than a run with nothing to do."""
+    """Looks up the version on request."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import version
+        # Looking it up takes longer than an idle run.
+        from pyramid_mailqueue.version import __version__
 
-        print(parser.prog, version('pyramid_mailqueue'))
+        print(parser.prog, __version__)
         parser.exit()
 
 

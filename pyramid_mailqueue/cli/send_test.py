@@ -47,8 +47,9 @@ from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import WrappedClaim
 from pyramid_mailqueue.queues.memory import MemoryQueue
 from pyramid_mailqueue.results import SendResult, Settlement
+from pyramid_mailqueue.sending import build_compose
 from pyramid_mailqueue.settings import Settings, default_tls
-from pyramid_mailqueue.wiring import build_compose, build_handler, build_queue
+from pyramid_mailqueue.wiring import build_handler, build_queue
 
 __all__ = ['main']
 

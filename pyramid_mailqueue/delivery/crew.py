@@ -1,7 +1,7 @@
 """
 The thread that delivers in one run, and the one that waits for it.
 
-One delivers, see :mod:`~.engine`; the other can always be told to stop.  Imported when there is something to deliver.
+One delivers, see :mod:`~.engine`; the other can always be told to stop.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from pyramid_mailqueue.delivery.engine import Engine
-from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.report import what_waits
+from pyramid_mailqueue.delivery.routes import Routes
 from pyramid_mailqueue.delivery.run import STOP_SECONDS, Due, RunReport, Stop
 from pyramid_mailqueue.exceptions import QueueError, ServerTrouble
 from pyramid_mailqueue.interfaces import IClaim
@@ -32,7 +32,7 @@ class Crew:
 
     def __init__(
         self,
-        handler: MessageHandler,
+        handler: Routes,
         due: Due,
         stop: Stop,
         report: RunReport,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyramid_mailqueue.delivery.attempt import Attempt
+from pyramid_mailqueue.delivery.crew import Crew
 from pyramid_mailqueue.delivery.engine import Engine, Nothing
 from pyramid_mailqueue.delivery.routes import Routes
+from pyramid_mailqueue.delivery.run import Due, RunReport, Stop
 from pyramid_mailqueue.exceptions import MessageError, ServerTrouble, WrongState
 from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.message.envelope import Envelope
@@ -46,6 +48,17 @@ class MessageHandler(Routes):
     def engine(self) -> Engine:
         """Return an engine for this thread: it has one connection, and waits for it here."""
         return Engine(self, disconnects=self.disconnects)
+
+    def crew(
+        self,
+        due: Due,
+        stop: Stop,
+        report: RunReport,
+        on_progress: Callable[[RunReport], None] | None,
+        hurry: Callable[[float], None],
+    ) -> Crew:
+        """Return what delivers in one run; see :mod:`~.delivery.crew`."""
+        return Crew(self, due, stop, report, on_progress, hurry)
 
     # --- for programs that bring their own messages ---
 

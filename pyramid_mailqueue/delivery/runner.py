@@ -117,10 +117,8 @@ class Runner:
         self, due: Due, stop: Stop, on_progress: Callable[[RunReport], None] | None, max_seconds: float | None
     ) -> None:
         if due.has_more():
-            # Here, because most runs find nothing.
-            from pyramid_mailqueue.delivery.crew import Crew
-
-            Crew(self.handler, due, stop, self.report, on_progress, self.queue.hurry).work(max_seconds)
+            crew = self.handler.crew(due, stop, self.report, on_progress, self.queue.hurry)
+            crew.work(max_seconds)
         elif due.error is not None:
             raise due.error
 

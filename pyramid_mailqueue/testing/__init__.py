@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 from pyramid_mailqueue.events import notify
-from pyramid_mailqueue.including import name_place
 from pyramid_mailqueue.interfaces import IMailer
 from pyramid_mailqueue.testing.outbox import (
     CAPTURING,
@@ -40,7 +39,6 @@ from pyramid_mailqueue.testing.smtp_server import (
     Silence,
     Wait,
 )
-from pyramid_mailqueue.transactions import ThreadTransaction
 
 __all__ = [
     'EXTENSIONS',
@@ -71,13 +69,15 @@ def includeme(config: Any) -> None:
 
     It needs no settings; those present have to be valid.  Nothing is written, and nothing talks to a server.
     """
+    # Programs without Pyramid call make_mailer() only.
+    from pyramid_mailqueue import including, requests
 
     def register() -> None:
         registry = config.registry
-        mailer = make_mailer(registry.settings, ThreadTransaction(), partial(notify, registry))
+        mailer = make_mailer(registry.settings, requests.ThreadTransaction(), partial(notify, registry))
         registry.registerUtility(mailer, IMailer)
         registry.registerUtility(mailer, IMailer, CAPTURING)
 
-    name_place(config)
+    including.name_place(config)
     config.action('pyramid_mailqueue.testing', register, order=_BEFORE_THE_LAST)
     config.include('pyramid_mailqueue')

@@ -36,10 +36,10 @@ from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.memory.messages import MemoryMessages
 from pyramid_mailqueue.queues.memory.queue import MemoryClaim, MemoryQueue, MemoryStaging
 from pyramid_mailqueue.results import Reply, SendResult
+from pyramid_mailqueue.sending import build_compose
 from pyramid_mailqueue.settings import Settings
 from pyramid_mailqueue.transactions import ITransactionSource, ManagerTransaction
 from pyramid_mailqueue.transports.base import Transport
-from pyramid_mailqueue.wiring import build_compose
 
 __all__ = ['CapturedMail', 'CapturingMailer', 'Outbox', 'captured_mail', 'mail_discarded', 'make_mailer']
 
@@ -297,10 +297,10 @@ def mail_discarded(app: Any = None) -> list[CapturedMail]:
 
 def _registries(app: Any) -> Sequence[Any]:
     if app is None:
-        from pyramid.config import global_registries
-        from pyramid.threadlocal import get_current_registry
+        # Programs without Pyramid have no registry.
+        from pyramid import config, threadlocal
 
-        return [get_current_registry(), *filter(None, [global_registries.last])]
+        return [threadlocal.get_current_registry(), *filter(None, [config.global_registries.last])]
     while not hasattr(app, 'queryUtility'):
         # Of an application, a request or a configurator; TestApp, and middleware as a rule, have the application.
         app = getattr(app, 'registry', None) or app.app

@@ -26,7 +26,7 @@ import json, os, sqlite3, sys
 from email.message import EmailMessage
 import transaction
 from pyramid_mailqueue.settings import Settings
-from pyramid_mailqueue.wiring import build_mailer
+from pyramid_mailqueue.application import build_mailer
 
 directory, delivery, port, mailers, commits, messages = *sys.argv[1:3], *map(int, sys.argv[3:])
 settings = {'smtp_hostname': '127.0.0.1', 'smtp_port': port, 'delivery': delivery, 'plugins': 'none'}

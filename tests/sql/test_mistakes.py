@@ -15,6 +15,7 @@ import pytest
 from psycopg import pq
 from sqlalchemy import create_engine, make_url
 
+from pyramid_mailqueue.application import build_mailer
 from pyramid_mailqueue.cli import queue as mq_queue_command
 from pyramid_mailqueue.cli import run as mq_run_command
 from pyramid_mailqueue.exceptions import ConfigurationError
@@ -23,7 +24,7 @@ from pyramid_mailqueue.queues.sql import trouble as sql_trouble
 from pyramid_mailqueue.queues.sql.database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql.engine import shown, without_passwords
 from pyramid_mailqueue.settings import Settings
-from pyramid_mailqueue.wiring import build_mailer, build_queue
+from pyramid_mailqueue.wiring import build_queue
 from tests.parts.databases import create_queue_tables
 
 DRIVERS = ('psycopg', 'psycopg2')
