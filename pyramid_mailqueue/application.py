@@ -68,7 +68,7 @@ def _import_for_delivery(settings: Settings) -> None:
     if 'smtp' in settings.transports:
         names.append(f'{__package__}.transports.smtp.session')
     if settings.queue == 'sql':
-        names += [f'{__package__}.queues.sql.{name}' for name in ('session', 'staging')]
+        names.append(f'{__package__}.queues.sql.intake')
     for name in names:
         import_module(name)
 

@@ -9,7 +9,9 @@ from datetime import datetime, timezone
 __all__ = [
     'EARLIEST',
     'LATEST',
+    'MONTHS',
     'few',
+    'mail_date',
     'numbered',
     'printable',
     'size_in_words',
@@ -20,6 +22,10 @@ __all__ = [
 
 #: The range of datetime (years 1 to 9999), in seconds since the epoch.
 EARLIEST, LATEST = -62_135_596_800.0, 253_402_300_799.0
+
+#: As mail names them, in any locale.
+MONTHS = ('Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep', 'Oct', 'Nov', 'Dec')
+_DAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
 
 
 def printable(text: str) -> str:
@@ -76,3 +82,10 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f'#{uid}'
+
+
+def mail_date(seconds: float) -> str:
+    """Return a time since the epoch as mail has it (RFC 5322 section 3.3), in UTC."""
+    # As email.utils.format_datetime() does, which takes a while to import.
+    date = datetime.fromtimestamp(int(seconds), timezone.utc)
+    return f'{_DAYS[date.weekday()]}, {date:%d} {MONTHS[date.month - 1]} {date.year:04} {date:%H:%M:%S} +0000'

@@ -7,8 +7,8 @@ An idle run imports all of this, so what delivers is made by :mod:`~.sending`, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from pyramid_mailqueue.queues.base import completed
 from pyramid_mailqueue.queues.maildir import MaildirQueue
 from pyramid_mailqueue.queues.maildir.inspection import NoQueue
 from pyramid_mailqueue.settings import Settings
+from pyramid_mailqueue.transports.debug import DebugInbox
 from pyramid_mailqueue.transports.smtp import SMTPTransport
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pyramid_mailqueue.events import MailEvent
     from pyramid_mailqueue.queues.moving import Move
     from pyramid_mailqueue.queues.sql import SQLQueue
+    from pyramid_mailqueue.sql_wiring import SQLWiring
 
 __all__ = [
     'build_handler',
@@ -73,7 +75,7 @@ def build_queue(
     if settings.queue == 'maildir':
         return build_maildir_queue(settings, access)
     if settings.queue == 'sql':
-        return _checked_sql_queue(settings, on_away)
+        return _sql(settings).checked_queue(on_away)
     return completed(_call_factory('mailqueue.queue', settings.queue, settings))
 
 
@@ -95,43 +97,25 @@ def build_maildir_queue(settings: Settings, access: str = 'use') -> MaildirQueue
         raise ConfigurationError(f'mailqueue.queue_dir = {settings.queue_dir}: {error}') from error
 
 
-def _checked_sql_queue(settings: Settings, on_away: Callable[[QueueError], None]) -> IMailQueue:
-    queue = build_sql_queue(settings)
-    from pyramid_mailqueue.queues.sql.database import DatabaseAway
-
+def _sql(settings: Settings) -> SQLWiring:
     try:
-        queue.check()
-    except DatabaseAway as error:
-        on_away(error)
-    finally:
-        # A server may fork from here on.
-        queue.close()
-    return queue
-
-
-def build_sql_queue(settings: Settings) -> SQLQueue:
-    """Return the queue in a database, whose tables need not be there yet.  Raises ConfigurationError."""
-    try:
-        from pyramid_mailqueue.queues.sql import SQLQueue
+        # SQLAlchemy is an extra, and takes longer to import than all the rest.
+        from pyramid_mailqueue.sql_wiring import SQLWiring
     except ImportError as error:
         raise ConfigurationError(
             f"mailqueue.queue = sql needs SQLAlchemy ({error}): pip install 'pyramid_mailqueue[sql]'"
         ) from error
-    if settings.sql_url is None:
-        raise ConfigurationError('mailqueue.sql_url is missing, and so is sqlalchemy.url: name the database.')
-    return SQLQueue(
-        settings.sql_url,
-        session_name=settings.sql_session,
-        lease=settings.sql_lease,
-        notify=settings.sql_notify,
-        horizon=settings.retry_max + DAY,
-    )
+    return SQLWiring(settings)
 
 
-@contextmanager
-def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
+def build_sql_queue(settings: Settings) -> SQLQueue:
+    """Return the queue in a database, whose tables need not be there yet.  Raises ConfigurationError."""
+    return _sql(settings).queue()
+
+
+def open_move(settings: Settings, *, to: str) -> AbstractContextManager[Move]:
     """
-    Yield the move between the directory and the database that *settings* name, whichever of them is in use.
+    Return a context: the move between the directory and the database that *settings* name, whichever is in use.
 
     :param to: ``'sql'`` or ``'maildir'``
     :raises ConfigurationError: one of them is not named, or cannot be used
@@ -139,36 +123,7 @@ def open_move(settings: Settings, *, to: str) -> Iterator[Move]:
     """
     # Messages in doubt are left behind, whatever mq-run would do about them: the move reports them.
     directory = build_maildir_queue(replace(settings, in_doubt='hold'))
-    database = build_sql_queue(settings)
-    from pyramid_mailqueue.queues.maildir.moving import DirectoryRecord, MaildirSide
-    from pyramid_mailqueue.queues.moving import Move
-    from pyramid_mailqueue.queues.sql.moving import SQLSide, blaming_configuration, schema_of
-
-    here = MaildirSide(directory)
-    try:
-        with blaming_configuration():
-            _check_tables(database, settings)
-            schema = schema_of(database.database)
-        record = DirectoryRecord(directory, database.database.name, schema)
-        there = SQLSide(database, record)
-        there.check()
-        yield Move(here, there, record) if to == 'sql' else Move(there, here, record)
-    finally:
-        here.close()
-        database.close()
-
-
-def _check_tables(queue: SQLQueue, settings: Settings) -> None:
-    from pyramid_mailqueue.queues.sql.database import NoTables
-
-    try:
-        queue.database.check()
-    except NoTables as error:
-        if settings.queue == 'sql':
-            raise
-        raise ConfigurationError(
-            f'{error} As long as the ini file names the other queue: mq-queue app.ini --set mailqueue.queue=sql init.'
-        ) from error
+    return _sql(settings).move(directory, to=to)
 
 
 def build_handler(
@@ -232,8 +187,6 @@ def build_smtp(settings: Settings) -> SMTPTransport:
 
 
 def _inbox(settings: Settings) -> ITransport:
-    from pyramid_mailqueue.transports.debug import DebugInbox
-
     if settings.queue_dir is None:
         raise ConfigurationError('mailqueue.transports = inbox needs mailqueue.queue_dir: it keeps mail in its inbox/.')
     return DebugInbox(settings.queue_dir / 'inbox')

@@ -21,7 +21,7 @@ LAYERS = (
     ),
     ('message', 'settings', 'results', 'logs'),
     ('queues', 'transports', 'delivery', 'events', 'datamanager', 'transactions', 'requests'),
-    ('mailer', 'sending'),
+    ('mailer', 'sending', 'sql_wiring'),
     ('wiring',),
     ('application',),
     ('including',),

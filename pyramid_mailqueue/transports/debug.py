@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
-from email.utils import formatdate
 from pathlib import Path
 
 from zope.interface import implementer
 
+from pyramid_mailqueue.display import mail_date
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.results import Reply, SendResult
 from pyramid_mailqueue.transports.base import Transport
@@ -38,11 +37,11 @@ class DebugInbox(Transport):
         lines = (
             f'Return-Path: <{sender}>',
             *(f'X-Envelope-To: {recipient}' for recipient in recipients),
-            f'X-Delivery-Date: {formatdate()}',
+            f'X-Delivery-Date: {mail_date(time.time())}',
             '',
         )
         # The hidden name keeps readers away until the message is whole.
-        name = f'{time.time_ns()}-{secrets.token_hex(4)}.eml'
+        name = f'{time.time_ns()}-{os.urandom(4).hex()}.eml'
         hidden = self.path / f'.{name}'
         hidden.touch(mode=0o600, exist_ok=False)
         # The umask may have taken away what its owner needs.

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
-from pyramid_mailqueue.display import EARLIEST, LATEST
+from pyramid_mailqueue.display import EARLIEST, LATEST, MONTHS, mail_date
 from pyramid_mailqueue.exceptions import AddressError, QueueError, QueueFileError
 from pyramid_mailqueue.message.addresses import check_address, split_addresses
 from pyramid_mailqueue.message.envelope import Envelope
@@ -95,19 +95,13 @@ def serialize_header(header: QueueHeader) -> bytes:
         raise QueueError(
             f'{len(header.recipients)} recipients are too many for one message in the queue; send it in several parts.'
         )
-    lines = [f'Return-path: <{header.sender}>', recipients, f'X-Queue-Date: {_format_date(header.queued_at)}']
+    lines = [f'Return-path: <{header.sender}>', recipients, f'X-Queue-Date: {mail_date(header.queued_at)}']
     if header.last_attempt is not None:
         reply = _clean_comment(header.last_reply)
-        lines.append(f'X-Last-Attempt: {_format_date(header.last_attempt)}' + (f' ({reply})' if reply else ''))
+        lines.append(f'X-Last-Attempt: {mail_date(header.last_attempt)}' + (f' ({reply})' if reply else ''))
     if header.attempts:
         lines.append(f'X-Retries: {header.attempts}')
     return '\r\n'.join(lines).encode() + b'\r\n' + _END + b'\r\n'
-
-
-def _format_date(seconds: float) -> str:
-    # As email.utils.format_datetime() does, which takes a while to import.
-    date = datetime.fromtimestamp(int(seconds), timezone.utc)
-    return f'{_DAYS[date.weekday()]}, {date:%d} {_MONTHS[date.month - 1]} {date.year:04} {date:%H:%M:%S} +0000'
 
 
 _COMMENT_SUBSTITUTES = str.maketrans({'(': '[', ')': ']', '\\': '/'})
@@ -292,10 +286,8 @@ def _checked(name: str, address: str) -> str:
         raise QueueFileError(f'{name} cannot be used: {exc}') from exc
 
 
-_DAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
-_MONTHS = ('Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep', 'Oct', 'Nov', 'Dec')
 _DATE = re.compile(
-    rf'[A-Z][a-z]{{2}}, ([0-9]{{1,2}}) ({"|".join(_MONTHS)}) ([0-9]{{4}})'
+    rf'[A-Z][a-z]{{2}}, ([0-9]{{1,2}}) ({"|".join(MONTHS)}) ([0-9]{{4}})'
     r' ([0-9]{2}):([0-9]{2}):([0-9]{2}) ([+-])([0-9]{2})([0-9]{2})'
 )
 _ATTEMPT = re.compile(r'([^()]+?)(?: \(([^()]*)\))?')
@@ -318,7 +310,7 @@ def _parse_whole_date(name: str, value: str) -> float:
     day, month, year, hour, minute, second, sign, offset_hours, offset_minutes = match.groups()
     try:
         local = datetime(
-            int(year), _MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=timezone.utc
+            int(year), MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=timezone.utc
         )
     except ValueError as exc:
         raise _bad_date(name, value) from exc
