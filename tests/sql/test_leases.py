@@ -13,9 +13,9 @@ from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.exceptions import QueueError, QueueFileError
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.sql import leases as sql_leases
-from pyramid_mailqueue.queues.sql.claim import NewMessage
 from pyramid_mailqueue.queues.sql.database import Database, DatabaseAway
 from pyramid_mailqueue.queues.sql.leases import BATCH
+from pyramid_mailqueue.queues.sql.new_message import NewMessage
 from pyramid_mailqueue.queues.sql.queue import MAX_DEATHS
 from pyramid_mailqueue.queues.sql.tables import INLINE
 from pyramid_mailqueue.results import Burial, Settlement

@@ -8,12 +8,12 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
-from sqlalchemy import Executable, Float, Insert, Text, Update, bindparam, func, insert, or_, select, update
+from sqlalchemy import Executable, Float, Text, Update, bindparam, func, or_, select, update
 from zope.interface import implementer
 
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, QueueFileError
@@ -22,7 +22,6 @@ from pyramid_mailqueue.interfaces import IClaim
 from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import Claim
-from pyramid_mailqueue.queues.entries import subject_of
 from pyramid_mailqueue.queues.sql.database import Database
 from pyramid_mailqueue.queues.sql.deadlines import CONTENT_SECONDS
 from pyramid_mailqueue.queues.sql.engine import AS_BYTES
@@ -42,12 +41,12 @@ from pyramid_mailqueue.results import Settlement
 __all__ = [
     'ClaimedRow',
     'Contents',
-    'NewMessage',
     'SQLClaim',
     'claim_values',
     'claiming',
-    'insert_large',
+    'new_token',
     'separated',
+    'this_process',
 ]
 
 
@@ -270,79 +269,12 @@ def _reading(dialect: str) -> Executable:
     return statement.execution_options(**{AS_BYTES: True})
 
 
-@dataclass(frozen=True)
-class NewMessage:
-    """
-    A message to be put into the table.
-
-    :param statement: inserts it, given *values*
-    :param values: its row
-    :param large: the row of its content, if that has one of its own; for :func:`insert_large`
-    :param claim: the claim that will hold when the row is there; None if it is to wait
-    """
-
-    id: str
-    envelope: Envelope
-    statement: Insert
-    values: dict[str, Any]
-    claim: SQLClaim | None
-    large: dict[str, Any] | None
-
-    @classmethod
-    def made_of(cls, envelope: Envelope, leases: Leases, *, claimed: bool, has_begun: bool = False) -> NewMessage:
-        """Return a message that is due now; *claimed* by this process, and begun (*has_begun*), or not."""
-        now, deadline = leases.clock(), leases.timer() + leases.lease
-        name = f'{int(now * 1_000_000):013x}{secrets.token_hex(5)}'
-        values = {
-            'id': name,
-            'state': 'waiting',
-            'due': now,
-            'queued_at': now,
-            'sender': envelope.sender,
-            'recipients': [*envelope.recipients],
-            'message_id': envelope.message_id,
-            'subject': subject_of(envelope.content).replace('\0', '\ufffd'),
-            'content': envelope.content,
-        }
-        large = separated(values)
-        if not claimed:
-            return cls(name, envelope, _inserting(None), values, None, large)
-        token = _new_token() + name
-        row = ClaimedRow(name, token, now, 0, now, envelope.sender, None)
-        claim = SQLClaim(leases, row, deadline, envelope=envelope, has_begun=has_begun)
-        values |= {'state': 'in progress', 'claim': token, 'claimed_by': _this_process(), 'deaths': int(has_begun)}
-        return cls(name, envelope, _inserting(leases.lease), values, claim, large)
-
-
 def separated(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Take a large content out of the row of a message; return its own row, if so, for :func:`insert_large`."""
+    """Take a large content out of the row of a message; return its own row, if so."""
     if len(values['content']) <= INLINE:
         return None
     content, values['content'] = values['content'], None
     return {'id': values['id'], 'content': content}
-
-
-@lru_cache
-def insert_large() -> Insert:
-    """Return a statement that inserts large contents, after their messages."""
-    from pyramid_mailqueue.queues.sql.schema import LargeContent
-
-    return insert(LargeContent).execution_options(autoflush=False, dml_strategy='raw')
-
-
-@lru_cache(maxsize=4)
-def _inserting(lease: float | None) -> Insert:
-    """
-    Return a statement that inserts a row, with the end of a lease of this many seconds.
-
-    It names the mapped class: listeners of a session ignore a statement that names the table.  Reusing one statement is
-    a third faster than a new one with values in it, and so is ``raw``, which says that values go by names of columns.
-    """
-    # Imported with the first message: delivery does not need it.
-    from pyramid_mailqueue.queues.sql.schema import Message
-
-    statement = insert(Message).execution_options(autoflush=False, dml_strategy='raw')
-    return statement if lease is None else statement.values(lease=database_time() + lease)
 
 
 def claiming(statement: Update) -> Update:
@@ -367,13 +299,14 @@ def claiming(statement: Update) -> Update:
 
 def claim_values(leases: Leases) -> dict[str, Any]:
     """Return the values of one execution of a :func:`claiming` statement."""
-    return {'process': _this_process(), 'seconds': leases.lease, 'token': _new_token()}
+    return {'process': this_process(), 'seconds': leases.lease, 'token': new_token()}
 
 
-def _this_process() -> str:
+def this_process() -> str:
+    """Return the name of this process, for people who look into the table."""
     return f'{name_of_this_host()}:{os.getpid()}'
 
 
-def _new_token() -> str:
+def new_token() -> str:
     """Return the beginning of new tokens; the id of a message is the rest."""
     return f'{secrets.token_hex(8)}.'

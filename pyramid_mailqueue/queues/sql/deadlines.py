@@ -243,6 +243,7 @@ def _cancel(raw: Any) -> None:
     """
     # Errors of the driver do not matter: it was only an attempt.
     with suppress(Exception):
+        # Others do not have it.
         from psycopg import Connection, capabilities
 
         if isinstance(raw, Connection) and capabilities.has_cancel_safe():

@@ -35,15 +35,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property, lru_cache, partial
-from types import ModuleType
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     CTE,
     ColumnElement,
     CompoundSelect,
-    Connection,
     Float,
     Integer,
     Text,
@@ -63,21 +61,20 @@ from zope.interface import implementer
 
 from pyramid_mailqueue.exceptions import ConfigurationError, QueueError, translated
 from pyramid_mailqueue.interfaces import ISessionQueue
-from pyramid_mailqueue.logs import log_event, log_queued, queue_log
+from pyramid_mailqueue.logs import log_event, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.queues.base import MailQueue
 from pyramid_mailqueue.queues.entries import STATES
+from pyramid_mailqueue.queues.sql.admin import SQLAdmin
 from pyramid_mailqueue.queues.sql.claim import (
     ClaimedRow,
     Contents,
-    NewMessage,
     SQLClaim,
     claim_values,
     claiming,
-    insert_large,
 )
 from pyramid_mailqueue.queues.sql.database import Database
-from pyramid_mailqueue.queues.sql.deadlines import LOOK_SECONDS, STATEMENT_SECONDS
+from pyramid_mailqueue.queues.sql.deadlines import LOOK_SECONDS
 from pyramid_mailqueue.queues.sql.leases import Leases
 from pyramid_mailqueue.queues.sql.notify import listening, tell
 from pyramid_mailqueue.queues.sql.outcomes import IS_SEEN, UNCLAIMED, state_is, try_everything
@@ -85,8 +82,7 @@ from pyramid_mailqueue.queues.sql.tables import ASIDE, CONTENTS, MESSAGES, datab
 from pyramid_mailqueue.results import Recovery
 
 if TYPE_CHECKING:
-    from pyramid_mailqueue.queues.sql.admin import SQLAdmin
-    from pyramid_mailqueue.queues.sql.session import SameTables
+    from pyramid_mailqueue.queues.sql.intake import Intake
     from pyramid_mailqueue.queues.sql.staging import SQLStaging
 
 __all__ = ['SQLQueue']
@@ -94,9 +90,6 @@ __all__ = ['SQLQueue']
 #: How many messages are claimed at once, at most.  A run begins with one, and claims twice as many each time.  Not many
 #: more than are in progress: if the process crashes, it counts as a death for each.
 CLAIM_BATCH = 10
-
-#: The slowest speed of an INSERT to allow for, in octets per second.
-SLOWEST = 100_000
 
 #: A message whose claims ran out this often is given up: it may well be the cause.
 MAX_DEATHS = 5
@@ -139,64 +132,37 @@ class SQLQueue(MailQueue):
 
     # -- into the queue
 
+    @cached_property
+    def _intake(self) -> Intake:
+        # With the first message: delivery does not need the ORM of SQLAlchemy.
+        from pyramid_mailqueue.queues.sql.intake import Intake
+
+        return Intake(self.database, self.leases)
+
     def staging(self) -> SQLStaging:
         """See `IMailQueue`."""
-        from pyramid_mailqueue.queues.sql.staging import SQLStaging
-
-        return SQLStaging(self.leases, self.tell_news)
+        return self._intake.staging(self.tell_news)
 
     def takes_part(self, session: Any, manager: Any) -> bool:
         """See `ISessionQueue`."""
-        room = _sessions()
-        is_part: bool = room.takes_part(room.session_of(session), manager, self._same_tables)
-        return is_part
-
-    @cached_property
-    def _same_tables(self) -> SameTables:
-        tables: SameTables = _sessions().SameTables(self.database)
-        return tables
+        return self._intake.takes_part(session, manager)
 
     def put_in(self, session: Any, envelope: Envelope) -> str:
         """See `ISessionQueue`."""
-        message = NewMessage.made_of(envelope, self.leases, claimed=False)
-        room = _sessions()
-        room.insert_into(room.session_of(session), message)
-        return message.id
+        return self._intake.put_in(session, envelope)
 
     def put(self, envelope: Envelope) -> str:
         """See `IMailQueue`."""
-        message = self._put(envelope, claimed=False)
+        message = self._intake.put(envelope, claimed=False)
         self.tell_news()
         return message.id
 
     def put_claimed(self, envelope: Envelope) -> SQLClaim:
         """See `IMailQueue`."""
-        claim = self._put(envelope, claimed=True).claim
+        claim = self._intake.put(envelope, claimed=True).claim
         assert claim is not None
         self.leases.hold([claim])
         return claim
-
-    def _put(self, envelope: Envelope, *, claimed: bool) -> NewMessage:
-        message = NewMessage.made_of(envelope, self.leases, claimed=claimed, has_begun=claimed)
-        seconds = STATEMENT_SECONDS + len(envelope.content) / SLOWEST
-        try:
-            self.database.run(partial(self._insert, message), seconds)
-        except UnicodeError as error:
-            raise _sessions().unencodable(error) from error
-        log_queued(message.id, envelope)
-        return message
-
-    def _insert(self, message: NewMessage, connection: Connection) -> None:
-        def insert_both(connection: Connection) -> None:
-            connection.execute(message.statement, message.values)
-            connection.execute(insert_large(), message.large)
-
-        if message.large is None:
-            connection.execute(message.statement, message.values)
-        else:
-            self.database.in_transaction(connection, insert_both)
-        # A commit that waits for a standby is not undone when it is cancelled: it may be durable or not.
-        self.database.deadlines.check()
 
     def tell_news(self) -> None:
         """Notify waiting runs of mail that is not claimed.  Raises nothing."""
@@ -337,8 +303,6 @@ class SQLQueue(MailQueue):
     @property
     def admin(self) -> SQLAdmin:
         """See `IMailQueue`."""
-        from pyramid_mailqueue.queues.sql.admin import SQLAdmin
-
         return SQLAdmin(self.database, self.leases, self._clock)
 
     def counts(self) -> dict[str, int]:
@@ -388,14 +352,6 @@ def _blaming_setting() -> Iterator[None]:
 
 # In the place of a state: all rows, and those in doubt that a move is working on.
 _ALL, _UNSEEN = 'all', 'unseen'
-
-
-@cache
-def _sessions() -> ModuleType:
-    """Return the module for sending, which imports the ORM of SQLAlchemy."""
-    from pyramid_mailqueue.queues.sql import session
-
-    return session
 
 
 @lru_cache

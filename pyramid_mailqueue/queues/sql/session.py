@@ -21,9 +21,9 @@ from transaction.interfaces import NoTransaction
 
 from pyramid_mailqueue.exceptions import MailqueueError, QueueError, translated
 from pyramid_mailqueue.logs import log_event, queue_log
-from pyramid_mailqueue.queues.sql.claim import NewMessage, insert_large
 from pyramid_mailqueue.queues.sql.database import Database
 from pyramid_mailqueue.queues.sql.engine import shown
+from pyramid_mailqueue.queues.sql.new_message import NewMessage, insert_large
 from pyramid_mailqueue.queues.sql.schema import Message
 from pyramid_mailqueue.queues.sql.tables import MESSAGES
 from pyramid_mailqueue.queues.sql.trouble import first_line, is_rolled_back_for_others

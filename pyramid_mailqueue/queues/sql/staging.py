@@ -18,8 +18,9 @@ from pyramid_mailqueue.exceptions import MailqueueError
 from pyramid_mailqueue.interfaces import IClaim, ISessionStaging
 from pyramid_mailqueue.logs import log_event, log_queued, queue_log
 from pyramid_mailqueue.message.envelope import Envelope
-from pyramid_mailqueue.queues.sql.claim import NewMessage, SQLClaim
+from pyramid_mailqueue.queues.sql.claim import SQLClaim
 from pyramid_mailqueue.queues.sql.leases import Leases
+from pyramid_mailqueue.queues.sql.new_message import NewMessage
 from pyramid_mailqueue.queues.sql.session import insert_into, is_rolled_back, savepoint_of, session_of
 from pyramid_mailqueue.results import DROPPED, Dropped
 

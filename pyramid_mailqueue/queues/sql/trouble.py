@@ -12,6 +12,7 @@ import os
 import re
 import select
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -165,15 +166,15 @@ def code_of_refusal(error: SQLAlchemyError) -> str | None:
 
 
 def _traced(parameters: list[tuple[str, str]]) -> str | None:
-    from psycopg.conninfo import make_conninfo
-    from psycopg.pq import PGconn
+    # The error came from psycopg, which others do not have.
+    from psycopg import conninfo, pq
 
-    connection = PGconn.connect_start(make_conninfo(**dict(parameters)).encode())
+    connection = pq.PGconn.connect_start(conninfo.make_conninfo(**dict(parameters)).encode())
     # A file that no other process sees: there may be a password in it.
     with os.fdopen(os.memfd_create('mailqueue'), 'rb') as trace:
         try:
             connection.trace(trace.fileno())
-            _finish(connection)
+            _finish(connection, {pq.PollingStatus.READING: select.POLLIN, pq.PollingStatus.WRITING: select.POLLOUT})
             connection.untrace()
         finally:
             connection.finish()
@@ -181,11 +182,8 @@ def _traced(parameters: list[tuple[str, str]]) -> str | None:
     return codes[-1].decode() if codes else None
 
 
-def _finish(connection: Any) -> None:
-    """Wait until a connection is made, or has failed."""
-    from psycopg.pq import PollingStatus
-
-    events = {PollingStatus.READING: select.POLLIN, PollingStatus.WRITING: select.POLLOUT}
+def _finish(connection: Any, events: Mapping[int, int]) -> None:
+    """Wait until a connection is made, or has failed; *events* are what it waits for."""
     end = time.monotonic() + PATIENCE
     while (event := events.get(connection.connect_poll())) and (rest := end - time.monotonic()) > 0:
         poll = select.poll()
