@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL, Connection, Engine
 
+    from pyramid_mailqueue.queues.sql.libpq import Libpq
+
 __all__ = ['Database', 'DatabaseAway', 'NoTables']
 
 T = TypeVar('T')
@@ -108,7 +110,10 @@ class Database:
         self.dialect = self._engine.dialect.name
         self._pid = os.getpid()
         self._turns = _Turns(CONNECTIONS)
-        self.deadlines = Deadlines(can_cancel=self.dialect == 'postgresql')
+        self._libpq = _libpq() if self._engine.dialect.driver == 'psycopg' else None
+        self.deadlines = Deadlines(
+            can_cancel=self.dialect == 'postgresql', cancel=None if self._libpq is None else self._libpq.cancel
+        )
         if self.dialect == 'postgresql':
             event.listen(self._engine, 'do_connect', self._open)
             event.listen(self._engine, 'close', self.deadlines.forget)
@@ -387,8 +392,15 @@ class Database:
         """Return the code of a refusal; repeated attempts with the same text ask once."""
         words = said(error)
         if words != self._refused[0]:
-            self._refused = (words, code_of_refusal(error))
+            self._refused = (words, code_of_refusal(error, self._libpq))
         return self._refused[1]
+
+
+def _libpq() -> Libpq:
+    # It needs psycopg, which only its users have.
+    from pyramid_mailqueue.queues.sql.libpq import Libpq
+
+    return Libpq()
 
 
 def _is_closed(file: Path, error: SQLAlchemyError) -> bool:

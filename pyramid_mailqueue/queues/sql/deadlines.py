@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -65,10 +65,13 @@ class Deadlines:
     The deadlines of one database.  Every method may be called from any thread.
 
     :param can_cancel: whether a statement under way can be ended from another thread
+    :param cancel: asks the server for that, given a connection and how many seconds it may take; None if the driver
+        cannot, or would block all other threads until the server has answered, as psycopg2
     """
 
-    def __init__(self, *, can_cancel: bool) -> None:
+    def __init__(self, *, can_cancel: bool, cancel: Callable[[Any, float], None] | None) -> None:
         self._can_cancel = can_cancel
+        self._cancel = cancel
         self.start_anew()
 
     def start_anew(self) -> None:
@@ -221,9 +224,11 @@ class Deadlines:
             return
         watched.has_passed = True
         watched.deadline = now + GRACE_SECONDS
-        if watched.raw is not None:
+        if watched.raw is not None and self._cancel is not None:
             # In a thread: it asks the server, which may not answer.
-            canceller = threading.Thread(target=_cancel, args=(watched.raw,), name='mailqueue-cancel', daemon=True)
+            canceller = threading.Thread(
+                target=_cancel, args=(self._cancel, watched.raw), name='mailqueue-cancel', daemon=True
+            )
             with suppress(RuntimeError):
                 canceller.start()
 
@@ -235,16 +240,8 @@ def _watch(reference: weakref.ref[Deadlines], changed: threading.Condition) -> N
             changed.wait(seconds)
 
 
-def _cancel(raw: Any) -> None:
-    """
-    Ask the server to end a statement.  Where that cannot be done, its connection is shut down a little later.
-
-    psycopg2, and psycopg with libpq before version 17, would block all other threads until the server has answered.
-    """
+def _cancel(cancel: Callable[[Any, float], None], raw: Any) -> None:
+    """Ask the server to end a statement.  Where that cannot be done, its connection is shut down a little later."""
     # Errors of the driver do not matter: it was only an attempt.
     with suppress(Exception):
-        # Others do not have it.
-        from psycopg import Connection, capabilities
-
-        if isinstance(raw, Connection) and capabilities.has_cancel_safe():
-            raw.cancel_safe(timeout=GRACE_SECONDS)
+        cancel(raw, GRACE_SECONDS)

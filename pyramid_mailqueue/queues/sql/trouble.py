@@ -8,15 +8,13 @@ the drivers return the text only: known texts decide, and for others the server 
 
 from __future__ import annotations
 
-import os
-import re
-import select
-import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError, StatementError
+
+if TYPE_CHECKING:
+    from pyramid_mailqueue.queues.sql.libpq import Libpq
 
 __all__ = [
     'code_of_refusal',
@@ -78,12 +76,6 @@ _SAID_OF_MISTAKES = (
     'unable to open database file',
     'unrecognized configuration parameter',
 )
-
-#: How long a server may take to refuse a connection for the second time, in seconds.
-PATIENCE = 10
-
-# What libpq writes of such a message; old servers and poolers leave out the severity that is not translated (V).
-_REFUSAL = re.compile(rb'\tErrorResponse\t S "[^"\n]*"(?: V "[^"\n]*")? C "([0-9A-Z]{5})"')
 
 
 def said(error: Exception) -> str:
@@ -147,45 +139,21 @@ def _code_of(error: SQLAlchemyError) -> str | None:
     return getattr(orig, 'sqlstate', None) or getattr(orig, 'pgcode', None)
 
 
-def code_of_refusal(error: SQLAlchemyError) -> str | None:
+def code_of_refusal(error: SQLAlchemyError, libpq: Libpq | None) -> str | None:
     """
     Return the SQLSTATE with which a server refuses connections; None if it is unknown.
 
     libpq knows it, but returns nothing but text.  It does write each message of the server to the trace of a
     connection: so one more is made, in the same way, with a trace.  psycopg2 cannot do that, and libpq before version
     18 cannot trace a login with a password.
+
+    :param libpq: None without psycopg
     """
     failed = getattr(getattr(error, 'orig', None), 'pgconn', None)
-    if failed is None or 'timeout expired' in said(error):
+    if libpq is None or failed is None or 'timeout expired' in said(error):
         # A server that has not answered gives no code, and would be waited for once more.
         return _code_of(error)
     # Errors here do not matter: it was only an attempt to find the code.
     with suppress(Exception):
-        return _traced([(option.keyword.decode(), option.val.decode()) for option in failed.info if option.val])
+        return libpq.code_of_refusal({it.keyword.decode(): it.val.decode() for it in failed.info if it.val})
     return None
-
-
-def _traced(parameters: list[tuple[str, str]]) -> str | None:
-    # The error came from psycopg, which others do not have.
-    from psycopg import conninfo, pq
-
-    connection = pq.PGconn.connect_start(conninfo.make_conninfo(**dict(parameters)).encode())
-    # A file that no other process sees: there may be a password in it.
-    with os.fdopen(os.memfd_create('mailqueue'), 'rb') as trace:
-        try:
-            connection.trace(trace.fileno())
-            _finish(connection, {pq.PollingStatus.READING: select.POLLIN, pq.PollingStatus.WRITING: select.POLLOUT})
-            connection.untrace()
-        finally:
-            connection.finish()
-        codes = _REFUSAL.findall(os.pread(trace.fileno(), 65536, 0))
-    return codes[-1].decode() if codes else None
-
-
-def _finish(connection: Any, events: Mapping[int, int]) -> None:
-    """Wait until a connection is made, or has failed; *events* are what it waits for."""
-    end = time.monotonic() + PATIENCE
-    while (event := events.get(connection.connect_poll())) and (rest := end - time.monotonic()) > 0:
-        poll = select.poll()
-        poll.register(connection.socket, event)
-        poll.poll(rest * 1000)
