@@ -12,7 +12,6 @@ from functools import partial
 from pyramid_mailqueue.delivery.handler import MessageHandler
 from pyramid_mailqueue.delivery.retry import ExponentialBackoff
 from pyramid_mailqueue.events import MailEvent
-from pyramid_mailqueue.exceptions import ConfigurationError
 from pyramid_mailqueue.interfaces import ITransport
 from pyramid_mailqueue.message.envelope import Envelope
 from pyramid_mailqueue.message.redirect import redirected
@@ -26,7 +25,7 @@ __all__ = ['build_compose', 'make_handler']
 def make_handler(
     settings: Settings, transports: Sequence[ITransport], notify: Callable[[MailEvent], None] | None = None
 ) -> MessageHandler:
-    """Return a handler over *transports*.  Raises ConfigurationError."""
+    """Return a handler over *transports*."""
     to = settings.redirect_all_to
     return MessageHandler(
         transports if to is None else [redirecting(transport, to) for transport in transports],
@@ -39,12 +38,9 @@ def make_handler(
 
 
 def _rate(settings: Settings) -> Callable[[int], float] | None:
-    if settings.rate_limit is None:
+    # One without the other is a mistake that wiring has found.
+    if settings.rate_limit is None or settings.queue_dir is None:
         return None
-    if settings.queue_dir is None:
-        raise ConfigurationError(
-            'mailqueue.queue_dir is missing: mailqueue.rate_limit keeps its count in a file of this directory.'
-        )
     return RateFile(settings.queue_dir / 'rate', settings.rate_limit).take
 
 

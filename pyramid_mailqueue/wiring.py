@@ -54,6 +54,7 @@ def build_runner(settings: Settings, *, lookup: Lookup | None = None) -> Runner:
     queue = build_queue(settings)
     # Mistakes in the settings show at every run; a handler is made when there is something to deliver.
     transports = _transports(settings, lookup)
+    _check_rate(settings)
     return Runner(queue, lambda: _handler(settings, transports), keep_dead=settings.keep_dead)
 
 
@@ -130,7 +131,16 @@ def build_handler(
     settings: Settings, lookup: Lookup | None = None, notify: Callable[[MailEvent], None] | None = None
 ) -> MessageHandler:
     """Return a handler over the transports that *settings* name.  Raises ConfigurationError."""
-    return _handler(settings, _transports(settings, lookup), notify)
+    transports = _transports(settings, lookup)
+    _check_rate(settings)
+    return _handler(settings, transports, notify)
+
+
+def _check_rate(settings: Settings) -> None:
+    if settings.rate_limit is not None and settings.queue_dir is None:
+        raise ConfigurationError(
+            'mailqueue.queue_dir is missing: mailqueue.rate_limit keeps its count in a file of this directory.'
+        )
 
 
 def _handler(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
@@ -30,6 +31,14 @@ def settings_of(make_settings):
         return Settings.from_mapping(make_settings(server, **own))
 
     return settings_of
+
+
+@pytest.fixture
+def sqlite_queue(tmp_path):
+    """The settings of a queue in a database."""
+    url = f'sqlite:///{tmp_path}/queue.sqlite'
+    create_queue_tables(url)
+    return {'queue': 'sql', 'sql_url': url, 'smtp_hostname': 'localhost'}
 
 
 class Kept:
@@ -184,6 +193,14 @@ def test_a_factory_is_called_with_the_settings(settings_of):
     (route,) = build_handler(settings).routes
 
     assert route.transport.sender.settings is settings
+
+
+@pytest.mark.parametrize('build', [build_handler, build_runner])
+def test_a_rate_without_a_place_for_its_count_is_told_of_though_nothing_is_due(settings_of, sqlite_queue, build):
+    settings = replace(settings_of(rate_limit='5/hour', **sqlite_queue), queue_dir=None)
+
+    with pytest.raises(ConfigurationError, match=r'queue_dir is missing: mailqueue\.rate_limit keeps its count'):
+        build(settings)
 
 
 def test_the_inbox_is_in_the_directory_of_the_queue(settings_of, queue_dir, message):
