@@ -75,3 +75,7 @@ def includeme(config: Any) -> None:
     config.action('pyramid_mailqueue', register, order=_LAST)
     config.add_request_method(get_mailer, 'mailer', reify=True)
     config.add_subscriber(watch_request, NewRequest)
+
+
+# Pyramid takes an include by the function for the same as one by the name of the package.
+includeme.__module__ = __package__

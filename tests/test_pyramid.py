@@ -21,7 +21,7 @@ from transaction.interfaces import TransientError
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from pyramid_mailqueue import ConfigurationError, IMailer, ITransport, Mailer, QueueError, get_mailer
+from pyramid_mailqueue import ConfigurationError, IMailer, ITransport, Mailer, QueueError, get_mailer, includeme
 from pyramid_mailqueue.interfaces import IBindableMailer
 from pyramid_mailqueue.testing import ScriptedSMTPServer, Wait
 
@@ -426,8 +426,10 @@ def test_an_error_of_the_configuration_names_the_line_of_the_app(package, where)
     )
 
 
-def test_including_twice_is_including_once(make_app, make_settings, smtp_server, sender):
-    app = make_app(sender, make_settings(smtp_server, delivery='inline'), include=('pyramid_mailqueue', 'pyramid_tm'))
+@pytest.mark.parametrize('again', ['pyramid_mailqueue', includeme], ids=['by name', 'by function'])
+def test_including_twice_is_including_once(make_app, make_settings, smtp_server, sender, again):
+    settings = make_settings(smtp_server, delivery='inline')
+    app = make_app(sender, settings, include=(again, 'pyramid_tm'))
     app.get('/')
 
     assert len(smtp_server.received) == 1
