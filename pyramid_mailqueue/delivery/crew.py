@@ -50,6 +50,7 @@ class Crew:
         self._engine = Engine(handler, connections=handler.connections, has_helpers=True)
         # A daemon: at the end it may hang in what cannot be broken off.
         self._thread = threading.Thread(target=self._deliver, name='mailqueue-run', daemon=True)
+        self._is_at_work = False
         self._is_server_lost = False
         self._is_cut_short = False
         self._defect: BaseException | None = None
@@ -73,6 +74,7 @@ class Crew:
             self._report.trouble = None
 
     def _start(self) -> None:
+        self._is_at_work = True
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -80,10 +82,6 @@ class Crew:
                 f'No thread can be started to deliver mail ({error}). Check the limits of the user and of the '
                 'service: ulimit -u, TasksMax.'
             ) from error
-
-    @property
-    def _is_at_work(self) -> bool:
-        return self._thread.is_alive()
 
     def _wait_for_the_end(self, max_seconds: float | None) -> None:
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -127,6 +125,8 @@ class Crew:
             self._defect = error
             self._due.lost()
         finally:
+            # In this order.  Whether the thread is alive tells nothing: it still is, when it wakes the other one.
+            self._is_at_work = False
             self._stop.wake()
 
     def _note(self, claim: IClaim, result: SendResult) -> None:

@@ -1370,6 +1370,20 @@ def test_nobody_connects_if_the_rate_allows_nothing(run_over, queue, wait_all, t
 # --- more than one run ------------------------------------------------------
 
 
+def test_a_run_ends_though_its_thread_takes_its_time_to_end(run_over, queue, wait_all, in_background):
+    class Slow(Stop):
+        def wake(self):
+            super().wake()
+            # The other thread looks now.
+            time.sleep(0.2)
+
+    wait_all(2)
+    with ScriptedSMTPServer() as server:
+        report = in_background(lambda: run_over(server, stop=Slow()))()
+
+    assert report == RunReport(sent=2)
+
+
 def test_runs_at_the_same_time_bring_each_message_once(queue, queue_dir, wait_all, run_over, in_background):
     wait_all(60)
     with ScriptedSMTPServer() as server:

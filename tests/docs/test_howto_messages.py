@@ -760,7 +760,7 @@ def test_mail_of_a_developer_ends_in_a_file_that_looks_as_shown(ini_of, run, tmp
     (path,) = tmp_path.glob(cat[1])
     said = path.read_bytes().decode().split('\r\n')
     for expected, line in zip(shown.splitlines(), said, strict=False):
-        dateless = r'\w+, \d+ \w+ \d{4} [\d:]+ -0000'
+        dateless = r'\w+, \d+ \w+ \d{4} [\d:]+ \+0000'
         assert re.sub(dateless, 'now', line) == re.sub(dateless, 'now', expected)
 
 
