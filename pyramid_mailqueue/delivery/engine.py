@@ -284,13 +284,13 @@ class Engine:
         """
         self._defect = error
         for lane in self._lanes:
-            was_about_it = lane is self._advancing or (lane.writes is not None and lane.writes not in self._writing)
-            # What was submitted to it, and was not looked at since, would not be looked at any more.
-            was_about_it |= lane.writes is None and not lane.events
-            if was_about_it and lane.connection is not None:
+            # What was submitted, and was not looked at since, would not be looked at any more.
+            goes_on = bool(lane.events) if lane.writes is None else lane.writes in self._writing
+            if goes_on and lane is not self._advancing:
+                continue
+            lane.writes = None
+            if lane.connection is not None:
                 self._let_go(lane)
-            if was_about_it:
-                lane.writes = None
         self._advancing = None
         # More may have been posted than was looked at.
         self.wake()

@@ -8,46 +8,29 @@ which the delivery engine sends, any number of them in one thread.  All others h
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from zope.interface import implementer
 
 from pyramid_mailqueue.interfaces import IConnection, ISender, ITransport
-from pyramid_mailqueue.results import Burial, Offer, SendResult
+from pyramid_mailqueue.results import Burial, SendResult
 
 __all__ = ['Connection', 'Transport', 'as_transport', 'run']
 
 
 class Connection:
-    """A base class for connections; see `IConnection`."""
-
-    is_spent = needs_new = False
-
-    def fileno(self) -> int:
-        """See `IConnection`."""
-        raise NotImplementedError
+    """A base class for connections; see `IConnection`.  Each has to implement what is missing here."""
 
     @property
-    def has_room(self) -> bool:
+    def is_spent(self) -> bool:
         """See `IConnection`."""
-        raise NotImplementedError
+        return False
 
-    def submit(self, offer: Offer) -> None:
+    @property
+    def needs_new(self) -> bool:
         """See `IConnection`."""
-        raise NotImplementedError
-
-    def advance(self, events: int = 0) -> Iterator[SendResult | bool]:
-        """See `IConnection`."""
-        raise NotImplementedError
-
-    def wait(self) -> tuple[int, float]:
-        """See `IConnection`."""
-        raise NotImplementedError
-
-    def release(self) -> None:
-        """See `IConnection`."""
-        raise NotImplementedError
+        return False
 
 
 class Transport:

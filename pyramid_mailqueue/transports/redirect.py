@@ -99,11 +99,11 @@ class _RedirectingConnection(Connection):
         return self.connection.fileno()
 
     @property
-    def is_spent(self) -> bool:  # type: ignore[override]
+    def is_spent(self) -> bool:
         return self.connection.is_spent
 
     @property
-    def needs_new(self) -> bool:  # type: ignore[override]
+    def needs_new(self) -> bool:
         return self.connection.needs_new
 
     @property

@@ -64,6 +64,22 @@ class Waits(Transport):
         return self.answer
 
 
+class Picky(Streams):
+    """Its connections cannot take the second message."""
+
+    def connect(self, instead_of=None):
+        connection = super().connect(instead_of)
+        submit = connection.submit
+
+        def submit_if_fit(offer):
+            if offer.recipients == m(1)[0]:
+                raise ValueError('no')
+            submit(offer)
+
+        connection.submit = submit_if_fit
+        return connection
+
+
 # --- several transports -----------------------------------------------------
 
 
@@ -227,19 +243,6 @@ def test_a_transport_that_cannot_connect_because_of_a_defect_fails_for_each_mess
 
 
 def test_a_message_that_a_connection_cannot_take_is_an_attempt_and_the_others_are_sent(queue, claimed, caplog):
-    class Picky(Streams):
-        def connect(self, instead_of=None):
-            connection = super().connect(instead_of)
-            submit = connection.submit
-
-            def submit_if_fit(offer):
-                if offer.recipients == m(1)[0]:
-                    raise ValueError('no')
-                submit(offer)
-
-            connection.submit = submit_if_fit
-            return connection
-
     transport = Picky(YES)
 
     deliver_all(MessageHandler([transport]), Given(*claimed(3)))
@@ -480,19 +483,6 @@ def test_after_a_defect_the_other_connections_finish_what_they_have_under_way(qu
 
 @with_and_without_helpers
 def test_after_a_defect_what_was_submitted_and_not_sent_is_not_waited_for(queue, claimed, has_helpers):
-    class Picky(Streams):
-        def connect(self, instead_of=None):
-            connection = super().connect(instead_of)
-            submit = connection.submit
-
-            def submit_if_fit(offer):
-                if offer.recipients == m(1)[0]:
-                    raise ValueError('no')
-                submit(offer)
-
-            connection.submit = submit_if_fit
-            return connection
-
     class Policy:
         def decide(self, *attempt):
             raise ZeroDivisionError

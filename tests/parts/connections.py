@@ -18,6 +18,8 @@ class Answers(Connection):
     Exceptions are raised, but a ServerTrouble is that of a result.
     """
 
+    is_spent = False
+
     def __init__(self, transport, answers):
         self.transport = transport
         self.answers = answers

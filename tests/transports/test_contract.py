@@ -28,9 +28,19 @@ CONTENT = b'Subject: hello\r\nMessage-ID: <1@site.example>\r\n\r\nHello\r\n'
 WITHOUT_CONNECTIONS = ['inbox', 'maildir', 'testing', 'plain', 'redirected inbox']
 WITH_CONNECTIONS = ['smtp', 'redirected smtp', 'a whole one']
 
+over_smtp = pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+
 
 def offer(*recipients, sender='shop@site.example', is_valid=lambda: True):
     return Offer(sender, recipients or (ADA,), CONTENT, is_valid)
+
+
+def used(transport):
+    """A connection that has sent a message."""
+    connection = transport.connect()
+    connection.submit(offer())
+    assert run(connection)
+    return connection
 
 
 @pytest.fixture
@@ -94,7 +104,7 @@ def test_one_without_connections_sends(plain):
     assert plain.send('shop@site.example', (ADA, BOB), CONTENT)
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_one_with_connections_may_also_be_asked_to_send(make_transport, server, name):
     result = make_transport(name).send('shop@site.example', (ADA, BOB), CONTENT)
 
@@ -187,7 +197,7 @@ def test_the_results_come_in_the_order_of_the_offers_each_when_it_is_there(conne
     assert [result.accepted for result in results] == [(ADA,)] * 3
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_what_is_announced_has_not_been_sent_when_the_result_before_it_is_there(make_transport, server, name):
     connection = make_transport(name).connect()
     connection.submit(offer())
@@ -200,7 +210,7 @@ def test_what_is_announced_has_not_been_sent_when_the_result_before_it_is_there(
     assert len(server.messages) == 1
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_trouble_is_in_the_last_result_and_what_was_announced_is_untouched(make_transport, server, name):
     server.script['DATA'] = Close('421 4.3.2 going down')
     connection = make_transport(name).connect()
@@ -215,13 +225,11 @@ def test_trouble_is_in_the_last_result_and_what_was_announced_is_untouched(make_
     connection.release()
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_a_session_that_the_server_has_ended_between_two_messages_is_spent_and_replaced(make_transport, server, name):
     server.script['MAIL'] = [None, Close('421 4.7.0 that is enough')]
     transport = make_transport(name)
-    connection = transport.connect()
-    connection.submit(offer())
-    assert run(connection)
+    connection = used(transport)
     connection.submit(offer(BOB))
 
     assert run(connection) is None
@@ -234,13 +242,11 @@ def test_a_session_that_the_server_has_ended_between_two_messages_is_spent_and_r
     another.release()
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_a_refusal_that_may_be_about_the_session_needs_a_new_one(make_transport, server, name):
     server.script['MAIL'] = [None, '451 4.7.0 too many messages in this session']
     transport = make_transport(name)
-    connection = transport.connect()
-    connection.submit(offer())
-    assert run(connection)
+    connection = used(transport)
     connection.submit(offer(BOB))
 
     assert run(connection) is None
@@ -248,7 +254,7 @@ def test_a_refusal_that_may_be_about_the_session_needs_a_new_one(make_transport,
     connection.release()
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_a_message_that_is_not_ours_any_more_is_not_completed(make_transport, server, name):
     connection = make_transport(name).connect()
     connection.submit(offer(is_valid=lambda: False))
@@ -261,13 +267,11 @@ def test_a_message_that_is_not_ours_any_more_is_not_completed(make_transport, se
     assert server.messages == []
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_abort_ends_what_is_under_way_and_keeps_what_is_idle(make_transport, server, make_event, name):
     go_on = make_event()
     transport = make_transport(name)
-    idle, busy = transport.connect(), transport.connect()
-    idle.submit(offer())
-    assert run(idle)
+    busy, idle = transport.connect(), used(transport)
     idle.release()
     server.script['.'] = lambda command: go_on.wait(30) and None
     busy.submit(offer(BOB))
@@ -281,14 +285,11 @@ def test_abort_ends_what_is_under_way_and_keeps_what_is_idle(make_transport, ser
 
     assert result.trouble is not None
     del server.script['.']
-    kept = transport.connect()
-    kept.submit(offer())
-    assert run(kept)
-    kept.release()
+    used(transport).release()
     assert len(server.sessions) == 2
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_a_server_that_cannot_be_used_is_trouble(make_transport, server, name):
     server.script['connect'] = Close('421 4.3.2 closed')
 
@@ -296,13 +297,10 @@ def test_a_server_that_cannot_be_used_is_trouble(make_transport, server, name):
         make_transport(name).connect()
 
 
-@pytest.mark.parametrize('name', ['smtp', 'redirected smtp'])
+@over_smtp
 def test_a_released_connection_is_used_for_the_next_message(make_transport, server, name):
     transport = make_transport(name)
     for _ in range(3):
-        connection = transport.connect()
-        connection.submit(offer())
-        assert run(connection)
-        connection.release()
+        used(transport).release()
 
     assert len(server.sessions) == 1

@@ -77,12 +77,12 @@ class Session(Connection):
         return self._sock.fileno()
 
     @property
-    def is_spent(self) -> bool:  # type: ignore[override]
+    def is_spent(self) -> bool:
         """See `IConnection`."""
         return self._is_spent
 
     @property
-    def needs_new(self) -> bool:  # type: ignore[override]
+    def needs_new(self) -> bool:
         """See `IConnection`."""
         return self._is_spent and self.objection is not None
 
